@@ -1,0 +1,9 @@
+//! Every decision of the engine.
+//!
+//! Scheduling, block accounting, prefix cache and routing as plain state and pure functions: the same code serves
+//! production, the simulator and the planner, and any decision can be replayed from its inputs.
+//!
+//! **This crate must never** fail on I/O, read a clock, or draw a random number of its own.
+#![forbid(unsafe_code)]
+
+pub mod request;

@@ -1,0 +1,293 @@
+//! What the engine is to the rest of the process: commands go in, events come out.
+//!
+//! The engine thread owns the device and everything that changes; a handle is a cheap, cloneable way to talk to
+//! it. Events are delivered by a callback, so that the engine knows no async runtime.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use tidemill_engine_core::request::{FinishReason, Logprobs, TokenId};
+use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
+
+/// Where a model's files are.
+#[derive(Clone, Debug)]
+pub enum ModelSource {
+    /// A Hugging Face folder.
+    Folder(PathBuf),
+    /// Files compiled into the binary.
+    Embedded(&'static [EmbeddedFile]),
+}
+
+/// A file of a model that is compiled into the binary.
+#[derive(Clone, Copy, Debug)]
+pub struct EmbeddedFile {
+    /// Its name in the folder, such as `config.json`.
+    pub name: &'static str,
+    /// Its content.
+    pub bytes: &'static [u8],
+}
+
+/// How the weights come to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// Read from the model's safetensors.
+    #[default]
+    Safetensors,
+    /// Made from a seed, in the shape of the model's config: to measure speed without a download.
+    Dummy {
+        /// The seed.
+        seed: u64,
+    },
+}
+
+/// What a worker does in a deployment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Computes prompts and hands their KV cache over.
+    Prefill,
+    /// Receives KV caches and continues with the second token.
+    Decode,
+    /// Both; needs no peer.
+    Hybrid,
+}
+
+/// Which ways a handoff may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TransportChoice {
+    /// Shared memory between processes of one host, otherwise TCP; what was chosen is logged and counted.
+    #[default]
+    Auto,
+    /// Shared memory only.
+    SharedMemory,
+    /// TCP only.
+    Tcp,
+}
+
+/// How much of each block a digest covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DigestCoverage {
+    /// Some cache lines of each layer of each block.
+    #[default]
+    Sampled,
+    /// Every byte.
+    Full,
+}
+
+/// Everything an engine is started with.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Name in logs, metrics and peers' messages.
+    pub name: String,
+    /// Role in the deployment.
+    pub role: Role,
+    /// The model.
+    pub model: ModelSource,
+    /// How its weights come to be.
+    pub load_format: LoadFormat,
+    /// Longest sequence; `None` takes the model's own limit.
+    pub max_model_len: Option<u32>,
+    /// Sequences in one step at most.
+    pub max_num_seqs: u32,
+    /// Tokens in one step at most.
+    pub max_num_batched_tokens: u32,
+    /// Requests that may wait.
+    pub max_waiting: u32,
+    /// Bytes of the KV cache; `None` chooses from free memory.
+    pub kv_cache_memory: Option<u64>,
+    /// Stored type of K and V; `None` takes the weights' type.
+    pub kv_cache_dtype: Option<KvDtype>,
+    /// Tokens per block.
+    pub block_len: u32,
+    /// Order of axes inside a block.
+    pub axis_order: AxisOrder,
+    /// Whether finished prefixes are kept for later requests.
+    pub prefix_cache: bool,
+    /// Cores to compute on, by number; empty lets the engine use all and pin nothing.
+    pub cores: Vec<usize>,
+    /// Where peers reach this worker; port 0 picks one.
+    pub handoff_listen: SocketAddr,
+    /// Which ways a handoff may take.
+    pub transport: TransportChoice,
+    /// How much of each block a digest covers.
+    pub digest: DigestCoverage,
+}
+
+/// Progress of [`EngineHandle::start`](crate::engine::EngineHandle::start).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoadProgress {
+    /// What is going on: "reading weights", "reserving KV cache".
+    pub stage: &'static str,
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+}
+
+/// What an engine turned out to be once started.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Description {
+    /// Name, as configured.
+    pub name: String,
+    /// Role, as configured.
+    pub role: Role,
+    /// A number that no other start of any worker has.
+    pub instance: u64,
+    /// Fingerprint of the model.
+    pub fingerprint: String,
+    /// Longest sequence.
+    pub max_model_len: u32,
+    /// Tokens per block.
+    pub block_len: u32,
+    /// Size of the vocabulary.
+    pub vocab_size: u32,
+    /// Where peers reach this worker.
+    pub handoff_address: SocketAddr,
+    /// Stored type of K and V.
+    pub kv_dtype: KvDtype,
+    /// Order of axes inside a block.
+    pub axis_order: AxisOrder,
+    /// The device in words: "cpu avx2, 2 threads".
+    pub device: String,
+    /// Sequences in one step at most.
+    pub max_num_seqs: u32,
+}
+
+/// Another worker, as told by the router.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its name.
+    pub name: String,
+    /// Its instance number.
+    pub instance: u64,
+    /// Where it takes handoffs.
+    pub address: SocketAddr,
+}
+
+/// State of the connection to a peer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PeerLink {
+    /// The peer's name.
+    pub name: String,
+    /// The transport in use ("shm", "tcp"), or why there is none.
+    pub transport: Result<String, String>,
+    /// What a probe of the path measured, bytes per second; zero when not measured.
+    pub bytes_per_second: f64,
+}
+
+/// What happens to a request, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EngineEvent {
+    /// Log-probabilities of the prompt's tokens but the first, when asked for.
+    PromptLogprobs(Vec<Logprobs>),
+    /// One output token.
+    Token {
+        /// The token.
+        id: TokenId,
+        /// Its number among the output tokens, from 0.
+        index: u32,
+        /// Its log-probabilities, when asked for.
+        logprobs: Option<Logprobs>,
+    },
+    /// A prefill worker's part is over: the decode worker adopted the KV cache. Last event there.
+    HandedOver,
+    /// The request ended well. Last event.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Prompt tokens that were found in the prefix cache.
+        cached_tokens: u32,
+    },
+    /// The request ended here, but perhaps not everywhere. Last event.
+    Failed {
+        /// What the router should do with it.
+        recovery: Recovery,
+        /// What happened.
+        message: String,
+    },
+}
+
+/// What the router should do with a request that failed on a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recovery {
+    /// Nothing helps: tell the client.
+    GiveUp,
+    /// Replay it from its tokens so far, elsewhere or here alone.
+    Reroute,
+    /// This worker is full or draining.
+    Later,
+}
+
+/// Receives the events of one request. Called on the engine thread: it must not block.
+pub type EventSink = Box<dyn FnMut(EngineEvent) + Send>;
+
+/// Where the blocks are. `free + cached + held + reserved + quarantined == total`, always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ledger {
+    /// Blocks of the pool.
+    pub total: u32,
+    /// Nobody's.
+    pub free: u32,
+    /// In the prefix cache and used by nobody.
+    pub cached: u32,
+    /// Used by sequences.
+    pub held: u32,
+    /// Waiting for a peer's KV cache.
+    pub reserved: u32,
+    /// Given to a peer that may still write to them.
+    pub quarantined: u32,
+}
+
+/// Sums since the start of the process.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counters {
+    /// Forward passes.
+    pub steps: u64,
+    /// Prompt tokens computed.
+    pub prompt_tokens: u64,
+    /// Output tokens.
+    pub generation_tokens: u64,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_queries: u64,
+    /// Prompt tokens found there.
+    pub prefix_hits: u64,
+    /// Sequences that lost their blocks and were computed again.
+    pub preemptions: u64,
+    /// Handoffs completed, as sender.
+    pub handoffs: u64,
+    /// Bytes written to peers.
+    pub handoff_bytes: u64,
+    /// Writes posted to peers.
+    pub handoff_writes: u64,
+    /// Handoffs that failed, as sender or receiver.
+    pub handoff_failures: u64,
+    /// Handoffs that moved no byte.
+    pub handoff_in_place: u64,
+    /// Commits that were refused because epoch or digest did not match.
+    pub handoff_refusals: u64,
+    /// Seconds from the end of prefill to adoption, summed.
+    pub handoff_seconds: f64,
+}
+
+/// The engine's state, as published after each change.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EngineStatus {
+    /// Whether new requests are refused.
+    pub draining: bool,
+    /// Sequences that compute.
+    pub running: u32,
+    /// Requests that wait.
+    pub waiting: u32,
+    /// Where the blocks are.
+    pub ledger: Ledger,
+    /// Sums.
+    pub counters: Counters,
+}
+
+/// Changes of the prefix cache, as chained block hashes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CacheChanges {
+    /// Blocks that can now be found.
+    pub added: Vec<u64>,
+    /// Blocks that can no longer be found.
+    pub removed: Vec<u64>,
+}

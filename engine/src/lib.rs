@@ -1,0 +1,9 @@
+//! Makes the decisions of `engine-core` happen on a device.
+//!
+//! One thread owns the device and loops: receive, plan (pure), run, apply, reply. This crate owns the device's
+//! memory, reads a model folder into weights, and runs forward passes.
+//!
+//! **This crate must never** make a decision that `engine-core` could make, nor know text, JSON of the API, or HTTP.
+#![deny(unsafe_code)]
+
+pub mod handle;

@@ -1,0 +1,124 @@
+//! The paged KV cache as kernels see it: block addresses and strides, nothing more.
+//!
+//! Kernels do not decide where K and V lie; the caller passes the distances. The promise that an address is good
+//! for its block is made once, where the address is made ([`BlockAddress::new`]), so that the kernels that use it
+//! can be safe functions.
+
+use half::{bf16, f16};
+
+/// The type of one stored element of K or V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvDtype {
+    /// IEEE 754 single precision.
+    F32,
+    /// IEEE 754 half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Signed 8-bit, one f32 scale per token and head: `value = scale * stored`, `scale = max|row| / 127`.
+    Int8,
+}
+
+/// Shape of one block and the distances in bytes inside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvBlockShape {
+    /// Stored type.
+    pub dtype: KvDtype,
+    /// Decoder layers in a block.
+    pub layers: usize,
+    /// Tokens per block; a power of two.
+    pub block_len: usize,
+    /// KV heads in the block.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_size: usize,
+    /// From one layer to the next; K data is at a layer's start.
+    pub layer_stride: usize,
+    /// From a layer's start to its V data.
+    pub value_offset: usize,
+    /// From a layer's start to its K scales ([`KvDtype::Int8`] only).
+    pub key_scale_offset: usize,
+    /// From a layer's start to its V scales ([`KvDtype::Int8`] only).
+    pub value_scale_offset: usize,
+    /// From one token to the next in K or V data.
+    pub token_stride: usize,
+    /// From one head to the next in K or V data.
+    pub head_stride: usize,
+    /// From one token to the next in scales.
+    pub scale_token_stride: usize,
+    /// From one head to the next in scales.
+    pub scale_head_stride: usize,
+}
+
+/// Address of one block of the KV cache in this process.
+///
+/// # Invariant
+///
+/// As promised by the caller of [`new`](Self::new): good for reads and writes of one block of the shape that it is
+/// used with, aligned to 64 bytes, for as long as any copy of the address is given to a kernel; and while a kernel
+/// writes a (block, layer, token) nothing else reads or writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockAddress(*mut u8);
+
+// SAFETY: an address is a number; what may be done through it, from any thread, is the promise made in `new`.
+unsafe impl Send for BlockAddress {}
+// SAFETY: as for `Send`: sharing the number gives no access beyond the promise made in `new`.
+unsafe impl Sync for BlockAddress {}
+
+impl BlockAddress {
+    /// Names a block by its first byte.
+    ///
+    /// # Safety
+    ///
+    /// The caller keeps the type's invariant for every kernel call that the address is passed to.
+    pub const unsafe fn new(first_byte: *mut u8) -> Self {
+        Self(first_byte)
+    }
+
+    /// The first byte of the block.
+    pub const fn as_ptr(self) -> *mut u8 {
+        self.0
+    }
+}
+
+impl KvBlockShape {
+    /// Bytes of one block: all layers.
+    pub const fn block_bytes(&self) -> usize {
+        self.layer_stride * self.layers
+    }
+
+    /// Offset of the K row of (`layer`, `token`, `head`) from the block's first byte.
+    pub const fn key_offset(&self, layer: usize, token: usize, head: usize) -> usize {
+        layer * self.layer_stride + token * self.token_stride + head * self.head_stride
+    }
+
+    /// Offset of the V row of (`layer`, `token`, `head`) from the block's first byte.
+    pub const fn value_offset(&self, layer: usize, token: usize, head: usize) -> usize {
+        self.key_offset(layer, token, head) + self.value_offset
+    }
+
+    /// Offset of the K scale of (`layer`, `token`, `head`).
+    pub const fn key_scale_offset(&self, layer: usize, token: usize, head: usize) -> usize {
+        layer * self.layer_stride
+            + self.key_scale_offset
+            + token * self.scale_token_stride
+            + head * self.scale_head_stride
+    }
+
+    /// Offset of the V scale of (`layer`, `token`, `head`).
+    pub const fn value_scale_offset(&self, layer: usize, token: usize, head: usize) -> usize {
+        self.key_scale_offset(layer, token, head) - self.key_scale_offset + self.value_scale_offset
+    }
+}
+
+impl KvDtype {
+    /// Bytes of one element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::F16 => size_of::<f16>(),
+            Self::Bf16 => size_of::<bf16>(),
+            Self::Int8 => size_of::<i8>(),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! What both sides of a KV handoff agree on.
+//!
+//! Units, block layouts, control messages with their codec, and the state machines of the reservation (decode
+//! side) and the sender (prefill side). Events go in, messages and writes come out.
+//!
+//! **This crate must never know** a socket, a thread, a clock, a random source or a device: the simulator drives
+//! the very same code under a virtual clock.
+#![forbid(unsafe_code)]
+
+pub mod layout;
+pub mod units;
