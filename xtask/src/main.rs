@@ -1,2 +1,30 @@
-//! Chores.
-fn main() {}
+//! Chores of the repository: `cargo xtask <chore>`.
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: cargo xtask <CHORE>
+
+Chores:
+  tidy    check crate arrows, lengths of files and functions, SAFETY comments and leftovers
+          (`cargo test` runs it too; `--shrink` rewrites the list of known offenders)";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["tidy"] => report(xtask::tidy::check(&xtask::root())),
+        ["tidy", "--shrink"] => report(xtask::tidy::shrink(&xtask::root())),
+        _ => {
+            eprintln!("{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn report(findings: Vec<String>) -> ExitCode {
+    for finding in &findings {
+        eprintln!("tidy: {finding}");
+    }
+    if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
