@@ -1,0 +1,197 @@
+//! A `tidemill serve` with its workers, started for one test and ended with it.
+//!
+//! Workers are found as a person would find them, by their role in the process list, so that the tests also hold
+//! `serve` to that promise.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, Once};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::client::Client;
+
+/// A running front end and its workers.
+#[derive(Debug)]
+pub struct Deployment {
+    process: Child,
+    log: Arc<Mutex<String>>,
+    /// A client for it.
+    pub client: Client,
+}
+
+/// A worker process, as the process list shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkerProcess(Pid);
+
+impl Deployment {
+    /// Runs `tidemill serve --port 0 …` and waits until it is ready.
+    ///
+    /// # Panics
+    ///
+    /// When it is not ready within [`START_LIMIT`]; the message has its log.
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_with(arguments, &[])
+    }
+
+    /// The same with environment variables.
+    pub fn start_with(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        let mut process = Command::new(binary())
+            .args(["serve", "--port", "0"])
+            .args(arguments)
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let log = Arc::new(Mutex::new(String::new()));
+        let (lines, banner) = channel();
+        let stdout = process.stdout.take().expect("piped above");
+        let stderr = process.stderr.take().expect("piped above");
+        for pipe in [Box::new(stdout) as Box<dyn std::io::Read + Send>, Box::new(stderr)] {
+            let (log, lines) = (Arc::clone(&log), lines.clone());
+            thread::spawn(move || {
+                for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                    log.lock().expect("no test thread panics with the log").push_str(&format!("{line}\n"));
+                    let _ = lines.send(line); // Nobody listens once the address is known.
+                }
+            });
+        }
+        drop(lines);
+        let address = wait_for_address(&banner);
+        let Some(address) = address else {
+            let _ = process.kill();
+            let _ = process.wait();
+            panic!("no address from `tidemill serve {}`:\n{}", arguments.join(" "), log.lock().expect("whole"));
+        };
+        Self { process, log, client: Client::new(&address) }
+    }
+
+    /// Everything it has printed so far.
+    pub fn log(&self) -> String {
+        self.log.lock().expect("no test thread panics with the log").clone()
+    }
+
+    /// Its workers of `role` ("prefill", "decode", "hybrid") that live now.
+    pub fn workers(&self, role: &str) -> Vec<WorkerProcess> {
+        let children = format!("/proc/{0}/task", self.process.id());
+        let tasks = fs::read_dir(children).map(|tasks| tasks.flatten().collect()).unwrap_or_else(|_| Vec::new());
+        tasks
+            .iter()
+            .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
+            .flat_map(|pids| pids.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+            .filter(|pid| {
+                let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let command = String::from_utf8_lossy(&command).replace('\0', " ");
+                command.contains(" worker ") && command.contains(&format!("--role {role}"))
+            })
+            .filter_map(|pid| Some(WorkerProcess(Pid::from_raw(pid.parse().ok()?)?)))
+            .collect()
+    }
+
+    /// Resident memory of all its processes, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let own = self.process.id().to_string();
+        let workers = ["prefill", "decode", "hybrid"].into_iter().flat_map(|role| self.workers(role));
+        let workers = workers.map(|worker| worker.0.as_raw_nonzero().to_string());
+        workers.chain([own]).map(|pid| resident(&pid)).sum()
+    }
+
+    /// Ends it with SIGTERM and returns its exit code and the time it took.
+    pub fn terminate(mut self) -> (Option<i32>, Duration) {
+        let started = Instant::now();
+        let pid = Pid::from_child(&self.process);
+        kill_process(pid, Signal::TERM).expect("it is our child");
+        let status = self.process.wait().expect("it is our child");
+        (status.code(), started.elapsed())
+    }
+}
+
+impl WorkerProcess {
+    /// Ends it as the kernel would when memory runs out.
+    pub fn kill(self) {
+        kill_process(self.0, Signal::KILL).expect("the worker lives and is ours");
+    }
+}
+
+impl Drop for Deployment {
+    fn drop(&mut self) {
+        if self.process.try_wait().ok().flatten().is_none() {
+            let _ = kill_process(Pid::from_child(&self.process), Signal::TERM);
+            let deadline = Instant::now() + STOP_LIMIT;
+            while self.process.try_wait().ok().flatten().is_none() && Instant::now() < deadline {
+                thread::park_timeout(Duration::from_millis(5)); // A child's end has no event without unsafe code.
+            }
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
+        if thread::panicking() {
+            eprintln!("--- log of the deployment ---\n{}", self.log());
+        }
+    }
+}
+
+/// Waits for `condition`, which must come true within `limit`.
+///
+/// # Panics
+///
+/// When it does not; `what` says what was waited for.
+pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, mut condition: impl FnMut() -> F) {
+    let deadline = Instant::now() + limit;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "still not after {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// The binary under test, in the profile that the tests run in.
+pub fn binary() -> PathBuf {
+    static BUILD: Once = Once::new();
+    let profile = env::current_exe().expect("a test has a path");
+    let profile = profile.ancestors().nth(2).expect("target/PROFILE/deps/test");
+    let path = profile.join("tidemill");
+    BUILD.call_once(|| {
+        // `cargo test --workspace` has built it; `cargo test -p tidemill-tests` alone may have not.
+        if !path.exists() {
+            let mut build = Command::new(env!("CARGO"));
+            build.args(["build", "--package", "tidemill", "--bin", "tidemill"]);
+            if profile.ends_with("release") {
+                build.arg("--release");
+            }
+            assert!(build.status().expect("cargo runs").success(), "the binary does not build");
+        }
+    });
+    path
+}
+
+fn wait_for_address(lines: &Receiver<String>) -> Option<String> {
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                if let Some(start) = line.find("http://127.0.0.1:")
+                    && let Some(end) = line[start..].find("/v1")
+                {
+                    return Some(line[start..start + end].to_owned());
+                }
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
+        }
+    }
+}
+
+fn resident(pid: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+/// A debug binary on a loaded machine may take this long.
+const START_LIMIT: Duration = Duration::from_secs(60);
+const STOP_LIMIT: Duration = Duration::from_secs(10);
