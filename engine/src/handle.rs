@@ -110,6 +110,30 @@ pub struct EngineConfig {
     pub transport: TransportChoice,
     /// How much of each block a digest covers.
     pub digest: DigestCoverage,
+    /// Whether a handoff on one host may compute in the peer's blocks (`docs/decisions/0002`).
+    pub in_place: bool,
+    /// Where to die, for tests of recovery.
+    pub fault: Option<Fault>,
+}
+
+/// A place at which the process kills itself, so that tests meet each stage of a handoff and not just some moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The stage.
+    pub stage: FaultStage,
+    /// Fires once, when this file exists; the file is removed first.
+    pub trigger: PathBuf,
+}
+
+/// Stages of a handoff on the prefill worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultStage {
+    /// The request has come, the decode worker's reservation has not been looked at.
+    BeforeReserve,
+    /// Some layers are with the decode worker, some are not.
+    Pushing,
+    /// Everything is with the decode worker but the commit.
+    BeforeCommit,
 }
 
 /// Progress of [`EngineHandle::start`](crate::engine::EngineHandle::start).
