@@ -1,0 +1,12 @@
+//! Memory that two processes of one host can see, and the ways it is handed from one to the other.
+//!
+//! This is the only room of the crate with unsafe code: everything above works with the checked methods of
+//! [`Region`] and [`Slab`].
+#![allow(unsafe_code)]
+
+mod mapping;
+mod region;
+mod slab;
+
+pub use region::{Access, Region};
+pub use slab::Slab;
