@@ -134,7 +134,20 @@ macro_rules! families {
 }
 
 families! {
+    llama_bf16_new_keys => "llama-bf16-new-keys",
+    llama_bias => "llama-bias",
+    llama_f16_old_keys => "llama-f16-old-keys",
+    llama_linear => "llama-linear",
+    llama_sharded => "llama-sharded",
+    llama_yarn => "llama-yarn",
+    llama_yarn_all_fields => "llama-yarn-all-fields",
     llama2 => "llama2",
+    llama3 => "llama3",
+    mistral => "mistral",
+    qwen2 => "qwen2",
+    qwen2_window => "qwen2-window",
+    qwen3 => "qwen3",
+    qwen3_yarn => "qwen3-yarn",
 }
 
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
