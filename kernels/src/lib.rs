@@ -1,8 +1,23 @@
 //! Operations on device memory.
 //!
-//! `reference` (plain f32 loops) defines what is right; `cpu` is written for speed and agrees with it.
+//! [`reference`] (plain f32 loops) defines what is right; [`cpu`] is written for speed and agrees with it.
+//!
+//! Every operation reduces a row in one fixed order, whatever else is in the step: the bits of a row depend neither on
+//! the other rows, nor on how a prompt is cut into chunks, nor on the number of threads. Prefill and decode on two
+//! workers therefore give the same tokens as one worker does.
+//!
+//! Lengths that do not fit together are bugs of the caller, and every operation panics on them.
 //!
 //! **This crate must never know** a request, a policy or a layout rule: it gets pointers, strides and shapes, and
 //! allocates nothing during a step.
 
+mod aligned;
+pub mod cpu;
 pub mod kv;
+mod kv_rows;
+pub mod matrix;
+pub mod reference;
+pub mod step;
+
+// Weights and stored KV are little-endian files and wires, used as they lie.
+const _: () = assert!(cfg!(target_endian = "little"), "big-endian machines are not supported");

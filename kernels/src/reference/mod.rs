@@ -1,0 +1,21 @@
+//! What is right: each operation as the plainest loop over f32.
+//!
+//! Nothing here is fast, and nothing here is clever. Sums of products are left to right in f32.
+
+mod activation;
+mod attention;
+mod convert;
+mod kv;
+mod linear;
+mod normalize;
+mod rotary;
+mod sampling;
+
+pub use activation::{add, silu_mul};
+pub use attention::attention;
+pub use convert::{convert_block, zero_tail};
+pub use kv::{read_kv, write_kv};
+pub use linear::{matmul, widen_matrix};
+pub use normalize::rms_norm;
+pub use rotary::{rope, rope_table};
+pub use sampling::{argmax, log_softmax};
