@@ -6,4 +6,6 @@
 //! **This crate must never** fail on I/O, read a clock, or draw a random number of its own.
 #![forbid(unsafe_code)]
 
+pub mod blocks;
+pub mod prefix_tree;
 pub mod request;
