@@ -1,0 +1,120 @@
+"""Conversations: turns of all tasks mixed, some with a system message, in the many ways in which people type."""
+
+import random
+from dataclasses import dataclass
+
+import stories
+import talk
+import tasks
+from tasks import Turn
+from words import BOYS, GIRLS, held_out, name
+
+SINGLE = {  # task -> share among the turns that need no turn before them
+    tasks.arithmetic: 48, tasks.several_sums: 14, tasks.word_problem: 6, tasks.compare: 5, tasks.counting: 4, tasks.listing: 6,
+    tasks.whole_series: 4, tasks.list_work: 9, tasks.renaming: 12, tasks.repeating: 4, tasks.given_facts: 9,
+    tasks.story_question: 11, talk.fixed: 5, talk.outside: 6, talk.plain_facts: 5,
+}
+
+
+@dataclass
+class Conversation:
+    """An optional system message and turns."""
+    system: str | None
+    turns: list[Turn]
+
+    def messages(self, upto: int | None = None) -> list[dict[str, str]]:
+        """Chat messages; with `upto`, those that lead to the answer of that turn, without the answer."""
+        listed = [{"role": "system", "content": self.system}] if self.system else []
+        for index, turn in enumerate(self.turns):
+            listed.append({"role": "user", "content": turn.user})
+            if index == upto:
+                break
+            listed.append({"role": "assistant", "content": turn.answer})
+        return listed
+
+
+def as_typed(rng: random.Random, turn: Turn) -> Turn:
+    """The question as a hurried or a polite person types it. Names that must be copied keep their capitals."""
+    user = turn.user
+    choice = rng.random()
+    if turn.task in ("repeating",) or "\n" in user:
+        return turn
+    copied = turn.task in ("renaming", "given facts", "story questions", "memory", "word problem", "list work")
+    if choice < 0.08 and not copied:
+        user = user.lower()
+    elif choice < 0.16:
+        user = user[0].lower() + user[1:] if user.split()[0] not in GIRLS + BOYS and not copied else user
+    elif choice < 0.26 and user[-1] in "?.":
+        user = user[:-1]
+    elif choice < 0.32 and not copied and user[0].isupper() and turn.task not in ("small talk", "outside"):
+        user = rng.choice(["Please ", "Hey, ", "Hi! ", "Ok, ", "Now ", "And "]) + user[0].lower() + user[1:]
+        if user.split()[-1] in GIRLS + BOYS:
+            return turn
+    elif choice < 0.36 and user[-1] in "?." and not copied and turn.task not in ("small talk", "outside"):
+        user = user[:-1] + rng.choice([", please", " please", ", please."])
+    return Turn(turn.task, user, turn.answer, turn.match, turn.expect, turn.key)
+
+
+def drawn(rng: random.Random, maker, holdout: bool) -> Turn:
+    """A turn of one task on the wanted side of the split."""
+    if maker is tasks.story_question:
+        return as_typed(rng, maker(rng, holdout))
+    while True:
+        turn = maker(rng)
+        if held_out(*turn.key) == holdout:
+            return as_typed(rng, turn)
+
+
+def telling(rng: random.Random, holdout: bool) -> list[Turn]:
+    """A story on request, then questions about it, and now and then the story again with another name."""
+    tale = stories.story(rng, holdout)
+    if rng.random() < 0.2:
+        asked, must = rng.choice(stories.OPEN_REQUESTS), ""
+    else:
+        asked = stories.request(rng, tale)
+        must = "|".join(fact for fact in (tale.hero, tale.kind, tale.friend, tale.place, f"{tale.colour} {tale.thing}")
+                        if fact in asked)
+    turns = [as_typed(rng, Turn("stories", asked, tale.text, "story", must, tale.key()))]
+    for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
+        question, answer, must = stories.question(rng, tale)
+        turns.append(as_typed(rng, Turn("story questions", question, answer, "contains", must, tale.key())))
+    if rng.random() < 0.15:
+        new = name(rng, tale.hero, tale.friend)
+        asked = rng.choice(["Tell the story again, but call the {k} {n}.", "Rename {o} to {n} in the story.",
+                            "Now call the {k} {n}.", "Tell it again with {n} instead of {o}.",
+                            "The same story, but rename {o} to {n}."]).format(k=tale.kind, o=tale.hero, n=new)
+        turns.append(Turn("renaming", asked, tale.text.replace(tale.hero, new), "equals",
+                          tale.text.replace(tale.hero, new), tale.key()))
+    return turns
+
+
+def remembering(rng: random.Random, holdout: bool) -> list[Turn]:
+    """Something told, maybe turns of other tasks, and the question what was told."""
+    said, asked = talk.memory(rng)
+    while held_out(*asked.key) != holdout:
+        said, asked = talk.memory(rng)
+    between = [single(rng, False) for _ in range(rng.choice((0, 0, 1, 2)))]
+    return [said, *between, asked]
+
+
+def single(rng: random.Random, holdout: bool) -> Turn:
+    """A turn that needs no other."""
+    return drawn(rng, rng.choices(list(SINGLE), weights=list(SINGLE.values()))[0], holdout)
+
+
+def block(rng: random.Random, holdout: bool) -> list[Turn]:
+    """The next turn, or turns that belong together."""
+    choice = rng.random()
+    if choice < 0.14:
+        return telling(rng, holdout)
+    if choice < 0.18:
+        return remembering(rng, holdout)
+    return [single(rng, holdout)]
+
+
+def conversation(rng: random.Random, holdout: bool = False) -> Conversation:
+    """One conversation. Most are short; one in twelve is long, so that far positions are trained too."""
+    length = rng.random()
+    blocks = 1 if length < 0.55 else rng.randint(2, 5) if length < 0.92 else rng.randint(8, 30)
+    turns = [turn for _ in range(blocks) for turn in block(rng, holdout)]
+    return Conversation(rng.choice(talk.SYSTEM) if rng.random() < 0.3 else None, turns)
