@@ -6,6 +6,12 @@
 //! **This crate must never** fail on I/O, read a clock, or draw a random number of its own.
 #![forbid(unsafe_code)]
 
+mod admission;
 pub mod blocks;
+pub mod handoff;
+pub mod plan;
 pub mod prefix_tree;
 pub mod request;
+mod roster;
+pub mod scheduler;
+pub mod sequence;

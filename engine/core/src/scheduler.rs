@@ -1,0 +1,507 @@
+//! The state of the engine's decisions: which requests there are, and which blocks they have.
+//!
+//! A step goes `plan` (pure, in [`crate::plan`]) → [`begin`](Scheduler::begin), which hands out the blocks → the
+//! device computes → [`finish`](Scheduler::finish), which takes the sampled tokens. Only these three change what
+//! runs; everything else (submissions, cancellations, news of handoffs in [`crate::handoff`]) may come at any time,
+//! also while the device computes, since blocks are given out in `begin` alone.
+
+use std::collections::BTreeMap;
+
+use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen, BlockRef, HandoffId, TokenCount};
+
+use crate::blocks::{BlockPool, Census, Ledger};
+use crate::plan::{Admission, Purpose, StepPlan, Work};
+use crate::prefix_tree::CacheChanges;
+use crate::request::{FinishReason, Part, Request, RequestId, TokenId};
+use crate::roster::Roster;
+use crate::sequence::{Place, Sequence, Stage};
+
+/// What bounds a scheduler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens per block.
+    pub block_len: BlockLen,
+    /// Prompt and output together, at most.
+    pub max_model_len: TokenCount,
+    /// Sequences in one step at most. As many again may be reserved, or adopted and waiting for a place.
+    pub max_num_seqs: u32,
+    /// Tokens in one step at most.
+    pub max_num_batched_tokens: TokenCount,
+    /// Requests that may wait.
+    pub max_waiting: u32,
+    /// Whether full blocks are kept for later prompts.
+    pub prefix_cache: bool,
+    /// Tokens of one prompt in one step at most, so that several prompts advance together; `None` sets no bound.
+    pub long_prefill_threshold: Option<TokenCount>,
+}
+
+/// Why a request was refused at the door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SubmitError {
+    /// Too many wait: later, or elsewhere.
+    #[error("{limit} requests wait already")]
+    QueueFull {
+        /// How many may wait.
+        limit: u32,
+    },
+    /// No room for even one output token within the model's length.
+    #[error("{} tokens leave no room for output within a limit of {}", tokens.0, limit.0)]
+    TooLong {
+        /// Tokens of the request.
+        tokens: TokenCount,
+        /// The longest sequence.
+        limit: TokenCount,
+    },
+    /// The tokens do not fit the KV cache even if nothing else were in it.
+    #[error("{} blocks are needed, but the KV cache has {}", needed.0, total.0)]
+    NeverFits {
+        /// Blocks to hold the tokens.
+        needed: BlockCount,
+        /// Blocks there are.
+        total: BlockCount,
+    },
+    /// A request of this name is here already.
+    #[error("request {} is here already", .0.0)]
+    Duplicate(RequestId),
+    /// Nothing to compute.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// The prompt would end behind the last token.
+    #[error("a prompt of {} tokens is announced, but {} tokens are given", prompt.0, tokens.0)]
+    ShortPrompt {
+        /// Announced length of the prompt.
+        prompt: TokenCount,
+        /// Tokens given.
+        tokens: TokenCount,
+    },
+}
+
+/// What happened to a request in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It has one more output token.
+    Token {
+        /// Which request.
+        request: RequestId,
+        /// The token.
+        token: TokenId,
+        /// Its number among the output tokens, from 0.
+        index: u32,
+        /// Whether and why it is the last. The sequence is gone then, unless it is a prefill for another worker: that
+        /// one always ends with [`Scheduler::pushed`].
+        finish: Option<FinishReason>,
+        /// Tokens found in the prefix cache when it was admitted first.
+        cached: TokenCount,
+    },
+    /// The request no longer fits the pool even alone, since the pool shrank or the output grew. It is gone.
+    NoRoom {
+        /// Which request.
+        request: RequestId,
+    },
+}
+
+/// How many sequences are in which stage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// They compute.
+    pub running: u32,
+    /// They wait for a place, or for a peer's blocks to compute in.
+    pub waiting: u32,
+    /// They wait for a peer's KV cache.
+    pub reserved: u32,
+    /// Their blocks are in a sender's hands.
+    pub pushing: u32,
+}
+
+/// Sums since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Tokens looked up in the prefix cache, once per request.
+    pub prefix_queries: u64,
+    /// Tokens found there.
+    pub prefix_hits: u64,
+    /// Sequences that lost their blocks and are computed again.
+    pub preemptions: u64,
+}
+
+/// Requests and blocks of one worker.
+#[derive(Clone, Debug)]
+pub struct Scheduler {
+    pub(crate) limits: Limits,
+    pub(crate) pool: BlockPool,
+    pub(crate) roster: Roster,
+    /// Reservations that the driver has not taken yet: no peer knows their blocks.
+    pub(crate) unannounced: Vec<RequestId>,
+    pub(crate) quarantines: BTreeMap<HandoffId, Quarantine>,
+    counters: Counters,
+    in_step: bool,
+}
+
+/// Blocks of a handoff that failed, until its peer is quiet.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Quarantine {
+    /// The peer may still write to them.
+    pub(crate) targets: Vec<BlockRef>,
+    /// The peer may still read them.
+    pub(crate) pinned: Vec<BlockRef>,
+}
+
+impl Scheduler {
+    /// A scheduler without requests, with `blocks` free blocks.
+    ///
+    /// # Panics
+    ///
+    /// When a limit is zero that leaves nothing to do: `max_num_seqs` or `max_num_batched_tokens`.
+    pub fn new(limits: Limits, blocks: BlockCount) -> Self {
+        assert!(0 < limits.max_num_seqs, "a step has room for a sequence");
+        assert!(0 < limits.max_num_batched_tokens.0, "a step has room for a token");
+        assert_ne!(limits.long_prefill_threshold, Some(TokenCount(0)), "a long prompt advances in each step");
+        Self {
+            limits,
+            pool: BlockPool::new(blocks, limits.block_len, limits.prefix_cache),
+            roster: Roster::default(),
+            unannounced: Vec::new(),
+            quarantines: BTreeMap::new(),
+            counters: Counters::default(),
+            in_step: false,
+        }
+    }
+
+    /// The limits it was made with.
+    pub const fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Takes a request in. A prefill for another worker computes in own blocks and starts at once; its KV cache is
+    /// sent when the peer's blocks are known.
+    ///
+    /// # Errors
+    ///
+    /// [`SubmitError`], and then nothing has changed.
+    pub fn submit(&mut self, request: Request) -> Result<(), SubmitError> {
+        self.refuse_at_the_door(&request)?;
+        let block_len = self.limits.block_len;
+        let sequence = Sequence::new(request, Place::OwnBlocks, Stage::Waiting, block_len);
+        let (needed, total) = (sequence.blocks_to_hold(block_len), self.pool.ledger().total);
+        if total < needed {
+            return Err(SubmitError::NeverFits { needed, total });
+        }
+        self.roster.insert(sequence);
+        Ok(())
+    }
+
+    /// Takes in a prefill whose peer's memory can be computed in directly. It waits, and stops nobody, until the
+    /// driver says where: [`use_targets`](Self::use_targets) or [`use_own_blocks`](Self::use_own_blocks).
+    ///
+    /// # Errors
+    ///
+    /// [`SubmitError`], and then nothing has changed.
+    ///
+    /// # Panics
+    ///
+    /// When the request is not [`Part::PrefillFor`] another worker.
+    pub fn submit_in_place(&mut self, request: Request) -> Result<(), SubmitError> {
+        assert!(matches!(request.part, Part::PrefillFor(_)), "only a prefill computes in a peer's memory");
+        self.refuse_at_the_door(&request)?;
+        let block_len = self.limits.block_len;
+        self.roster.insert(Sequence::new(request, Place::Targets, Stage::AwaitingTargets, block_len));
+        Ok(())
+    }
+
+    /// Carries out the decisions of a plan and gives out its blocks; [`block_table`](Self::block_table) is then right
+    /// for the step.
+    ///
+    /// # Panics
+    ///
+    /// When the plan was not made for exactly this state, or the step before has not finished.
+    pub fn begin(&mut self, plan: &StepPlan) {
+        assert!(!self.in_step, "a step finishes before the next begins");
+        self.in_step = true;
+        for id in &plan.refusals {
+            self.let_go(*id);
+        }
+        for id in &plan.preemptions {
+            self.preempt(*id);
+        }
+        // Hits are taken before anything is given out, since giving out may evict.
+        for admission in &plan.admissions {
+            self.pool.share(&admission.cached);
+        }
+        for admission in &plan.admissions {
+            self.admit(admission);
+        }
+        for work in &plan.work {
+            let sequence = self.roster.get_mut(work.request).expect("planned from this state");
+            assert_eq!(sequence.computed, work.first, "the plan was made for this state");
+            let more = sequence.blocks_to_grow(work.count, self.limits.block_len);
+            sequence.blocks.extend(self.pool.hold(more));
+        }
+    }
+
+    /// Takes the result of the step: `sampled` has the token of each work that samples. A request that was cancelled
+    /// since `begin` needs none, and one given for it is ignored.
+    ///
+    /// # Panics
+    ///
+    /// When the step has not begun, or a token is missing.
+    pub fn finish(&mut self, plan: &StepPlan, sampled: &[(RequestId, TokenId)]) -> Vec<Outcome> {
+        assert!(self.in_step, "a step begins before it finishes");
+        self.in_step = false;
+        let sampled: BTreeMap<RequestId, TokenId> = sampled.iter().copied().collect();
+        let mut outcomes: Vec<Outcome> =
+            plan.refusals.iter().map(|request| Outcome::NoRoom { request: *request }).collect();
+        for work in &plan.work {
+            let Some(sequence) = self.roster.get_mut(work.request) else { continue };
+            if sequence.stage != Stage::Running {
+                continue;
+            }
+            sequence.computed = TokenCount(work.first.0 + work.count.0);
+            self.index_full_blocks(work.request);
+            if work.samples {
+                let token = sampled.get(&work.request).expect("each work that samples has a token");
+                outcomes.push(self.append(work.request, *token));
+            }
+        }
+        outcomes
+    }
+
+    /// A sequence that is here.
+    pub fn sequence(&self, id: RequestId) -> Option<&Sequence> {
+        self.roster.get(id)
+    }
+
+    /// The prompt and all output so far; empty when the request is not here.
+    pub fn tokens(&self, id: RequestId) -> &[TokenId] {
+        self.roster.get(id).map_or(&[], Sequence::tokens)
+    }
+
+    /// The tokens that a work computes.
+    pub fn work_tokens(&self, work: &Work) -> &[TokenId] {
+        let first = work.first.0 as usize;
+        &self.tokens(work.request)[first..first + work.count.0 as usize]
+    }
+
+    /// The blocks of a sequence in order of position; empty when it computes in its peer's memory.
+    pub fn block_table(&self, id: RequestId) -> &[BlockRef] {
+        self.roster.get(id).map_or(&[], |sequence| &sequence.blocks)
+    }
+
+    /// Where the blocks are.
+    pub const fn ledger(&self) -> Ledger {
+        self.pool.ledger()
+    }
+
+    /// How many sequences are in which stage.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            running: self.roster.count(Stage::Running),
+            waiting: self.roster.count(Stage::Waiting) + self.roster.count(Stage::AwaitingTargets),
+            reserved: self.roster.count(Stage::Reserved),
+            pushing: self.roster.count(Stage::Pushing),
+        }
+    }
+
+    /// Sums since the start.
+    pub const fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Prompt tokens that wait to be computed here: what a new prompt would queue behind.
+    pub fn queued_tokens(&self) -> u64 {
+        let waiting =
+            self.roster.in_stage(Stage::Waiting).chain(self.roster.in_stage(Stage::AwaitingTargets));
+        let computes = |sequence: &&Sequence| !matches!(sequence.request.part, Part::DecodeFrom(_));
+        let prefills = |sequence: &&Sequence| 1 < sequence.remaining().0;
+        waiting
+            .filter(computes)
+            .chain(self.roster.in_stage(Stage::Running).filter(prefills))
+            .map(|sequence| u64::from(sequence.remaining().0))
+            .sum()
+    }
+
+    /// Changes of the prefix cache since the last call.
+    pub fn take_cache_changes(&mut self) -> CacheChanges {
+        self.pool.take_cache_changes()
+    }
+
+    /// Every chained hash that the prefix cache has now, for a listener that starts anew.
+    pub fn cached_hashes(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pool.cached_hashes()
+    }
+
+    /// Adds blocks and names them. Numbers withdrawn before come back first.
+    pub fn add_blocks(&mut self, count: BlockCount) -> Vec<BlockId> {
+        self.pool.add(count)
+    }
+
+    /// Takes up to `count` unused blocks away and names them.
+    ///
+    /// # Panics
+    ///
+    /// While a step computes: it may still write to the blocks of a request that was cancelled meanwhile.
+    pub fn withdraw_blocks(&mut self, count: BlockCount) -> Vec<BlockId> {
+        assert!(!self.in_step, "blocks are withdrawn between steps");
+        self.pool.withdraw(count)
+    }
+
+    /// Asserts what must always hold: the ledger adds up, and each block has exactly the users that know it.
+    ///
+    /// # Panics
+    ///
+    /// When it does not: a bug in this crate.
+    pub fn check(&self) {
+        self.pool.check();
+        self.roster.check();
+        let mut held: BTreeMap<BlockRef, u32> = BTreeMap::new();
+        let mut exclusive: BTreeMap<BlockRef, Census> = BTreeMap::new();
+        for sequence in self.roster.all() {
+            sequence_checks(sequence, &self.limits);
+            let shared =
+                if sequence.stage == Stage::Reserved { sequence.pinned } else { sequence.blocks.len() };
+            for block in &sequence.blocks[..shared] {
+                *held.entry(*block).or_default() += 1;
+            }
+            for block in &sequence.blocks[shared..] {
+                assert_eq!(exclusive.insert(*block, Census::Reserved), None, "{block:?} is reserved twice");
+            }
+        }
+        for quarantine in self.quarantines.values() {
+            for block in &quarantine.pinned {
+                *held.entry(*block).or_default() += 1;
+            }
+            for block in &quarantine.targets {
+                assert_eq!(exclusive.insert(*block, Census::Quarantined), None, "{block:?} has two owners");
+            }
+        }
+        for (block, census) in self.pool.census() {
+            let users = held.remove(&block).map(Census::Held);
+            let owner = exclusive.remove(&block);
+            assert!(users.is_none() || owner.is_none(), "{block:?} is used while a peer may write to it");
+            let expected = users.or(owner).unwrap_or(Census::Unused);
+            assert_eq!(census, expected, "{block:?} is used otherwise than its users know");
+        }
+        assert!(
+            held.is_empty() && exclusive.is_empty(),
+            "blocks are used that are not in the pool: {held:?}"
+        );
+        for id in &self.unannounced {
+            let sequence = self.roster.get(*id).expect("an unannounced reservation has its sequence");
+            assert_eq!(sequence.stage, Stage::Reserved, "{id:?} is to be announced");
+        }
+    }
+
+    fn refuse_at_the_door(&self, request: &Request) -> Result<(), SubmitError> {
+        let tokens = TokenCount(u32::try_from(request.tokens.len()).unwrap_or(u32::MAX));
+        let (prompt, limit) = (request.prompt_len, self.limits.max_model_len);
+        if prompt == TokenCount(0) || tokens == TokenCount(0) {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if tokens < prompt {
+            return Err(SubmitError::ShortPrompt { prompt, tokens });
+        }
+        if limit <= tokens {
+            return Err(SubmitError::TooLong { tokens, limit });
+        }
+        if self.roster.get(request.id).is_some() {
+            return Err(SubmitError::Duplicate(request.id));
+        }
+        if self.limits.max_waiting <= self.counts().waiting {
+            return Err(SubmitError::QueueFull { limit: self.limits.max_waiting });
+        }
+        Ok(())
+    }
+
+    /// Sequences that can all advance in one step: each needs a token of the budget.
+    pub(crate) fn places(&self) -> u32 {
+        self.limits.max_num_seqs.min(self.limits.max_num_batched_tokens.0)
+    }
+
+    fn admit(&mut self, admission: &Admission) {
+        let block_len = self.limits.block_len;
+        let sequence = self.roster.get_mut(admission.request).expect("planned from this state");
+        assert_eq!(sequence.stage, Stage::Waiting, "only a waiting sequence is admitted");
+        let fresh = match admission.purpose {
+            Purpose::Compute => self.pool.hold(admission.fresh),
+            Purpose::Reserve => self.pool.reserve(admission.fresh),
+        };
+        if sequence.place == Place::OwnBlocks {
+            let hits = admission.cached.len();
+            sequence.computed = crate::sequence::count_blocks(hits).tokens(block_len);
+            sequence.indexed = hits;
+            sequence.pinned = hits;
+            sequence.blocks = admission.cached.iter().copied().chain(fresh).collect();
+            if sequence.cached.is_none() {
+                sequence.cached = Some(sequence.computed);
+                self.counters.prefix_queries += u64::from(sequence.known().0);
+                self.counters.prefix_hits += u64::from(sequence.computed.0);
+            }
+        }
+        match admission.purpose {
+            Purpose::Compute => self.roster.move_to(admission.request, Stage::Running),
+            Purpose::Reserve => {
+                self.unannounced.push(admission.request);
+                self.roster.move_to(admission.request, Stage::Reserved);
+            }
+        }
+    }
+
+    fn preempt(&mut self, id: RequestId) {
+        let sequence = self.roster.get_mut(id).expect("planned from this state");
+        assert!(sequence.grows(), "only a sequence that decodes here is preempted");
+        self.pool.retire(sequence.chain(self.limits.block_len));
+        sequence.start_over();
+        self.roster.move_to(id, Stage::Waiting);
+        self.counters.preemptions += 1;
+    }
+
+    /// Makes blocks findable that have become full.
+    pub(crate) fn index_full_blocks(&mut self, id: RequestId) {
+        let sequence = self.roster.get_mut(id).expect("the caller has just seen it");
+        sequence.indexed = self.pool.index(sequence.chain(self.limits.block_len));
+    }
+
+    /// Gives a sequence its next token.
+    pub(crate) fn append(&mut self, id: RequestId, token: TokenId) -> Outcome {
+        let Limits { block_len, max_model_len, .. } = self.limits;
+        let sequence = self.roster.get_mut(id).expect("the caller has just seen it");
+        let index = sequence.known().0 - sequence.request.prompt_len.0;
+        sequence.request.tokens.push(token);
+        sequence.extend_hashes(block_len);
+        let full = (max_model_len <= sequence.known()).then_some(FinishReason::Length);
+        let finish = sequence.request.stop.reason(token, index).or(full);
+        let cached = sequence.cached_tokens();
+        if let Part::PrefillFor(_) = sequence.request.part {
+            self.roster.move_to(id, Stage::Pushing);
+        } else if finish.is_some() {
+            self.let_go(id);
+        }
+        Outcome::Token { request: id, token, index, finish, cached }
+    }
+
+    /// Ends a sequence; its full blocks stay in the prefix cache.
+    pub(crate) fn let_go(&mut self, id: RequestId) {
+        if let Some(sequence) = self.roster.remove(id) {
+            self.pool.retire(sequence.chain(self.limits.block_len));
+        }
+    }
+}
+
+/// What must hold of a single sequence.
+fn sequence_checks(sequence: &Sequence, limits: &Limits) {
+    let id = sequence.id();
+    assert!(sequence.computed < sequence.known(), "{id:?} has something to compute");
+    assert!(sequence.known() <= limits.max_model_len, "{id:?} outgrew the model");
+    let full = sequence.known().blocks_filled(limits.block_len).0 as usize;
+    assert_eq!(sequence.hashes.len(), full, "{id:?} has a hash for each full block");
+    match (sequence.stage, sequence.place) {
+        (Stage::Waiting | Stage::AwaitingTargets, _) | (_, Place::Targets) => {
+            assert!(sequence.blocks.is_empty(), "{id:?} has no blocks here");
+        }
+        (Stage::Running, _) => {
+            let held = crate::sequence::count_blocks(sequence.blocks.len());
+            assert!(sequence.computed.0 <= held.tokens(limits.block_len).0, "{id:?} holds what it computed");
+        }
+        (Stage::Reserved | Stage::Pushing, _) => {}
+    }
+}
