@@ -1,0 +1,296 @@
+//! What `/metrics` says, and the only place that knows the names.
+//!
+//! One value per front end instead of the process-wide recorder, so that tests stay apart. Names that dashboards of
+//! vLLM read are kept (`vllm:*`, labels `model_name` and `engine`, the latter being the worker's name where a worker
+//! is meant); what vLLM has no name for is `tidemill_*`. Workers report sums since their own start, so their counters
+//! grow here by differences: a restarted worker starts again at zero and ours must not.
+
+mod names;
+mod request;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use metrics::{Counter, Histogram, counter, gauge, histogram, with_local_recorder};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use tidemill_engine::handle::{Counters, Ledger, Role};
+
+pub(crate) use request::{Outcome, RequestRecord};
+
+/// All metrics of one front end.
+pub(crate) struct Metrics {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+    model: String,
+    requests: Requests,
+    /// Last report of each worker, by name.
+    workers: Mutex<BTreeMap<String, (u64, Counters)>>,
+    observations: AtomicU64,
+}
+
+/// Handles of what is recorded for each request, looked up once.
+struct Requests {
+    prompt_tokens: Counter,
+    generation_tokens: Counter,
+    success: [(Outcome, Counter); 4],
+    request_prompt_tokens: Histogram,
+    request_generation_tokens: Histogram,
+    time_to_first_token: Histogram,
+    inter_token_latency: Histogram,
+    e2e_latency: Histogram,
+    queue_time: Histogram,
+    prefill_time: Histogram,
+    decode_time: Histogram,
+    inference_time: Histogram,
+    params_n: Histogram,
+    params_max_tokens: Histogram,
+}
+
+/// A worker's state, as it told the router.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WorkerStatusSnapshot<'a> {
+    /// The worker's name.
+    pub(crate) worker: &'a str,
+    /// Its role.
+    pub(crate) role: Role,
+    /// The number of this start of the worker.
+    pub(crate) instance: u64,
+    /// Sequences that compute.
+    pub(crate) running: u32,
+    /// Requests that wait.
+    pub(crate) waiting: u32,
+    /// Where its blocks are.
+    pub(crate) ledger: Ledger,
+    /// Sums since its start.
+    pub(crate) counters: Counters,
+}
+
+impl Metrics {
+    /// Metrics of a front end that serves `model`.
+    pub(crate) fn new(model: &str) -> Self {
+        let mut builder = PrometheusBuilder::new();
+        for &(name, buckets) in names::BUCKETS {
+            builder = builder
+                .set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
+                .expect("no list of buckets is empty");
+        }
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        let requests = with_local_recorder(&recorder, || {
+            names::describe();
+            Requests::register(model)
+        });
+        let model = model.to_owned();
+        let (workers, observations) = (Mutex::default(), AtomicU64::new(0));
+        Self { recorder, handle, model, requests, workers, observations }
+    }
+
+    /// The text that Prometheus reads.
+    pub(crate) fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Records what a living worker reported.
+    pub(crate) fn record_worker_status(&self, status: &WorkerStatusSnapshot<'_>) {
+        let grown = {
+            let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+            let seen = workers.entry(status.worker.to_owned()).or_insert((status.instance, Counters::default()));
+            if seen.0 != status.instance {
+                *seen = (status.instance, Counters::default());
+            }
+            let grown = difference(&status.counters, &seen.1);
+            seen.1 = status.counters;
+            grown
+        };
+        with_local_recorder(&self.recorder, || {
+            self.set_gauges(status);
+            self.add_counters(status.worker, &grown);
+        });
+    }
+
+    /// Records that a worker is gone; its gauges say so until it reports again.
+    pub(crate) fn record_worker_down(&self, worker: &str, role: Role) {
+        with_local_recorder(&self.recorder, || {
+            gauge!(names::WORKER_UP, "worker" => worker.to_owned(), "role" => role_name(role)).set(0.0);
+            let (model, engine) = (self.model.clone(), worker.to_owned());
+            gauge!(names::RUNNING, "model_name" => model.clone(), "engine" => engine.clone()).set(0.0);
+            gauge!(names::WAITING, "model_name" => model, "engine" => engine).set(0.0);
+        });
+    }
+
+    /// Records that a dead worker was started again.
+    pub(crate) fn record_worker_restart(&self, worker: &str) {
+        with_local_recorder(&self.recorder, || {
+            counter!(names::WORKER_RESTARTS, "worker" => worker.to_owned()).increment(1);
+        });
+    }
+
+    /// Records how a worker's cache is made, once it is known.
+    pub(crate) fn record_cache_config(&self, worker: &str, block_len: u32, blocks: u32) {
+        with_local_recorder(&self.recorder, || {
+            gauge!(
+                names::CACHE_CONFIG,
+                "model_name" => self.model.clone(),
+                "engine" => worker.to_owned(),
+                "block_size" => block_len.to_string(),
+                "num_gpu_blocks" => blocks.to_string(),
+            )
+            .set(1.0);
+        });
+    }
+
+    /// Records that something was done in a worse way than intended, and why ("transport", "prefill_lost", …).
+    pub(crate) fn record_fallback(&self, reason: &'static str) {
+        with_local_recorder(&self.recorder, || counter!(names::FALLBACKS, "reason" => reason).increment(1));
+    }
+
+    /// Records one value that a worker measured; `name` is as in the protocol. Unknown names come from newer workers
+    /// and are dropped.
+    pub(crate) fn record_sample(&self, worker: &str, name: &str, value: f64) {
+        let Some(&(_, full_name)) = names::SAMPLES.iter().find(|(short, _)| *short == name) else { return };
+        with_local_recorder(&self.recorder, || {
+            let (model, engine) = (self.model.clone(), worker.to_owned());
+            histogram!(full_name, "model_name" => model, "engine" => engine).record(value);
+        });
+        self.observed(1);
+    }
+
+    /// Records that a request was refused before it reached a worker, and why.
+    pub(crate) fn record_refusal(&self, reason: &'static str) {
+        with_local_recorder(&self.recorder, || counter!(names::REFUSALS, "reason" => reason).increment(1));
+    }
+
+    fn set_gauges(&self, status: &WorkerStatusSnapshot<'_>) {
+        let (model, worker) = (self.model.clone(), status.worker.to_owned());
+        let ledger = &status.ledger;
+        let used = ledger.held + ledger.reserved + ledger.quarantined;
+        let usage = if ledger.total == 0 { 0.0 } else { f64::from(used) / f64::from(ledger.total) };
+        for (name, value) in [
+            (names::RUNNING, f64::from(status.running)),
+            (names::WAITING, f64::from(status.waiting)),
+            (names::CACHE_USAGE, usage),
+        ] {
+            gauge!(name, "model_name" => model.clone(), "engine" => worker.clone()).set(value);
+        }
+        for (state, blocks) in [
+            ("free", ledger.free),
+            ("cached", ledger.cached),
+            ("held", ledger.held),
+            ("reserved", ledger.reserved),
+            ("quarantined", ledger.quarantined),
+        ] {
+            gauge!(names::BLOCKS, "worker" => worker.clone(), "state" => state).set(f64::from(blocks));
+        }
+        gauge!(names::WORKER_UP, "worker" => worker, "role" => role_name(status.role)).set(1.0);
+    }
+
+    fn add_counters(&self, worker: &str, grown: &Counters) {
+        for (name, value) in [
+            (names::PREFIX_QUERIES, grown.prefix_queries),
+            (names::PREFIX_HITS, grown.prefix_hits),
+            (names::PREEMPTIONS, grown.preemptions),
+        ] {
+            counter!(name, "model_name" => self.model.clone(), "engine" => worker.to_owned()).increment(value);
+        }
+        for (name, value) in [
+            (names::STEPS, grown.steps),
+            (names::COMPUTED_PROMPT_TOKENS, grown.prompt_tokens),
+            (names::HANDOFFS, grown.handoffs),
+            (names::HANDOFF_BYTES, grown.handoff_bytes),
+            (names::HANDOFF_WRITES, grown.handoff_writes),
+            (names::HANDOFF_FAILURES, grown.handoff_failures),
+            (names::HANDOFF_REFUSALS, grown.handoff_refusals),
+            (names::HANDOFF_IN_PLACE, grown.handoff_in_place),
+        ] {
+            counter!(name, "worker" => worker.to_owned()).increment(value);
+        }
+        // A gauge for the exporter, which knows whole counters only; it never falls.
+        gauge!(names::HANDOFF_SECONDS, "worker" => worker.to_owned()).increment(grown.handoff_seconds);
+    }
+
+    /// Folds raw observations into buckets now and then: the exporter keeps each one until somebody reads
+    /// `/metrics`, and nobody may.
+    fn observed(&self, count: u64) {
+        let before = self.observations.fetch_add(count, Ordering::Relaxed);
+        if before / OBSERVATIONS_KEPT != (before + count) / OBSERVATIONS_KEPT {
+            self.handle.run_upkeep();
+        }
+    }
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Metrics").field("model", &self.model).finish_non_exhaustive()
+    }
+}
+
+impl Requests {
+    fn register(model: &str) -> Self {
+        let model = model.to_owned();
+        let count =
+            |name: &'static str| counter!(name, "model_name" => model.clone(), "engine" => FRONT_END);
+        let distribution =
+            |name: &'static str| histogram!(name, "model_name" => model.clone(), "engine" => FRONT_END);
+        let ended = |outcome: Outcome| {
+            let (model, reason) = (model.clone(), outcome.name());
+            let counter = counter!(
+                names::REQUEST_SUCCESS,
+                "model_name" => model, "engine" => FRONT_END, "finished_reason" => reason
+            );
+            (outcome, counter)
+        };
+        Self {
+            prompt_tokens: count(names::PROMPT_TOKENS),
+            generation_tokens: count(names::GENERATION_TOKENS),
+            success: [Outcome::Stop, Outcome::Length, Outcome::Abort, Outcome::Error].map(ended),
+            request_prompt_tokens: distribution(names::REQUEST_PROMPT_TOKENS),
+            request_generation_tokens: distribution(names::REQUEST_GENERATION_TOKENS),
+            time_to_first_token: distribution(names::TIME_TO_FIRST_TOKEN),
+            inter_token_latency: distribution(names::INTER_TOKEN_LATENCY),
+            e2e_latency: distribution(names::E2E_LATENCY),
+            queue_time: distribution(names::QUEUE_TIME),
+            prefill_time: distribution(names::PREFILL_TIME),
+            decode_time: distribution(names::DECODE_TIME),
+            inference_time: distribution(names::INFERENCE_TIME),
+            params_n: distribution(names::PARAMS_N),
+            params_max_tokens: distribution(names::PARAMS_MAX_TOKENS),
+        }
+    }
+}
+
+/// What was added since the last report. A sum that fell can only be a worker's mistake; it counts as no change.
+fn difference(now: &Counters, before: &Counters) -> Counters {
+    Counters {
+        steps: now.steps.saturating_sub(before.steps),
+        prompt_tokens: now.prompt_tokens.saturating_sub(before.prompt_tokens),
+        generation_tokens: now.generation_tokens.saturating_sub(before.generation_tokens),
+        prefix_queries: now.prefix_queries.saturating_sub(before.prefix_queries),
+        prefix_hits: now.prefix_hits.saturating_sub(before.prefix_hits),
+        preemptions: now.preemptions.saturating_sub(before.preemptions),
+        handoffs: now.handoffs.saturating_sub(before.handoffs),
+        handoff_bytes: now.handoff_bytes.saturating_sub(before.handoff_bytes),
+        handoff_writes: now.handoff_writes.saturating_sub(before.handoff_writes),
+        handoff_failures: now.handoff_failures.saturating_sub(before.handoff_failures),
+        handoff_in_place: now.handoff_in_place.saturating_sub(before.handoff_in_place),
+        handoff_refusals: now.handoff_refusals.saturating_sub(before.handoff_refusals),
+        handoff_seconds: (now.handoff_seconds - before.handoff_seconds).max(0.0),
+    }
+}
+
+const fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Prefill => "prefill",
+        Role::Decode => "decode",
+        Role::Hybrid => "hybrid",
+    }
+}
+
+/// The `engine` label of what the front end itself measures; vLLM's name for its first engine.
+const FRONT_END: &str = "0";
+
+/// Raw observations kept before they are folded: eight bytes each.
+const OBSERVATIONS_KEPT: u64 = 1 << 16;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,84 @@
+//! Rows of what `/metrics` must say.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::*;
+
+fn status(instance: u64, bytes: u64, seconds: f64) -> WorkerStatusSnapshot<'static> {
+    let ledger = Ledger { total: 10, free: 4, cached: 1, held: 3, reserved: 1, quarantined: 1 };
+    let counters = Counters { handoff_bytes: bytes, handoff_seconds: seconds, ..Counters::default() };
+    WorkerStatusSnapshot { worker: "p0", role: Role::Prefill, instance, running: 2, waiting: 3, ledger, counters }
+}
+
+fn value(text: &str, series: &str) -> Option<f64> {
+    let line = text.lines().find(|line| line.starts_with(series))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+#[test]
+fn a_restarted_worker_adds_to_what_it_did_before() {
+    let metrics = Metrics::new("m");
+    metrics.record_worker_status(&status(1, 100, 0.5));
+    metrics.record_worker_status(&status(1, 150, 0.75));
+    metrics.record_worker_status(&status(2, 30, 0.25));
+    let text = metrics.render();
+    assert_eq!(value(&text, "tidemill_handoff_bytes_total{"), Some(180.0));
+    assert_eq!(value(&text, "tidemill_handoff_seconds_total{"), Some(1.0));
+}
+
+#[test]
+fn a_worker_is_down_until_it_reports_again() {
+    let metrics = Metrics::new("m");
+    let up = r#"tidemill_worker_up{worker="p0",role="prefill"}"#;
+    metrics.record_worker_status(&status(1, 0, 0.0));
+    assert_eq!(value(&metrics.render(), up), Some(1.0));
+    metrics.record_worker_down("p0", Role::Prefill);
+    assert_eq!(value(&metrics.render(), up), Some(0.0));
+    metrics.record_worker_status(&status(2, 0, 0.0));
+    assert_eq!(value(&metrics.render(), up), Some(1.0));
+}
+
+#[test]
+fn usage_counts_blocks_that_nobody_else_could_have() {
+    let metrics = Metrics::new("m");
+    metrics.record_worker_status(&status(1, 0, 0.0));
+    let text = metrics.render();
+    assert_eq!(value(&text, r#"vllm:kv_cache_usage_perc{model_name="m",engine="p0"}"#), Some(0.5));
+    assert_eq!(value(&text, r#"tidemill_blocks{worker="p0",state="quarantined"}"#), Some(1.0));
+}
+
+#[test]
+fn every_distribution_has_buckets() {
+    let metrics = Arc::new(Metrics::new("m"));
+    let mut record = metrics.follow(Instant::now(), 7, 16);
+    record.token();
+    record.token();
+    record.finished(Outcome::Stop);
+    metrics.record_choices(2);
+    for (name, _) in names::SAMPLES {
+        metrics.record_sample("p0", name, 1.0);
+    }
+    let text = metrics.render();
+    for (name, _) in names::BUCKETS {
+        let bucket = format!("{name}_bucket{{");
+        assert!(text.contains(&bucket), "{name} is there, in buckets:\n{text}");
+    }
+    assert!(!text.contains("quantile="), "a summary cannot be added up over servers");
+}
+
+#[test]
+fn a_sequence_ends_once_and_by_abort_when_nobody_waits() {
+    let metrics = Arc::new(Metrics::new("m"));
+    let mut record = metrics.follow(Instant::now(), 7, 16);
+    record.finished(Outcome::Length);
+    record.finished(Outcome::Error);
+    drop(record);
+    drop(metrics.follow(Instant::now(), 7, 16));
+    let text = metrics.render();
+    let of = |reason: &str| {
+        let labels = format!(r#"{{model_name="m",engine="0",finished_reason="{reason}"}}"#);
+        value(&text, &format!("vllm:request_success_total{labels}"))
+    };
+    assert_eq!([of("stop"), of("length"), of("abort"), of("error")], [0.0, 1.0, 1.0, 0.0].map(Some));
+}
