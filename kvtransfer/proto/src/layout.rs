@@ -277,10 +277,10 @@ mod tests {
         #[rustfmt::skip]
         let rows = [
             ("equal layouts need nothing",        other(|_| {}),                                        Ok(Bridge::Identical)),
-            ("block length converts",             other(|l| l.block_len = BlockLen::new(64).unwrap()),  lossless.clone()),
-            ("axis order converts",               other(|l| l.order = AxisOrder::HeadToken),            lossless.clone()),
+            ("block length converts",             other(|l| l.block_len = BlockLen::new(64).unwrap()),  lossless),
+            ("axis order converts",               other(|l| l.order = AxisOrder::HeadToken),            lossless),
             ("bf16 widens to f32 unchanged",      other(|l| l.dtype = KvDtype::F32),                    lossless),
-            ("bf16 to f16 may lose bits",         other(|l| l.dtype = KvDtype::F16),                    lossy.clone()),
+            ("bf16 to f16 may lose bits",         other(|l| l.dtype = KvDtype::F16),                    lossy),
             ("bf16 to int8 loses bits",           other(|l| l.dtype = KvDtype::Int8),                   lossy),
             ("another model is refused by name",  other(|l| l.model = "n".into()),                      Err("model")),
             ("another depth is refused by name",  other(|l| l.layers = 4),                              Err("layers")),

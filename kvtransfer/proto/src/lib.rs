@@ -7,5 +7,14 @@
 //! the very same code under a virtual clock.
 #![forbid(unsafe_code)]
 
+pub mod coalesce;
+pub mod codec;
+pub mod digest;
+pub mod error;
 pub mod layout;
+pub mod message;
+pub mod reservation;
+pub mod sender;
+pub mod simulated_wire;
+pub mod transport;
 pub mod units;

@@ -1,0 +1,144 @@
+//! Proof that the bytes which arrived are those that were sent.
+//!
+//! The digest of a block is the wrapping sum of the digests of its granules, one layer each. A sum, so that a
+//! sender can add layers in whatever order and grouping it computes them; seeded with the block's position in
+//! the handoff and the layer, so that swapped blocks or layers do not cancel out; and free of block numbers, so
+//! that it survives the move from one pool to another.
+//!
+//! A granule counts as often as it is added: a sender must write each exactly once.
+
+use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
+
+use crate::units::HandoffId;
+
+/// How much of each granule a digest looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Coverage {
+    /// The first and last cache line and some between, chosen anew for each handoff: notices every block or
+    /// layer that is missing, stale or misplaced, at a cost that does not depend on its size.
+    #[default]
+    Sampled,
+    /// Every byte.
+    Full,
+}
+
+/// Which granule of a handoff.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Granule {
+    /// The handoff.
+    pub handoff: HandoffId,
+    /// Position of its block among the targets.
+    pub target: u32,
+    /// Its number within the block.
+    pub index: u32,
+}
+
+/// Digest of one granule of `len` bytes. `read(offset, buffer)` copies bytes of the granule into the buffer: the
+/// memory can be shared with a peer, so it is never borrowed.
+pub fn granule_digest(
+    coverage: Coverage,
+    granule: Granule,
+    len: usize,
+    mut read: impl FnMut(usize, &mut [u8]),
+) -> u64 {
+    let seed = granule.seed();
+    if coverage == Coverage::Full || len <= LINES * LINE {
+        let mut hasher = Xxh3::with_seed(seed);
+        let mut buffer = [0; CHUNK];
+        let mut offset = 0;
+        while offset < len {
+            let part = &mut buffer[..CHUNK.min(len - offset)];
+            read(offset, part);
+            hasher.update(part);
+            offset += part.len();
+        }
+        return hasher.digest();
+    }
+    let mut sample = [0; LINES * LINE];
+    for (slot, offset) in granule.lines(len).into_iter().enumerate() {
+        read(offset, &mut sample[slot * LINE..(slot + 1) * LINE]);
+    }
+    xxh3_64_with_seed(&sample, seed)
+}
+
+impl Granule {
+    /// Distinct for each place of a block, equal for all handoffs: a digest can be compared across them.
+    fn seed(self) -> u64 {
+        (u64::from(self.target) << 32) | u64::from(self.index)
+    }
+
+    /// Where the sampled lines start. A different choice for each handoff, so that no byte of a block that is
+    /// handed over again and again stays unseen for ever.
+    fn lines(self, len: usize) -> [usize; LINES] {
+        let whole_lines = len / LINE;
+        let mut choice = xxh3_64_with_seed(&self.seed().to_le_bytes(), self.handoff.0);
+        let mut lines = [0; LINES];
+        lines[LINES - 1] = len - LINE;
+        for line in &mut lines[1..LINES - 1] {
+            *line = usize::try_from(choice % whole_lines as u64).expect("less than a usize") * LINE;
+            choice = choice.rotate_right(32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        }
+        lines
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Lines of a granule that a sampled digest looks at.
+const LINES: usize = 4;
+/// Bytes hashed at a time.
+const CHUNK: usize = 8192;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRANULE: Granule = Granule { handoff: HandoffId(1), target: 2, index: 3 };
+
+    fn digest(coverage: Coverage, granule: Granule, bytes: &[u8]) -> u64 {
+        granule_digest(coverage, granule, bytes.len(), |offset, buffer| {
+            buffer.copy_from_slice(&bytes[offset..offset + buffer.len()]);
+        })
+    }
+
+    #[test]
+    fn what_a_digest_notices() {
+        let bytes: Vec<u8> = (0..20_000u32).map(|index| (index % 251) as u8).collect();
+        let with = |at: usize| {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 1;
+            bytes
+        };
+        let moved = Granule { target: 3, index: 2, ..GRANULE };
+        let other = Granule { handoff: HandoffId(9), ..GRANULE };
+        for coverage in [Coverage::Sampled, Coverage::Full] {
+            let honest = digest(coverage, GRANULE, &bytes);
+            assert_eq!(honest, digest(coverage, GRANULE, &bytes.clone()), "{coverage:?}: it is a function");
+            assert_ne!(honest, digest(coverage, GRANULE, &with(0)), "{coverage:?}: the first line counts");
+            assert_ne!(honest, digest(coverage, GRANULE, &with(19_999)), "{coverage:?}: so does the last");
+            assert_ne!(honest, digest(coverage, moved, &bytes), "{coverage:?}: the place counts");
+        }
+        let full = digest(Coverage::Full, GRANULE, &bytes);
+        assert_ne!(full, digest(Coverage::Full, GRANULE, &with(10_001)), "every byte counts when full");
+        assert_eq!(full, digest(Coverage::Full, other, &bytes), "full digests do not depend on the handoff");
+        let tiny = [1, 2, 3];
+        assert_ne!(digest(Coverage::Sampled, GRANULE, &tiny), digest(Coverage::Sampled, GRANULE, &[1, 2, 4]));
+    }
+
+    #[test]
+    fn sampled_lines_lie_inside_and_change_with_the_handoff() {
+        let mut seen = std::collections::BTreeSet::new();
+        for handoff in 0..200 {
+            for len in [257, 300, 4096, 10_000] {
+                let granule = Granule { handoff: HandoffId(handoff), ..GRANULE };
+                for offset in granule.lines(len) {
+                    assert!(offset + LINE <= len, "line at {offset} of {len}");
+                    if len == 4096 {
+                        seen.insert(offset / LINE);
+                    }
+                }
+            }
+        }
+        assert_eq!(seen.len(), 4096 / LINE, "in 200 handoffs each line was looked at");
+    }
+}

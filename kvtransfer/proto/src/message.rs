@@ -1,0 +1,257 @@
+//! What two workers say to each other over their control connection.
+//!
+//! These are the types that the state machines speak; how they look on the wire is the business of
+//! [`codec`](crate::codec) alone, so that a field can be added there without touching a decision here.
+
+use std::time::Duration;
+
+use crate::digest::Coverage;
+use crate::layout::KvLayout;
+use crate::units::{BlockRef, HandoffId, TokenCount};
+
+/// One message of the control connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// First message of whoever opened the connection.
+    Hello(Hello),
+    /// Answer to a [`Hello`] that is acceptable.
+    Welcome(Welcome),
+    /// Answer to a [`Hello`] that is not. Last message.
+    Refuse(Refuse),
+    /// First message on a second connection (TCP data, or the local socket that passes memory): says to which
+    /// control connection it belongs.
+    Attach(Attach),
+    /// The path for data is set up. Each side sends one; after that, handoffs may begin.
+    Ready(Ready),
+    /// Decode side: these blocks wait for the KV of that handoff.
+    Reserve(Reserve),
+    /// Prefill side: will not do it, and has touched none of the blocks.
+    Decline {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// Why, for logs.
+        reason: String,
+    },
+    /// Prefill side: everything is written.
+    Commit(Commit),
+    /// Decode side: verified and taken over. The prefill side may free its blocks.
+    Adopted {
+        /// Which handoff.
+        handoff: HandoffId,
+    },
+    /// Decode side: the commit is not acceptable.
+    Refused {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// Why, for logs.
+        reason: String,
+    },
+    /// Decode side: no longer wanted; answer with `Quiet` when nothing can touch the blocks any more.
+    Cancel {
+        /// Which handoff.
+        handoff: HandoffId,
+    },
+    /// Prefill side: nothing of mine will touch the blocks of that handoff ever again.
+    Quiet {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// Why there will be no commit, for logs.
+        reason: String,
+    },
+    /// Still here. Any other message says so too.
+    Heartbeat {
+        /// Rises by one with each.
+        seq: u64,
+    },
+    /// The sender is about to go. Last message.
+    Bye {
+        /// Handoffs of which the sender cannot promise that it no longer touches their blocks.
+        busy: Vec<HandoffId>,
+    },
+}
+
+/// Who opens a connection, and everything that must fit for the two to work together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Version of this protocol, [`PROTOCOL`].
+    pub protocol: u32,
+    /// A number that no other start of any worker has.
+    pub instance: u64,
+    /// Name in logs.
+    pub name: String,
+    /// Meaning of the bytes of its blocks.
+    pub layout: KvLayout,
+    /// Size of its block arena in bytes; block `b` starts at `b * layout.block_bytes()`.
+    pub region_bytes: u64,
+    /// TCP port on which it listens.
+    pub listen_port: u16,
+    /// Equal for two processes of one host and one user.
+    pub host: String,
+    /// Name of the abstract local socket that passes memory; empty when it offers none.
+    pub memory_socket: String,
+    /// Which ways it accepts for data.
+    pub offer: Offer,
+    /// After how much silence it takes the other side for lost.
+    pub lease: Duration,
+}
+
+/// Ways for data that a worker accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Shared memory, should both be on one host.
+    pub shared_memory: bool,
+    /// TCP.
+    pub tcp: bool,
+    /// What to do when the better of the common ways cannot be set up.
+    pub on_failure: OnFailure,
+}
+
+/// What to do when the better of two ways cannot be set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnFailure {
+    /// Take the other, and say so.
+    FallBack,
+    /// Treat the peer as unreachable.
+    Fail,
+}
+
+/// A way for data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TransportKind {
+    /// The sender stores into the receiver's memory.
+    SharedMemory,
+    /// Frames on a TCP connection, each admitted by the receiver.
+    Tcp,
+}
+
+/// Acceptance of a [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The same about the accepting side.
+    pub hello: Hello,
+    /// To be named in [`Attach`].
+    pub token: u64,
+}
+
+/// Rejection of a [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refuse {
+    /// The field that does not fit.
+    pub field: String,
+    /// In which way.
+    pub reason: String,
+}
+
+/// Ties a second connection to a control connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attach {
+    /// Who opens it.
+    pub instance: u64,
+    /// The token of the [`Welcome`].
+    pub token: u64,
+}
+
+/// The path for data is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ready {
+    /// Which way it is.
+    pub transport: TransportKind,
+    /// Why it is not the better one, if so.
+    pub fallback: Option<String>,
+    /// Handoffs of earlier connections of which the sender cannot yet promise that it no longer touches their
+    /// blocks. All others are quiet: the decode side releases what it held in quarantine.
+    pub busy: Vec<HandoffId>,
+}
+
+/// Blocks that wait for the KV of a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reserve {
+    /// Which handoff.
+    pub handoff: HandoffId,
+    /// Tokens of the sequence whose KV is needed, those in `cached` included.
+    pub tokens: TokenCount,
+    /// Index in the sequence of the block that `targets[0]` will hold.
+    pub first_block: u32,
+    /// Blocks of the decode side that hold the sequence's first tokens already; may be fewer than `first_block`.
+    pub cached: Vec<BlockRef>,
+    /// Blocks to be filled, in order of the sequence.
+    pub targets: Vec<BlockRef>,
+    /// What the digests of the commit must cover.
+    pub coverage: Coverage,
+}
+
+/// All writes of a handoff have completed; this is what they must amount to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// Which handoff.
+    pub handoff: HandoffId,
+    /// As in [`Reserve`].
+    pub tokens: TokenCount,
+    /// As in [`Reserve`]: names the epochs that the sender believed to write.
+    pub targets: Vec<BlockRef>,
+    /// One for each target, see [`digest`](crate::digest).
+    pub digests: Vec<u64>,
+    /// Opaque to this crate: the first token, the sampler's state.
+    pub payload: Vec<u8>,
+}
+
+impl Offer {
+    /// The way that two workers take: the best that both accept. `None` when there is none.
+    pub fn common(self, other: Self, same_host: bool) -> Option<TransportKind> {
+        if same_host && self.shared_memory && other.shared_memory {
+            Some(TransportKind::SharedMemory)
+        } else if self.tcp && other.tcp {
+            Some(TransportKind::Tcp)
+        } else {
+            None
+        }
+    }
+
+    /// Whether TCP may replace shared memory that could not be set up.
+    pub fn may_fall_back(self, other: Self) -> bool {
+        self.tcp
+            && other.tcp
+            && self.on_failure == OnFailure::FallBack
+            && other.on_failure == OnFailure::FallBack
+    }
+}
+
+impl TransportKind {
+    /// The name used by flags, logs and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::SharedMemory => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// Version of the protocol. Raised when an old worker would misunderstand a new one; fields that an old worker
+/// may ignore do not raise it.
+pub const PROTOCOL: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_common_way_is_taken() {
+        let offer = |shared_memory, tcp| Offer { shared_memory, tcp, on_failure: OnFailure::FallBack };
+        let (both, shm, tcp) = (offer(true, true), offer(true, false), offer(false, true));
+        #[rustfmt::skip]
+        let rows = [
+            ("one host shares memory",              both, both, true,  Some(TransportKind::SharedMemory)),
+            ("two hosts take TCP",                  both, both, false, Some(TransportKind::Tcp)),
+            ("TCP when one side wants it",          both, tcp,  true,  Some(TransportKind::Tcp)),
+            ("memory only, on two hosts: no way",   shm,  both, false, None),
+            ("nothing in common",                   shm,  tcp,  true,  None),
+        ];
+        for (name, ours, theirs, same_host, expected) in rows {
+            assert_eq!(ours.common(theirs, same_host), expected, "{name}");
+            assert_eq!(theirs.common(ours, same_host), expected, "{name}, seen from the other side");
+        }
+        let strict = Offer { on_failure: OnFailure::Fail, ..both };
+        assert!(both.may_fall_back(both) && !both.may_fall_back(strict) && !strict.may_fall_back(both));
+        assert!(!both.may_fall_back(shm), "nothing to fall back to");
+    }
+}

@@ -1,0 +1,574 @@
+//! Decode side of a handoff: blocks that wait to be filled by a peer.
+//!
+//! ```text
+//! Reserved ──► Filling ──► Committed ──► Released
+//!     │           │            │            ▲
+//!     └───────────┴─► Quarantined ──────────┘   only when it is proven that no write can land any more
+//! ```
+//!
+//! The one rule behind it: a block that was announced to a peer goes back to the pool only by adoption, by the
+//! peer's own word that it is quiet, or by the driver's proof of it. Losing the peer is no proof.
+
+use std::collections::BTreeMap;
+
+use crate::error::{CommitFault, TransferError};
+use crate::message::{Commit, Message};
+use crate::transport::{RemoteRange, WriteFault, stamp};
+use crate::units::{BlockId, BlockRef, HandoffId, TokenCount};
+
+/// Where a reservation stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReservationState {
+    /// Set aside; the peer does not know of it.
+    Reserved,
+    /// Announced: writes can land at any moment.
+    Filling,
+    /// A valid commit came and its digests match; the engine has yet to take the blocks over.
+    Committed,
+    /// Given up, but the peer may still write.
+    Quarantined,
+    /// Over. The blocks are the engine's, to use or to give out again.
+    Released,
+}
+
+/// What can happen to a reservation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReservationEvent {
+    /// The announcement was handed to the connection.
+    Announced,
+    /// The prefill side will not do it.
+    Declined {
+        /// Its reason.
+        reason: String,
+    },
+    /// The prefill side says that everything is written.
+    Commit(Commit),
+    /// The driver compared the digests of an examined commit with the memory.
+    Verified {
+        /// The first target that differs, if one does.
+        outcome: Result<(), CommitFault>,
+    },
+    /// The engine took the blocks over.
+    Adopt,
+    /// The engine cannot use the committed blocks.
+    Refuse {
+        /// Its reason.
+        reason: String,
+    },
+    /// The engine does not want the handoff any more.
+    Cancel,
+    /// The prefill side says that it will never touch the blocks again.
+    Quiet {
+        /// Why there is no commit.
+        reason: String,
+    },
+    /// The connection to the peer is gone.
+    PeerLost {
+        /// Name of the peer.
+        peer: String,
+        /// How it showed.
+        reason: String,
+    },
+    /// The driver has proof that the peer cannot write any more.
+    QuietProven,
+}
+
+/// What the driver has to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReservationAction {
+    /// Say this to the peer, if it is still there.
+    Send(Message),
+    /// Compare these digests, one for each target, with the memory; answer with `Verified`.
+    Verify(Vec<u64>),
+    /// Tell the engine: filled and verified; the payload is what the peer sent along.
+    TellCommitted(Vec<u8>),
+    /// Tell the engine: there will be no KV.
+    TellFailed(TransferError),
+    /// Tell the engine: the blocks may go back to the pool. The reservation can be forgotten.
+    TellReleased,
+    /// The reservation can be forgotten; the blocks belong to the engine.
+    Forget,
+}
+
+/// Blocks set aside for one handoff.
+#[derive(Clone, Debug)]
+pub struct Reservation {
+    handoff: HandoffId,
+    tokens: TokenCount,
+    targets: Vec<BlockRef>,
+    positions: BTreeMap<BlockId, u32>,
+    state: ReservationState,
+    commit: CommitProgress,
+    peer_is_quiet: bool,
+}
+
+/// How far a commit record got while the state is `Filling`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum CommitProgress {
+    Awaited,
+    /// Digests are being compared; no write is admitted any more.
+    Verifying {
+        payload: Vec<u8>,
+    },
+}
+
+use ReservationAction as Action;
+use ReservationEvent as Event;
+use ReservationState as State;
+
+impl Reservation {
+    /// Sets `targets` aside to hold the KV of `tokens`.
+    ///
+    /// # Errors
+    ///
+    /// A block is named twice, or none is.
+    pub fn new(
+        handoff: HandoffId,
+        tokens: TokenCount,
+        targets: Vec<BlockRef>,
+    ) -> Result<Self, TransferError> {
+        let positions: BTreeMap<_, _> = targets.iter().map(|it| it.block).zip(0..).collect();
+        if targets.is_empty() || positions.len() != targets.len() {
+            return Err(TransferError::Invalid { what: "targets are not one or more distinct blocks" });
+        }
+        Ok(Self {
+            handoff,
+            tokens,
+            targets,
+            positions,
+            state: State::Reserved,
+            commit: CommitProgress::Awaited,
+            peer_is_quiet: false,
+        })
+    }
+
+    /// Where it stands.
+    pub fn state(&self) -> ReservationState {
+        self.state
+    }
+
+    /// The blocks, in order of the sequence.
+    pub fn targets(&self) -> &[BlockRef] {
+        &self.targets
+    }
+
+    /// Tokens that the blocks, and those cached before them, are to hold.
+    pub fn tokens(&self) -> TokenCount {
+        self.tokens
+    }
+
+    /// Whether the receiver may let a write land: it lies within targets of this reservation, names their
+    /// epochs, and the handoff still expects bytes.
+    ///
+    /// # Errors
+    ///
+    /// Names the rule that the write breaks. No byte of it may be stored.
+    pub fn admit(&self, range: &RemoteRange, block_bytes: usize) -> Result<(), WriteFault> {
+        if self.state != State::Filling || self.commit != CommitProgress::Awaited {
+            return Err(WriteFault::NotExpected);
+        }
+        let blocks = range.blocks(block_bytes).ok_or(WriteFault::Outside)?;
+        let covered = blocks.map(|block| {
+            let position = *self.positions.get(&block)?;
+            Some(self.targets[position as usize])
+        });
+        // One look-up per block and an early end, so that a hostile length costs nothing.
+        let covered: Option<Vec<BlockRef>> = covered.collect();
+        let covered = covered.ok_or(WriteFault::Outside)?;
+        if stamp(&covered) != range.stamp {
+            return Err(WriteFault::Stale);
+        }
+        Ok(())
+    }
+
+    /// The one way in which a reservation changes. Events that come late, twice or out of order change nothing.
+    pub fn apply(&mut self, event: Event) -> Vec<Action> {
+        match event {
+            Event::Announced => self.announced(),
+            Event::Declined { reason } => self.declined(reason),
+            Event::Commit(commit) => self.committed(commit),
+            Event::Verified { outcome } => self.verified(outcome),
+            Event::Adopt => self.adopt(),
+            Event::Refuse { reason } => self.refuse(reason),
+            Event::Cancel => self.cancel(),
+            Event::Quiet { reason } => self.quiet(reason),
+            Event::PeerLost { peer, reason } => self.peer_lost(peer, reason),
+            Event::QuietProven => self.quiet_proven(),
+        }
+    }
+
+    fn announced(&mut self) -> Vec<Action> {
+        if self.state == State::Reserved {
+            self.state = State::Filling;
+        }
+        Vec::new()
+    }
+
+    fn declined(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            State::Filling => {
+                self.state = State::Released;
+                vec![Action::TellFailed(TransferError::Declined { reason }), Action::TellReleased]
+            }
+            State::Quarantined => self.quiet_proven(),
+            State::Reserved | State::Committed | State::Released => Vec::new(),
+        }
+    }
+
+    fn committed(&mut self, commit: Commit) -> Vec<Action> {
+        if self.state != State::Filling || self.commit != CommitProgress::Awaited {
+            return Vec::new();
+        }
+        match self.examine(&commit) {
+            Ok(()) => {
+                self.commit = CommitProgress::Verifying { payload: commit.payload };
+                vec![Action::Verify(commit.digests)]
+            }
+            Err(fault) => self.reject(fault),
+        }
+    }
+
+    /// Everything about a commit that can be told without looking at the memory.
+    fn examine(&self, commit: &Commit) -> Result<(), CommitFault> {
+        if commit.tokens != self.tokens {
+            return Err(CommitFault::Tokens { ours: self.tokens.0, theirs: commit.tokens.0 });
+        }
+        let longer = self.targets.len().max(commit.targets.len());
+        for index in 0..longer {
+            let (ours, theirs) = (self.targets.get(index).copied(), commit.targets.get(index).copied());
+            if ours != theirs {
+                return Err(CommitFault::Target { index, ours, theirs });
+            }
+        }
+        if commit.digests.len() != self.targets.len() {
+            return Err(CommitFault::Shape { digests: commit.digests.len(), targets: self.targets.len() });
+        }
+        Ok(())
+    }
+
+    fn verified(&mut self, outcome: Result<(), CommitFault>) -> Vec<Action> {
+        if self.state != State::Filling {
+            return Vec::new(); // Given up meanwhile.
+        }
+        let CommitProgress::Verifying { payload } =
+            std::mem::replace(&mut self.commit, CommitProgress::Awaited)
+        else {
+            return Vec::new();
+        };
+        match outcome {
+            Ok(()) => {
+                self.state = State::Committed;
+                vec![Action::TellCommitted(payload)]
+            }
+            Err(fault) => self.reject(fault),
+        }
+    }
+
+    fn reject(&mut self, fault: CommitFault) -> Vec<Action> {
+        self.state = State::Quarantined;
+        let reason = fault.to_string();
+        let mut actions = vec![
+            Action::Send(Message::Refused { handoff: self.handoff, reason }),
+            Action::TellFailed(fault.into()),
+        ];
+        actions.extend(self.release_if_quiet());
+        actions
+    }
+
+    fn adopt(&mut self) -> Vec<Action> {
+        if self.state != State::Committed {
+            return Vec::new();
+        }
+        self.state = State::Released;
+        vec![Action::Send(Message::Adopted { handoff: self.handoff }), Action::Forget]
+    }
+
+    fn refuse(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            State::Committed => {
+                self.state = State::Quarantined;
+                let mut actions = vec![Action::Send(Message::Refused { handoff: self.handoff, reason })];
+                actions.extend(self.release_if_quiet());
+                actions
+            }
+            State::Reserved | State::Filling => self.cancel(),
+            State::Quarantined | State::Released => Vec::new(),
+        }
+    }
+
+    fn cancel(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Reserved => {
+                self.state = State::Released;
+                vec![Action::TellReleased]
+            }
+            State::Filling => {
+                self.state = State::Quarantined;
+                vec![Action::Send(Message::Cancel { handoff: self.handoff })]
+            }
+            State::Committed => self.refuse("cancelled".to_owned()),
+            State::Quarantined | State::Released => Vec::new(),
+        }
+    }
+
+    fn quiet(&mut self, reason: String) -> Vec<Action> {
+        match self.state {
+            State::Filling => {
+                self.state = State::Released;
+                vec![Action::TellFailed(TransferError::Abandoned { reason }), Action::TellReleased]
+            }
+            State::Committed | State::Quarantined => self.quiet_proven(),
+            State::Reserved | State::Released => Vec::new(),
+        }
+    }
+
+    fn peer_lost(&mut self, peer: String, reason: String) -> Vec<Action> {
+        match self.state {
+            State::Reserved => {
+                self.state = State::Released;
+                vec![Action::TellFailed(TransferError::PeerLost { peer, reason }), Action::TellReleased]
+            }
+            State::Filling => {
+                self.state = State::Quarantined;
+                vec![Action::TellFailed(TransferError::PeerLost { peer, reason })]
+            }
+            // What was committed is complete and verified: the engine may still take it.
+            State::Committed | State::Quarantined | State::Released => Vec::new(),
+        }
+    }
+
+    fn quiet_proven(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Committed => {
+                self.peer_is_quiet = true;
+                Vec::new()
+            }
+            State::Quarantined => {
+                self.peer_is_quiet = true;
+                self.release_if_quiet()
+            }
+            State::Reserved | State::Filling | State::Released => Vec::new(),
+        }
+    }
+
+    fn release_if_quiet(&mut self) -> Vec<Action> {
+        if !self.peer_is_quiet {
+            return Vec::new();
+        }
+        self.state = State::Released;
+        vec![Action::TellReleased]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Epoch;
+
+    const HANDOFF: HandoffId = HandoffId(7);
+
+    fn target(block: u32, epoch: u64) -> BlockRef {
+        BlockRef { block: BlockId(block), epoch: Epoch(epoch) }
+    }
+
+    fn targets() -> Vec<BlockRef> {
+        vec![target(4, 1), target(5, 9), target(2, 3)]
+    }
+
+    fn commit() -> Commit {
+        Commit {
+            handoff: HANDOFF,
+            tokens: TokenCount(40),
+            targets: targets(),
+            digests: vec![10, 11, 12],
+            payload: vec![1],
+        }
+    }
+
+    /// A reservation in one of the states, reached the way it is in life.
+    fn reservation(state: &str) -> Reservation {
+        let mut it = Reservation::new(HANDOFF, TokenCount(40), targets()).unwrap();
+        let path: &[&str] = match state {
+            "reserved" => &[],
+            "filling" => &["announced"],
+            "verifying" => &["announced", "commit"],
+            "committed" => &["announced", "commit", "verified"],
+            "committed-quiet" => &["announced", "commit", "verified", "quiet"],
+            "quarantined" => &["announced", "cancel"],
+            "released" => &["cancel"],
+            other => panic!("no state {other}"),
+        };
+        for name in path {
+            it.apply(event(name));
+        }
+        it
+    }
+
+    fn event(name: &str) -> Event {
+        let reason = || "r".to_owned();
+        match name {
+            "announced" => Event::Announced,
+            "declined" => Event::Declined { reason: reason() },
+            "commit" => Event::Commit(commit()),
+            "commit:epoch" => {
+                let mut commit = commit();
+                commit.targets[1].epoch = Epoch(8);
+                Event::Commit(commit)
+            }
+            "commit:tokens" => Event::Commit(Commit { tokens: TokenCount(39), ..commit() }),
+            "commit:fewer" => Event::Commit(Commit { targets: targets()[..2].to_vec(), ..commit() }),
+            "commit:digests" => Event::Commit(Commit { digests: vec![1], ..commit() }),
+            "verified" => Event::Verified { outcome: Ok(()) },
+            "differs" => Event::Verified { outcome: Err(CommitFault::Digest { index: 1 }) },
+            "adopt" => Event::Adopt,
+            "refuse" => Event::Refuse { reason: reason() },
+            "cancel" => Event::Cancel,
+            "quiet" => Event::Quiet { reason: reason() },
+            "lost" => Event::PeerLost { peer: "p".into(), reason: reason() },
+            "proven" => Event::QuietProven,
+            other => panic!("no event {other}"),
+        }
+    }
+
+    fn render(it: &Reservation, actions: &[Action]) -> String {
+        let state = match (&it.state, &it.commit) {
+            (State::Filling, CommitProgress::Verifying { .. }) => "verifying".to_owned(),
+            (state, _) => format!("{state:?}").to_lowercase(),
+        };
+        let actions = actions.iter().map(|action| match action {
+            Action::Send(Message::Cancel { .. }) => "send-cancel".to_owned(),
+            Action::Send(Message::Refused { .. }) => "send-refused".to_owned(),
+            Action::Send(Message::Adopted { .. }) => "send-adopted".to_owned(),
+            Action::Send(other) => format!("{other:?}"),
+            Action::Verify(_) => "verify".to_owned(),
+            Action::TellCommitted(_) => "committed!".to_owned(),
+            Action::TellFailed(_) => "failed!".to_owned(),
+            Action::TellReleased => "released!".to_owned(),
+            Action::Forget => "forget".to_owned(),
+        });
+        std::iter::once(state).chain(actions).collect::<Vec<_>>().join(" ")
+    }
+
+    /// A row per state and event; `.` means that nothing changes and nothing is to be done.
+    #[test]
+    fn transitions() {
+        #[rustfmt::skip]
+        let rows = [
+            ("reserved",        "announced",      "filling"),
+            ("reserved",        "declined",       "."),
+            ("reserved",        "commit",         "."),
+            ("reserved",        "verified",       "."),
+            ("reserved",        "adopt",          "."),
+            ("reserved",        "refuse",         "released released!"),
+            ("reserved",        "cancel",         "released released!"),
+            ("reserved",        "quiet",          "."),
+            ("reserved",        "lost",           "released failed! released!"),
+            ("reserved",        "proven",         "."),
+
+            ("filling",         "announced",      "."),
+            ("filling",         "declined",       "released failed! released!"),
+            ("filling",         "commit",         "verifying verify"),
+            ("filling",         "commit:epoch",   "quarantined send-refused failed!"),
+            ("filling",         "commit:tokens",  "quarantined send-refused failed!"),
+            ("filling",         "commit:fewer",   "quarantined send-refused failed!"),
+            ("filling",         "commit:digests", "quarantined send-refused failed!"),
+            ("filling",         "verified",       "."),
+            ("filling",         "differs",        "."),
+            ("filling",         "adopt",          "."),
+            ("filling",         "refuse",         "quarantined send-cancel"),
+            ("filling",         "cancel",         "quarantined send-cancel"),
+            ("filling",         "quiet",          "released failed! released!"),
+            ("filling",         "lost",           "quarantined failed!"),
+            ("filling",         "proven",         "."),
+
+            ("verifying",       "commit",         "."),
+            ("verifying",       "verified",       "committed committed!"),
+            ("verifying",       "differs",        "quarantined send-refused failed!"),
+            ("verifying",       "adopt",          "."),
+            ("verifying",       "cancel",         "quarantined send-cancel"),
+            ("verifying",       "lost",           "quarantined failed!"),
+            ("verifying",       "proven",         "."),
+
+            ("committed",       "announced",      "."),
+            ("committed",       "declined",       "."),
+            ("committed",       "commit",         "."),
+            ("committed",       "verified",       "."),
+            ("committed",       "differs",        "."),
+            ("committed",       "adopt",          "released send-adopted forget"),
+            ("committed",       "refuse",         "quarantined send-refused"),
+            ("committed",       "cancel",         "quarantined send-refused"),
+            ("committed",       "quiet",          "."),
+            ("committed",       "lost",           "."),
+            ("committed",       "proven",         "."),
+            ("committed-quiet", "adopt",          "released send-adopted forget"),
+            ("committed-quiet", "refuse",         "released send-refused released!"),
+
+            ("quarantined",     "announced",      "."),
+            ("quarantined",     "declined",       "released released!"),
+            ("quarantined",     "commit",         "."),
+            ("quarantined",     "verified",       "."),
+            ("quarantined",     "adopt",          "."),
+            ("quarantined",     "refuse",         "."),
+            ("quarantined",     "cancel",         "."),
+            ("quarantined",     "quiet",          "released released!"),
+            ("quarantined",     "lost",           "."),
+            ("quarantined",     "proven",         "released released!"),
+
+            ("released",        "announced",      "."),
+            ("released",        "declined",       "."),
+            ("released",        "commit",         "."),
+            ("released",        "verified",       "."),
+            ("released",        "adopt",          "."),
+            ("released",        "refuse",         "."),
+            ("released",        "cancel",         "."),
+            ("released",        "quiet",          "."),
+            ("released",        "lost",           "."),
+            ("released",        "proven",         "."),
+        ];
+        for (state, name, expected) in rows {
+            let mut it = reservation(state);
+            let before = render(&it, &[]);
+            let actions = it.apply(event(name));
+            let expected = if expected == "." { before } else { expected.to_owned() };
+            assert_eq!(render(&it, &actions), expected, "{name} while {state}");
+        }
+    }
+
+    #[test]
+    fn admission() {
+        let range = |offset, len, covered: &[BlockRef]| RemoteRange {
+            handoff: HANDOFF,
+            offset,
+            len,
+            stamp: stamp(covered),
+        };
+        let (four, five, two) = (target(4, 1), target(5, 9), target(2, 3));
+        #[rustfmt::skip]
+        let rows = [
+            ("a part of a target lands",         "filling",     range(410, 20, &[four]),         Ok(())),
+            ("two adjacent targets at once",     "filling",     range(400, 200, &[four, five]),  Ok(())),
+            ("the last target",                  "filling",     range(299, 1, &[two]),           Ok(())),
+            ("an older epoch is stale",          "filling",     range(410, 20, &[target(4, 0)]), Err(WriteFault::Stale)),
+            ("so is one of several",             "filling",     range(400, 200, &[four, two]),   Err(WriteFault::Stale)),
+            ("a block of somebody else",         "filling",     range(300, 10, &[four]),         Err(WriteFault::Outside)),
+            ("reaching into one",                "filling",     range(590, 20, &[five]),         Err(WriteFault::Outside)),
+            ("nothing is no write",              "filling",     range(410, 0, &[]),              Err(WriteFault::Outside)),
+            ("the end of the address space",     "filling",     range(u64::MAX, 20, &[four]),    Err(WriteFault::Outside)),
+            ("before the announcement",          "reserved",    range(410, 20, &[four]),         Err(WriteFault::NotExpected)),
+            ("while digests are compared",       "verifying",   range(410, 20, &[four]),         Err(WriteFault::NotExpected)),
+            ("after the commit",                 "committed",   range(410, 20, &[four]),         Err(WriteFault::NotExpected)),
+            ("after a cancel",                   "quarantined", range(410, 20, &[four]),         Err(WriteFault::NotExpected)),
+        ];
+        for (name, state, range, expected) in rows {
+            assert_eq!(reservation(state).admit(&range, 100), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_block_is_reserved_once() {
+        let new = |targets| Reservation::new(HANDOFF, TokenCount(1), targets).is_ok();
+        assert!(new(vec![target(1, 1), target(2, 1)]));
+        assert!(!new(vec![target(1, 1), target(1, 2)]), "a block twice");
+        assert!(!new(vec![]), "no block");
+    }
+}
