@@ -108,7 +108,8 @@ impl Draft<'_> {
         let half = self.scheduler.pool.ledger().total.0 / 2;
         let within_half = gates.reserved_blocks + admission.fresh.0 <= half || gates.reserved_blocks == 0;
         let places = self.scheduler.places();
-        let within_places = gates.reserved < places && gates.running + gates.reserved < places.saturating_mul(2);
+        let within_places =
+            gates.reserved < places && gates.running + gates.reserved < places.saturating_mul(2);
         if !within_half || !within_places {
             gates.reservations = false;
             return;
