@@ -13,5 +13,6 @@ pub mod plan;
 pub mod prefix_tree;
 pub mod request;
 mod roster;
+pub mod routing;
 pub mod scheduler;
 pub mod sequence;
