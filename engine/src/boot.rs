@@ -1,0 +1,185 @@
+//! From a configuration to an engine that serves.
+//!
+//! Everything that can fail for a reason outside of this process fails here, with a message that names it; after that
+//! the engine thread only computes.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+
+use tidemill_engine_core::scheduler::{Limits, Scheduler};
+use tidemill_kernels::cpu::{Cpu, CpuOptions};
+use tidemill_kvtransfer::{Endpoint, EndpointConfig};
+use tidemill_kvtransfer_proto::digest::Coverage;
+use tidemill_kvtransfer_proto::layout::KvLayout;
+use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
+
+use crate::driver::{Driver, Inbox};
+use crate::engine::{Command, EngineError, Shared};
+use crate::handle::{
+    Counters, Description, DigestCoverage, EngineConfig, EngineStatus, LoadProgress, TransportChoice,
+};
+use crate::memory::{Arena, available_bytes};
+use crate::models::Model;
+use crate::roles::prefill::Outgoings;
+use crate::runner::{Runner, RunnerLimits};
+use crate::sampler::Sampler;
+
+/// How the engine thread is reached and heard.
+pub(crate) struct Wires {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) commands: Sender<Command>,
+    pub(crate) inbox: Receiver<Command>,
+}
+
+/// Loads the model, takes the memory, opens the endpoint.
+pub(crate) fn boot(
+    config: EngineConfig,
+    instance: u64,
+    wires: Wires,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(Driver, Description, Arc<Endpoint>), EngineError> {
+    let cpu = Cpu::new(CpuOptions { cores: config.cores.clone(), ..CpuOptions::default() })
+        .map_err(|error| EngineError::Device(error.to_string()))?;
+    let cpu = Arc::new(cpu);
+    let model = Arc::new(Model::load(&config.model, config.load_format, progress)?);
+    let layout = layout(&config, &model)?;
+    let (max_model_len, blocks) = capacity(&config, &model, &layout, available_bytes())?;
+    progress(LoadProgress { stage: "reserving KV cache", done: 0, total: blocks.0.into() });
+    let arena = Arena::new(layout.clone(), blocks)
+        .map_err(|source| EngineError::KvCache { bytes: blocks.0 as usize * layout.block_bytes(), source })?;
+    let endpoint = Arc::new(endpoint(&config, instance, &arena, wires.commands)?);
+    let limits = limits(&config, &layout, max_model_len);
+    let runner = Runner::new(
+        Arc::clone(&model),
+        Arc::clone(&cpu),
+        *arena.shape(),
+        RunnerLimits {
+            max_tokens: config.max_num_batched_tokens as usize,
+            max_seqs: config.max_num_seqs as usize,
+            max_model_len: max_model_len as usize,
+        },
+    );
+    let description = Description {
+        name: config.name.clone(),
+        role: config.role,
+        instance,
+        fingerprint: model.fingerprint.clone(),
+        max_model_len,
+        block_len: config.block_len,
+        vocab_size: u32::try_from(model.spec.vocab_size).expect("a vocabulary is indexed by u32"),
+        handoff_address: endpoint.address(),
+        kv_dtype: layout.dtype,
+        axis_order: layout.order,
+        device: cpu.describe(),
+        max_num_seqs: config.max_num_seqs,
+    };
+    let driver = Driver {
+        scheduler: Scheduler::new(limits, blocks),
+        sampler: Sampler::new(model.spec.vocab_size),
+        runner,
+        arena,
+        endpoint: Arc::clone(&endpoint),
+        in_place: config.in_place,
+        fault: config.fault,
+        shared: wires.shared,
+        inbox: Inbox { commands: wires.inbox, seen: VecDeque::new() },
+        requests: BTreeMap::new(),
+        outgoing: Outgoings::default(),
+        incoming: BTreeMap::new(),
+        counters: Counters::default(),
+        draining: false,
+    };
+    driver.shared.publish(EngineStatus::default(), crate::handle::CacheChanges::default());
+    Ok((driver, description, endpoint))
+}
+
+fn layout(config: &EngineConfig, model: &Model) -> Result<KvLayout, EngineError> {
+    let block_len = BlockLen::new(config.block_len)
+        .ok_or_else(|| EngineError::Setting(format!("block size {} is no power of two", config.block_len)))?;
+    let dtype = config.kv_cache_dtype.unwrap_or_else(|| model.kv_dtype());
+    Ok(model.kv_layout(dtype, block_len, config.axis_order))
+}
+
+/// The longest sequence and the number of blocks.
+fn capacity(
+    config: &EngineConfig,
+    model: &Model,
+    layout: &KvLayout,
+    available: Option<u64>,
+) -> Result<(u32, BlockCount), EngineError> {
+    let longest = model.spec.max_positions;
+    let wanted = config.max_model_len.unwrap_or(longest);
+    if longest < wanted {
+        return Err(EngineError::Setting(format!(
+            "a maximum length of {wanted} tokens is beyond the {longest} that the model is made for"
+        )));
+    }
+    let block_bytes = layout.block_bytes() as u64;
+    let per_sequence = TokenCount(wanted).blocks_to_hold(layout.block_len).0;
+    let bytes = config.kv_cache_memory.unwrap_or_else(|| {
+        let enough = u64::from(per_sequence) * u64::from(config.max_num_seqs) * block_bytes;
+        enough.min(available.unwrap_or(u64::MAX) / DEFAULT_SHARE).max(block_bytes)
+    });
+    let blocks = u32::try_from(bytes / block_bytes).unwrap_or(u32::MAX);
+    let tokens = u64::from(blocks) * u64::from(config.block_len);
+    if u64::from(wanted) <= tokens {
+        return Ok((wanted, BlockCount(blocks)));
+    }
+    let fits = u32::try_from(tokens).expect("fewer than the wanted ones, which fit");
+    if config.max_model_len.is_some() || fits == 0 {
+        return Err(EngineError::Setting(format!(
+            "a KV cache of {bytes} bytes holds {tokens} tokens, but one sequence may have {wanted}: \
+             raise --kv-cache-memory or lower --max-model-len"
+        )));
+    }
+    tracing::warn!(fits, longest, "the KV cache holds less than the model's longest sequence: the limit is lowered");
+    Ok((fits, BlockCount(blocks)))
+}
+
+fn limits(config: &EngineConfig, layout: &KvLayout, max_model_len: u32) -> Limits {
+    Limits {
+        block_len: layout.block_len,
+        max_model_len: TokenCount(max_model_len),
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: TokenCount(config.max_num_batched_tokens),
+        max_waiting: config.max_waiting,
+        prefix_cache: config.prefix_cache,
+        long_prefill_threshold: None,
+    }
+}
+
+fn endpoint(
+    config: &EngineConfig,
+    instance: u64,
+    arena: &Arena,
+    commands: Sender<Command>,
+) -> Result<Endpoint, EngineError> {
+    let address = config.handoff_listen;
+    Endpoint::start(
+        EndpointConfig {
+            name: config.name.clone(),
+            instance,
+            layout: arena.layout().clone(),
+            region: Arc::clone(arena.region()),
+            listen: address,
+            transport: match config.transport {
+                TransportChoice::Auto => tidemill_kvtransfer::TransportChoice::Auto,
+                TransportChoice::SharedMemory => tidemill_kvtransfer::TransportChoice::SharedMemory,
+                TransportChoice::Tcp => tidemill_kvtransfer::TransportChoice::Tcp,
+            },
+            in_place: config.in_place,
+            coverage: match config.digest {
+                DigestCoverage::Sampled => Coverage::Sampled,
+                DigestCoverage::Full => Coverage::Full,
+            },
+        },
+        // The engine thread is gone only when the process ends.
+        Box::new(move |event| drop(commands.send(Command::Handoff(event)))),
+    )
+    .map_err(|source| EngineError::Endpoint { address, source })
+}
+
+/// Share of the free memory that a KV cache takes when nobody says how much: there are other workers, and other things
+/// than Tidemill.
+const DEFAULT_SHARE: u64 = 4;

@@ -1,0 +1,385 @@
+//! The engine thread: receive, plan, run, apply, reply.
+//!
+//! It owns the device and everything that changes. Decisions are the scheduler's; this file carries them out and turns
+//! what comes back into events. News that arrive while a step computes wait for its end, with one exception: a peer's
+//! reservation, since from then on finished layers can leave while later ones are still computed.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use tidemill_engine_core::handoff::Cancelled;
+use tidemill_engine_core::plan::{StepPlan, Work};
+use tidemill_engine_core::request::{Logprobs, Part, Request, RequestId, TokenId};
+use tidemill_engine_core::scheduler::{Outcome, Scheduler};
+use tidemill_kernels::cpu::Cpu;
+use tidemill_kernels::kv::BlockAddress;
+use tidemill_kvtransfer::{Endpoint, HandoffEvent};
+use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
+
+use crate::engine::{Command, Shared};
+use crate::fault;
+use crate::handle::{CacheChanges, Counters, EngineEvent, EngineStatus, EventSink, Fault, FaultStage, Recovery};
+use crate::memory::Arena;
+use crate::roles::decode::Incoming;
+use crate::roles::prefill::{Origin, Outgoings};
+use crate::runner::{Batch, BatchSequence, LogitsWanted, Runner};
+use crate::sampler::{History, Sampled, Sampler, logprobs};
+
+/// The state of the engine thread.
+pub(crate) struct Driver {
+    pub(crate) scheduler: Scheduler,
+    pub(crate) runner: Runner,
+    pub(crate) sampler: Sampler,
+    pub(crate) arena: Arena,
+    pub(crate) endpoint: Arc<Endpoint>,
+    pub(crate) in_place: bool,
+    pub(crate) fault: Option<Fault>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) inbox: Inbox,
+    pub(crate) requests: BTreeMap<RequestId, Active>,
+    pub(crate) outgoing: Outgoings,
+    /// Requests that wait for, or got, their KV cache from a peer.
+    pub(crate) incoming: BTreeMap<HandoffId, Incoming>,
+    pub(crate) counters: Counters,
+    pub(crate) draining: bool,
+}
+
+/// What the driver keeps of a request beside the scheduler.
+pub(crate) struct Active {
+    pub(crate) request: RequestParts,
+    pub(crate) events: EventSink,
+    /// Log-probabilities of the prompt so far, when asked for.
+    prompt_logprobs: Vec<Logprobs>,
+}
+
+/// The fields of a request that the scheduler does not hand back.
+pub(crate) struct RequestParts {
+    pub(crate) part: Part,
+    pub(crate) prompt_len: usize,
+    pub(crate) sampling: tidemill_engine_core::request::SamplingParams,
+    pub(crate) stop: tidemill_engine_core::request::StopConditions,
+}
+
+/// Commands in order of arrival; some are looked at while a step computes and stay for afterwards.
+pub(crate) struct Inbox {
+    pub(crate) commands: Receiver<Command>,
+    pub(crate) seen: VecDeque<Command>,
+}
+
+/// What a step produced for one sequence.
+struct StepResult {
+    request: RequestId,
+    sampled: Option<Result<Sampled, String>>,
+    prompt_logprobs: Vec<Logprobs>,
+}
+
+impl Driver {
+    /// Serves until told to end.
+    pub(crate) fn run(mut self) {
+        loop {
+            while let Some(command) = self.inbox.next() {
+                if matches!(command, Command::Shutdown) {
+                    return;
+                }
+                self.obey(command);
+            }
+            let plan = self.scheduler.plan();
+            if !plan.is_empty() {
+                self.turn(&plan);
+                self.publish();
+                continue;
+            }
+            self.scheduler.check();
+            self.publish();
+            if !self.inbox.wait() {
+                return;
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Generate { request, peer, events } => self.generate(*request, peer, events),
+            Command::Cancel(id) => self.cancel(id),
+            Command::Handoff(event) => self.handoff(event),
+            Command::Drain => self.draining = true,
+            Command::Shutdown => unreachable!("the loop ends before it obeys"),
+        }
+    }
+
+    fn generate(&mut self, request: Request, peer: Option<crate::handle::Peer>, mut events: EventSink) {
+        let id = request.id;
+        let refuse = |recovery, message: String| EngineEvent::Failed { recovery, message };
+        if self.draining {
+            return events(refuse(Recovery::Later, "this worker is draining".into()));
+        }
+        let vocab_size = self.runner.model().spec.vocab_size;
+        if let Some(token) = request.tokens.iter().find(|token| vocab_size <= **token as usize) {
+            let message = format!("token {token} is outside the vocabulary of {vocab_size}");
+            return events(refuse(Recovery::GiveUp, message));
+        }
+        let parts = RequestParts {
+            part: request.part,
+            prompt_len: request.prompt_len.0 as usize,
+            sampling: request.sampling.clone(),
+            stop: request.stop.clone(),
+        };
+        let submitted = match (request.part, peer) {
+            (Part::Whole, _) => self.scheduler.submit(request),
+            (_, None) => return events(refuse(Recovery::GiveUp, "a handoff needs a peer".into())),
+            (Part::PrefillFor(handoff), Some(peer)) => self.begin_prefill(handoff, &peer, request),
+            (Part::DecodeFrom(handoff), Some(peer)) => self.begin_decode(handoff, &peer, request),
+        };
+        if let Err(error) = submitted {
+            return events(refuse(recovery_of(&error), error.to_string()));
+        }
+        self.requests.insert(id, Active { request: parts, events, prompt_logprobs: Vec::new() });
+    }
+
+    fn cancel(&mut self, id: RequestId) {
+        let Some(active) = self.requests.remove(&id) else { return };
+        self.stop(id, active.request.part);
+    }
+
+    /// Ends a request here; what a peer has to do with it ends in its own time.
+    pub(crate) fn stop(&mut self, id: RequestId, part: Part) {
+        match self.scheduler.cancel(id) {
+            Cancelled::Quarantined(handoff) => self.endpoint.cancel(handoff),
+            Cancelled::Pushing(_) | Cancelled::Done | Cancelled::Unknown => {}
+        }
+        match part {
+            Part::PrefillFor(handoff) if self.outgoing.give_up(handoff) => {
+                self.endpoint.abandon(handoff, "cancelled".into());
+            }
+            Part::DecodeFrom(handoff) => drop(self.incoming.remove(&handoff)),
+            Part::PrefillFor(_) | Part::Whole => {}
+        }
+    }
+
+    /// One forward pass with all that belongs to it.
+    fn turn(&mut self, plan: &StepPlan) {
+        self.scheduler.begin(plan);
+        self.announce_reservations();
+        let results = if plan.work.is_empty() { Vec::new() } else { self.compute(plan) };
+        self.push_computed(plan);
+        let mut sampled: BTreeMap<RequestId, Sampled> = BTreeMap::new();
+        for result in results {
+            let Some(active) = self.requests.get_mut(&result.request) else { continue };
+            active.prompt_logprobs.extend(result.prompt_logprobs);
+            match result.sampled {
+                None => {}
+                Some(Ok(token)) => drop(sampled.insert(result.request, token)),
+                Some(Err(message)) => self.fail(result.request, Recovery::GiveUp, message),
+            }
+        }
+        let tokens: Vec<(RequestId, TokenId)> = sampled.iter().map(|(id, it)| (*id, it.token)).collect();
+        for outcome in self.scheduler.finish(plan, &tokens) {
+            match outcome {
+                Outcome::Token { request, .. } => {
+                    let logprobs = sampled.remove(&request).and_then(|it| it.logprobs);
+                    self.deliver(outcome, logprobs);
+                }
+                Outcome::NoRoom { request } => {
+                    self.fail(request, Recovery::GiveUp, "the KV cache is too small for this request".into());
+                }
+            }
+        }
+    }
+
+    /// Runs the plan's work on the device and samples.
+    fn compute(&mut self, plan: &StepPlan) -> Vec<StepResult> {
+        let Self { scheduler, runner, sampler, arena, endpoint, inbox, requests, outgoing, fault, .. } = self;
+        let tables: Vec<Vec<BlockAddress>> = plan
+            .work
+            .iter()
+            .map(|work| addresses(work, scheduler, requests, outgoing, arena))
+            .collect();
+        let sequences: Vec<BatchSequence<'_>> = plan
+            .work
+            .iter()
+            .zip(&tables)
+            .map(|(work, blocks)| BatchSequence {
+                tokens: scheduler.work_tokens(work),
+                first_position: work.first.0,
+                blocks,
+                logits: logits_wanted(work, requests.get(&work.request)),
+            })
+            .collect();
+        self.counters.steps += 1;
+        let cpu: Arc<Cpu> = Arc::clone(runner.cpu());
+        let origin = Origin { arena, cpu: &cpu, endpoint };
+        let mut after_layers = |layers: Range<usize>| {
+            inbox.meet_reservations(|reserved| {
+                // One that is waited for in place is for after the step: it has not begun to compute.
+                let is_pushed = outgoing
+                    .request(reserved.handoff)
+                    .is_some_and(|request| !scheduler.block_table(request).is_empty());
+                is_pushed && drop_unused(outgoing.announce(reserved, false))
+            });
+            for work in &plan.work {
+                let Some(Part::PrefillFor(handoff)) = requests.get(&work.request).map(|it| it.request.part) else {
+                    continue;
+                };
+                // Layers above this one are as far as the step before took them.
+                let computed = TokenCount(work.first.0 + work.count.0);
+                let table = scheduler.block_table(work.request);
+                let pushed = outgoing.push(handoff, layers.clone(), computed, table, &origin);
+                if pushed || outgoing.blocks_in_place(handoff).is_some() {
+                    fault::meet(fault.as_ref(), FaultStage::Pushing);
+                }
+            }
+        };
+        let logits = runner.step(&Batch { sequences: &sequences }, &mut after_layers);
+        let mut results: Vec<StepResult> = plan
+            .work
+            .iter()
+            .map(|work| StepResult { request: work.request, sampled: None, prompt_logprobs: Vec::new() })
+            .collect();
+        logits.for_each(|row| {
+            let (work, result) = (&plan.work[row.sequence], &mut results[row.sequence]);
+            let Some(active) = requests.get(&work.request) else { return };
+            let tokens = scheduler.tokens(work.request);
+            let next = row.position as usize + 1;
+            let parts = &active.request;
+            if let Some(count) = parts.sampling.prompt_logprobs
+                && next < parts.prompt_len
+                && next == active.prompt_logprobs.len() + result.prompt_logprobs.len() + 1
+            {
+                result.prompt_logprobs.extend(logprobs(row.logits, tokens[next], count).ok());
+            }
+            if work.samples && next == (work.first.0 + work.count.0) as usize {
+                let (prompt, output) = tokens.split_at(parts.prompt_len);
+                let index = u32::try_from(output.len()).expect("bounded by max_model_len");
+                let history = History { prompt, output };
+                let sampled = sampler.sample(row.logits, history, &parts.sampling, &parts.stop, index);
+                result.sampled = Some(sampled.map_err(|error| error.to_string()));
+            }
+        });
+        let decoding = |work: &&Work| work.samples && work.count == TokenCount(1);
+        let generated = plan.work.iter().filter(decoding).count() as u64;
+        self.counters.prompt_tokens += u64::from(plan.tokens().0) - generated;
+        results
+    }
+
+    /// Reports a token and, when it is the last, the end.
+    pub(crate) fn deliver(&mut self, outcome: Outcome, logprobs: Option<Logprobs>) {
+        let Outcome::Token { request, token, index, finish, cached } = outcome else { return };
+        let Some(active) = self.requests.get_mut(&request) else { return };
+        self.counters.generation_tokens += 1;
+        if !active.prompt_logprobs.is_empty() {
+            (active.events)(EngineEvent::PromptLogprobs(std::mem::take(&mut active.prompt_logprobs)));
+        }
+        (active.events)(EngineEvent::Token { id: token, index, logprobs: logprobs.clone() });
+        let part = active.request.part;
+        if let Some(reason) = finish {
+            (active.events)(EngineEvent::Finished { reason, cached_tokens: cached.0 });
+            self.requests.remove(&request);
+            if let Part::PrefillFor(handoff) = part
+                && self.outgoing.give_up(handoff)
+            {
+                self.endpoint.abandon(handoff, "the request ended with its first token".into());
+            }
+        } else if let Part::PrefillFor(handoff) = part {
+            self.prefill_computed(handoff, token, logprobs, cached);
+        }
+    }
+
+    /// Ends a request with a failure that its router hears of.
+    pub(crate) fn fail(&mut self, id: RequestId, recovery: Recovery, message: String) {
+        let Some(mut active) = self.requests.remove(&id) else { return };
+        (active.events)(EngineEvent::Failed { recovery, message });
+        self.stop(id, active.request.part);
+    }
+
+    fn publish(&mut self) {
+        let counts = self.scheduler.counts();
+        let core = self.scheduler.counters();
+        self.counters.prefix_queries = core.prefix_queries;
+        self.counters.prefix_hits = core.prefix_hits;
+        self.counters.preemptions = core.preemptions;
+        let ledger = self.scheduler.ledger();
+        let status = EngineStatus {
+            draining: self.draining,
+            running: counts.running + counts.pushing,
+            waiting: counts.waiting + counts.reserved,
+            ledger: crate::handle::Ledger {
+                total: ledger.total.0,
+                free: ledger.free.0,
+                cached: ledger.cached.0,
+                held: ledger.held.0,
+                reserved: ledger.reserved.0,
+                quarantined: ledger.quarantined.0,
+            },
+            counters: self.counters,
+        };
+        let changes = self.scheduler.take_cache_changes();
+        self.shared.publish(status, CacheChanges { added: changes.added, removed: changes.removed });
+    }
+}
+
+impl Inbox {
+    /// The next command, if there is one.
+    fn next(&mut self) -> Option<Command> {
+        self.seen.pop_front().or_else(|| self.commands.try_recv().ok())
+    }
+
+    /// Waits until there is a command. False when none can come any more.
+    fn wait(&mut self) -> bool {
+        if self.seen.is_empty() {
+            match self.commands.recv() {
+                Ok(command) => self.seen.push_back(command),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// Looks at what has arrived for reservations; those that `take` takes do not come again.
+    fn meet_reservations(&mut self, mut take: impl FnMut(&tidemill_kvtransfer::Reserved) -> bool) {
+        self.seen.extend(self.commands.try_iter());
+        self.seen.retain(|command| match command {
+            Command::Handoff(HandoffEvent::Reserved(reserved)) => !take(reserved),
+            _ => true,
+        });
+    }
+}
+
+/// The blocks of a work's sequence: its own, or its peer's.
+fn addresses(
+    work: &Work,
+    scheduler: &Scheduler,
+    requests: &BTreeMap<RequestId, Active>,
+    outgoing: &Outgoings,
+    arena: &Arena,
+) -> Vec<BlockAddress> {
+    if let Some(Part::PrefillFor(handoff)) = requests.get(&work.request).map(|active| active.request.part)
+        && let Some(blocks) = outgoing.blocks_in_place(handoff)
+    {
+        return blocks.to_vec();
+    }
+    scheduler.block_table(work.request).iter().map(|reference| arena.address(reference.block)).collect()
+}
+
+fn logits_wanted(work: &Work, active: Option<&Active>) -> LogitsWanted {
+    let prompt = active.filter(|active| active.request.sampling.prompt_logprobs.is_some());
+    match prompt {
+        Some(active) if (work.first.0 as usize) < active.request.prompt_len => LogitsWanted::All,
+        _ if work.samples => LogitsWanted::Last,
+        _ => LogitsWanted::None,
+    }
+}
+
+/// Mid-step, all that matters is that the reservation is known.
+fn drop_unused(_: crate::roles::prefill::Announced) -> bool {
+    true
+}
+
+fn recovery_of(error: &tidemill_engine_core::scheduler::SubmitError) -> Recovery {
+    use tidemill_engine_core::scheduler::SubmitError;
+    match error {
+        SubmitError::QueueFull { .. } => Recovery::Later,
+        _ => Recovery::GiveUp,
+    }
+}

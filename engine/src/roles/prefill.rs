@@ -1,0 +1,233 @@
+//! The prefill side of handoffs.
+//!
+//! A prompt is computed either *in place*, in the blocks that the peer reserved, or in blocks of its own that are
+//! pushed layer by layer. In the second case neither side waits for the other to begin: the reservation may arrive
+//! before, during or after the computation, and whatever is due by then is pushed at once.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use tidemill_kernels::cpu::Cpu;
+use tidemill_kernels::kv::BlockAddress;
+use tidemill_kernels::kv::KvBlockShape;
+use tidemill_kernels::step::TokenSpan;
+use tidemill_kvtransfer::{Endpoint, Path, PushWrite, Reserved, Slab, Source};
+use tidemill_kvtransfer_proto::layout::Bridge;
+use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
+use tidemill_engine_core::request::RequestId;
+
+use super::FirstToken;
+use super::pushes::{Due, Pushes};
+use crate::memory::{Arena, block_shape};
+
+/// All handoffs that this worker computes prompts for.
+#[derive(Debug, Default)]
+pub(crate) struct Outgoings {
+    by_handoff: BTreeMap<HandoffId, Outgoing>,
+}
+
+/// One of them.
+#[derive(Debug)]
+struct Outgoing {
+    request: RequestId,
+    target: Target,
+    /// The prompt is computed; waits for the reservation to be pushed and committed.
+    first_token: Option<FirstToken>,
+    /// The last word to the endpoint has been said.
+    ended: bool,
+}
+
+/// Where the peer wants the KV cache.
+#[derive(Debug)]
+enum Target {
+    /// Not announced yet.
+    Unknown,
+    /// In the peer's memory, which is computed in directly.
+    InPlace { blocks: Vec<BlockAddress>, _arena: Arena },
+    /// In blocks that are written to.
+    Pushed { pushes: Pushes, bridge: Bridge, shape: KvBlockShape },
+}
+
+/// What the driver does about an announced reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Announced {
+    /// Compute in the peer's blocks; this many tokens are there already.
+    ComputeInPlace { cached: TokenCount },
+    /// Compute in own blocks, then push.
+    ComputeAndPush,
+    /// Nobody waits for it.
+    Unknown,
+}
+
+/// What pushing reads: this worker's blocks and the means to convert them.
+pub(crate) struct Origin<'a> {
+    pub(crate) arena: &'a Arena,
+    pub(crate) cpu: &'a Cpu,
+    pub(crate) endpoint: &'a Endpoint,
+}
+
+impl Outgoings {
+    /// A prompt for another worker has come.
+    pub(crate) fn begin(&mut self, handoff: HandoffId, request: RequestId) {
+        let outgoing = Outgoing { request, target: Target::Unknown, first_token: None, ended: false };
+        self.by_handoff.insert(handoff, outgoing);
+    }
+
+    /// The request of a handoff.
+    pub(crate) fn request(&self, handoff: HandoffId) -> Option<RequestId> {
+        self.by_handoff.get(&handoff).map(|outgoing| outgoing.request)
+    }
+
+    /// The peer's reservation has arrived. `in_place`: the request waits for it and has no blocks of its own.
+    pub(crate) fn announce(&mut self, reserved: &Reserved, in_place: bool) -> Announced {
+        let Some(outgoing) = self.by_handoff.get_mut(&reserved.handoff) else { return Announced::Unknown };
+        let layout = &reserved.layout;
+        match &reserved.path {
+            Path::InPlace(region) if in_place => {
+                let arena = Arena::over(Arc::clone(region), (**layout).clone());
+                let all = reserved.cached.iter().chain(&reserved.targets);
+                let blocks = all.map(|reference| arena.address(reference.block)).collect();
+                outgoing.target = Target::InPlace { blocks, _arena: arena };
+                let cached = reserved.first_block * layout.block_len.tokens();
+                Announced::ComputeInPlace { cached: TokenCount(cached) }
+            }
+            Path::InPlace(_) | Path::Write => {
+                let targets = u32::try_from(reserved.targets.len()).expect("a frame bounds the number of blocks");
+                let layers = usize::from(layout.layers);
+                let pushes =
+                    Pushes::new(layout.block_len, reserved.first_block, targets, reserved.tokens, layers);
+                outgoing.target =
+                    Target::Pushed { pushes, bridge: reserved.bridge, shape: block_shape(layout) };
+                Announced::ComputeAndPush
+            }
+        }
+    }
+
+    /// The peer's blocks that a prompt is computed in; `None` when it is computed in own blocks.
+    pub(crate) fn blocks_in_place(&self, handoff: HandoffId) -> Option<&[BlockAddress]> {
+        match &self.by_handoff.get(&handoff)?.target {
+            Target::InPlace { blocks, .. } => Some(blocks),
+            Target::Unknown | Target::Pushed { .. } => None,
+        }
+    }
+
+    /// Pushes what is due of `layers` now that `computed` tokens of the prompt, which lies in `table`, are there.
+    /// Returns whether anything was.
+    pub(crate) fn push(
+        &mut self,
+        handoff: HandoffId,
+        layers: Range<usize>,
+        computed: TokenCount,
+        table: &[BlockRef],
+        origin: &Origin<'_>,
+    ) -> bool {
+        let Some(outgoing) = self.by_handoff.get_mut(&handoff) else { return false };
+        let Target::Pushed { pushes, bridge, shape } = &mut outgoing.target else { return false };
+        let due = pushes.take_due(layers, computed);
+        if outgoing.ended || due.is_empty() {
+            return false;
+        }
+        let pieces: Vec<(Range<usize>, u32)> = due
+            .into_iter()
+            .flat_map(|Due { layers, targets }| targets.map(move |target| (layers.clone(), target)))
+            .collect();
+        let writes = match bridge {
+            Bridge::Identical => origin.as_it_is(pushes, pieces, table),
+            Bridge::Convert { .. } => origin.converted(pushes, pieces, table, shape),
+        };
+        origin.endpoint.push(handoff, writes);
+        true
+    }
+
+    /// The prompt is computed and its first token known.
+    pub(crate) fn computed(&mut self, handoff: HandoffId, first_token: FirstToken) {
+        if let Some(outgoing) = self.by_handoff.get_mut(&handoff) {
+            outgoing.first_token = Some(first_token);
+        }
+    }
+
+    /// Takes the commit's payload once everything else has been said: all is pushed, or was computed in place.
+    pub(crate) fn take_commit(&mut self, handoff: HandoffId) -> Option<FirstToken> {
+        let outgoing = self.by_handoff.get_mut(&handoff)?;
+        let is_complete = match &outgoing.target {
+            Target::Unknown => false,
+            Target::InPlace { .. } => true,
+            Target::Pushed { pushes, .. } => pushes.is_complete(),
+        };
+        let first_token = outgoing.first_token.take_if(|_| is_complete && !outgoing.ended)?;
+        outgoing.ended = true;
+        Some(first_token)
+    }
+
+    /// The handoff will not complete: nothing more is pushed. True when the endpoint has not been told.
+    pub(crate) fn give_up(&mut self, handoff: HandoffId) -> bool {
+        self.by_handoff.get_mut(&handoff).is_some_and(|outgoing| !std::mem::replace(&mut outgoing.ended, true))
+    }
+
+    /// The sender is quiet: forgets the handoff and returns its request.
+    pub(crate) fn end(&mut self, handoff: HandoffId) -> Option<RequestId> {
+        self.by_handoff.remove(&handoff).map(|outgoing| outgoing.request)
+    }
+}
+
+impl Origin<'_> {
+    /// The peer's blocks are ours, byte for byte.
+    fn as_it_is(
+        &self,
+        pushes: &Pushes,
+        pieces: Vec<(Range<usize>, u32)>,
+        table: &[BlockRef],
+    ) -> Vec<PushWrite> {
+        let shape = self.arena.shape();
+        let write = |(layers, target): (Range<usize>, u32)| {
+            let tokens = pushes.tokens_of(target);
+            let block = table[tokens.start as usize / shape.block_len].block;
+            if tokens.len() < shape.block_len {
+                // What an earlier user of the block left behind its last token is nobody else's business.
+                self.cpu.zero_tail(shape, self.arena.address(block), tokens.len());
+            }
+            let offset = layers.start * shape.layer_stride;
+            PushWrite {
+                target_index: target,
+                offset,
+                len: layers.len() * shape.layer_stride,
+                source: Source::Region { offset: self.arena.offset(block) + offset },
+            }
+        };
+        pieces.into_iter().map(write).collect()
+    }
+
+    /// The peer's blocks are gathered and converted, into one slab for all pieces.
+    fn converted(
+        &self,
+        pushes: &Pushes,
+        pieces: Vec<(Range<usize>, u32)>,
+        table: &[BlockRef],
+        shape: &KvBlockShape,
+    ) -> Vec<PushWrite> {
+        let blocks: Vec<BlockAddress> =
+            table.iter().map(|reference| self.arena.address(reference.block)).collect();
+        let bytes = |layers: &Range<usize>| layers.len() * shape.layer_stride;
+        let total = pieces.iter().map(|(layers, _)| bytes(layers)).sum();
+        let mut slab = Slab::new(total).expect("address space for a copy of some of our blocks");
+        let mut rest = slab.as_mut_slice();
+        for (layers, target) in &pieces {
+            let (image, behind) = rest.split_at_mut(bytes(layers));
+            let tokens = pushes.tokens_of(*target);
+            let (first, count) = (tokens.start as usize, tokens.len());
+            let from = TokenSpan { shape: self.arena.shape(), blocks: &blocks, first, count };
+            self.cpu.convert_block(image, shape, layers.clone(), from);
+            rest = behind;
+        }
+        let slab = Arc::new(slab);
+        let mut at = 0;
+        let write = |(layers, target): (Range<usize>, u32)| {
+            let len = bytes(&layers);
+            let source = Source::Slab(Arc::clone(&slab), at);
+            at += len;
+            PushWrite { target_index: target, offset: layers.start * shape.layer_stride, len, source }
+        };
+        pieces.into_iter().map(write).collect()
+    }
+}
