@@ -39,7 +39,7 @@ pub(crate) fn boot(
     wires: Wires,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(Driver, Description, Arc<Endpoint>), EngineError> {
-    let cpu = Cpu::new(CpuOptions { cores: config.cores.clone(), ..CpuOptions::default() })
+    let cpu = Cpu::new(CpuOptions { cores: config.cores.clone(), threads: config.threads, isa: None })
         .map_err(|error| EngineError::Device(error.to_string()))?;
     let cpu = Arc::new(cpu);
     let model = Arc::new(Model::load(&config.model, config.load_format, progress)?);
@@ -49,6 +49,8 @@ pub(crate) fn boot(
     let arena = Arena::new(layout.clone(), blocks)
         .map_err(|source| EngineError::KvCache { bytes: blocks.0 as usize * layout.block_bytes(), source })?;
     let endpoint = Arc::new(endpoint(&config, instance, &arena, wires.commands)?);
+    // After the endpoint's thread has started, which would otherwise inherit the core.
+    cpu.pin_caller().map_err(|error| EngineError::Device(error.to_string()))?;
     let limits = limits(&config, &layout, max_model_len);
     let runner = Runner::new(
         Arc::clone(&model),

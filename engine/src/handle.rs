@@ -102,8 +102,10 @@ pub struct EngineConfig {
     pub axis_order: AxisOrder,
     /// Whether finished prefixes are kept for later requests.
     pub prefix_cache: bool,
-    /// Cores to compute on, by number; empty lets the engine use all and pin nothing.
+    /// Cores to compute on, by number, one thread on each; empty pins nothing.
     pub cores: Vec<usize>,
+    /// Number of threads where no cores are named; `None` takes as many as the process has cores.
+    pub threads: Option<usize>,
     /// Where peers reach this worker; port 0 picks one.
     pub handoff_listen: SocketAddr,
     /// Which ways a handoff may take.
