@@ -7,3 +7,8 @@
 #![deny(unsafe_code)]
 
 pub mod handle;
+pub mod memory;
+pub mod models;
+pub mod runner;
+pub mod sampler;
+pub mod weights;

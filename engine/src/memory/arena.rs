@@ -1,0 +1,131 @@
+//! The memory of KV blocks: a region cut into blocks of one layout.
+
+use std::io;
+use std::sync::Arc;
+
+use tidemill_kernels::kv::{self, BlockAddress, KvBlockShape};
+use tidemill_kvtransfer::Region;
+use tidemill_kvtransfer_proto::layout::{KvDtype, KvLayout};
+use tidemill_kvtransfer_proto::units::{BlockCount, BlockId};
+
+/// A region cut into KV blocks: this worker's own, or one that a peer shares.
+///
+/// # Invariants
+///
+/// - `blocks * block_bytes <= region.len()`.
+/// - The region's first byte and `block_bytes` are multiples of 64.
+#[derive(Clone, Debug)]
+pub struct Arena {
+    region: Arc<Region>,
+    layout: KvLayout,
+    shape: KvBlockShape,
+    blocks: BlockCount,
+}
+
+impl Arena {
+    /// Reserves memory for `blocks` blocks. The system gives it page by page as blocks are first used.
+    ///
+    /// # Errors
+    ///
+    /// The system is out of descriptors or address space, or the size is zero or beyond the address space.
+    pub fn new(layout: KvLayout, blocks: BlockCount) -> io::Result<Self> {
+        let bytes =
+            (blocks.0 as usize).checked_mul(layout.block_bytes()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self::over(Region::new(REGION_NAME, bytes)?, layout))
+    }
+
+    /// The blocks of a region that exists: a peer's, mapped here for reading and writing. A rest at the end that is
+    /// smaller than a block stays unused.
+    ///
+    /// # Panics
+    ///
+    /// When the region does not start on a cache line, which every mapping does.
+    pub fn over(region: Arc<Region>, layout: KvLayout) -> Self {
+        let shape = block_shape(&layout);
+        assert!(region.as_ptr().addr().is_multiple_of(ALIGNMENT), "a region starts on a page");
+        assert!(shape.block_bytes().is_multiple_of(ALIGNMENT), "layouts pad layers to whole cache lines");
+        let blocks = u32::try_from(region.len() / shape.block_bytes()).unwrap_or(u32::MAX);
+        Self { region, layout, shape, blocks: BlockCount(blocks) }
+    }
+
+    /// Where a block is in this process.
+    ///
+    /// The address may be given to kernels while this arena, or a clone of it, lives; and only by whom the block
+    /// manager, or the peer's commit, made the owner of the block's unwritten tokens.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such block: a bug, since the block manager never invents ids.
+    pub fn address(&self, block: BlockId) -> BlockAddress {
+        let offset = self.offset(block);
+        // SAFETY: `offset + block_bytes <= region.len()` by the first invariant and the assertion in `offset`, so the
+        // result stays inside the mapping behind `as_ptr`.
+        let first_byte = unsafe { self.region.as_ptr().add(offset) };
+        // SAFETY: good for one block of `self.shape`: in bounds as above, aligned by the second invariant, mapped for
+        // reads and writes as `new` does and `over` asks, and alive because the engine keeps its arenas for as long as
+        // its runner. That nobody else touches what a kernel writes is kept by the block manager, which gives a block's
+        // unwritten tokens to one sequence, and by the handoff's epochs, which keep peers out of all others.
+        unsafe { BlockAddress::new(first_byte) }
+    }
+
+    /// Offset of a block from the region's first byte.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such block.
+    pub fn offset(&self, block: BlockId) -> usize {
+        assert!(block.0 < self.blocks.0, "{block:?} is outside an arena of {:?}", self.blocks);
+        block.0 as usize * self.shape.block_bytes()
+    }
+
+    /// Shape of the blocks, for the kernels.
+    pub const fn shape(&self) -> &KvBlockShape {
+        &self.shape
+    }
+
+    /// Layout of the blocks, for peers.
+    pub const fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// How many blocks there are.
+    pub const fn blocks(&self) -> BlockCount {
+        self.blocks
+    }
+
+    /// The memory itself, for transports.
+    pub const fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+}
+
+/// The strides of a layout as the kernels take them.
+pub fn block_shape(layout: &KvLayout) -> KvBlockShape {
+    let strides = layout.strides();
+    KvBlockShape {
+        dtype: match layout.dtype {
+            KvDtype::F32 => kv::KvDtype::F32,
+            KvDtype::F16 => kv::KvDtype::F16,
+            KvDtype::Bf16 => kv::KvDtype::Bf16,
+            KvDtype::Int8 => kv::KvDtype::Int8,
+        },
+        layers: usize::from(layout.layers),
+        block_len: layout.block_len.tokens() as usize,
+        kv_heads: usize::from(layout.heads.count),
+        head_size: usize::from(layout.head_size),
+        layer_stride: strides.layer,
+        value_offset: strides.value_offset,
+        key_scale_offset: strides.key_scale_offset,
+        value_scale_offset: strides.value_scale_offset,
+        token_stride: strides.token,
+        head_stride: strides.head,
+        scale_token_stride: strides.scale_token,
+        scale_head_stride: strides.scale_head,
+    }
+}
+
+/// Shows up in `/proc/<pid>/maps`.
+const REGION_NAME: &str = "tidemill-kv";
+
+/// What [`BlockAddress`] asks of every block.
+const ALIGNMENT: usize = 64;

@@ -1,0 +1,125 @@
+//! Models: a Hugging Face folder becomes a shape, weights and defaults.
+//!
+//! All families share one decoder skeleton ([`ModelSpec`] describes it); what tells them apart is data, in `families`.
+
+mod error;
+mod families;
+mod fields;
+mod files;
+mod generation;
+mod rope;
+mod spec;
+
+use tidemill_kernels::matrix::WeightDtype;
+use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
+use tidemill_kvtransfer_proto::units::BlockLen;
+
+use crate::handle::{LoadFormat, LoadProgress, ModelSource};
+use crate::weights::{self, Weights};
+
+pub use error::ModelError;
+pub(crate) use fields::parse as parse_json;
+pub use files::{FileBytes, ModelFiles};
+pub use generation::GenerationDefaults;
+pub use rope::{RopeScaling, RopeSpec};
+pub use spec::ModelSpec;
+
+/// A model, ready to run.
+#[derive(Debug)]
+pub struct Model {
+    /// Its shape.
+    pub spec: ModelSpec,
+    /// How its makers want it sampled.
+    pub generation: GenerationDefaults,
+    /// Its weights.
+    pub weights: Weights,
+    /// Type that the weights are stored in.
+    pub dtype: WeightDtype,
+    /// Equal for two workers exactly when their K and V for equal tokens are: 32 hexadecimal digits.
+    pub fingerprint: String,
+}
+
+impl Model {
+    /// Reads a model's configuration and weights, and tells `progress` about it now and then.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError`] names the file, field or tensor that is at fault.
+    pub fn load(
+        source: &ModelSource,
+        format: LoadFormat,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        let spec = ModelSpec::read(source)?;
+        let generation = GenerationDefaults::read(source)?;
+        let loaded = weights::load(&spec, ModelFiles::of(source), format, progress)?;
+        let weights::Loaded { weights, fingerprint, dtype } = loaded;
+        Ok(Self { spec, generation, weights, dtype, fingerprint })
+    }
+
+    /// Every token that ends a text: those of `generation_config.json`, then those that only `config.json` names.
+    pub fn eos_token_ids(&self) -> Vec<u32> {
+        let mut ids = self.generation.eos_token_ids.clone();
+        for id in &self.spec.eos_token_ids {
+            if !ids.contains(id) {
+                ids.push(*id);
+            }
+        }
+        ids
+    }
+
+    /// The type of K and V that loses nothing that the weights do not lose either.
+    pub const fn kv_dtype(&self) -> KvDtype {
+        match self.dtype {
+            WeightDtype::F32 => KvDtype::F32,
+            WeightDtype::F16 => KvDtype::F16,
+            WeightDtype::Bf16 => KvDtype::Bf16,
+        }
+    }
+
+    /// The layout of this model's KV blocks on a worker that holds all heads.
+    pub fn kv_layout(&self, dtype: KvDtype, block_len: BlockLen, order: AxisOrder) -> KvLayout {
+        let bounded = |number| u16::try_from(number).expect("the spec's parser bounds it");
+        let kv_heads = bounded(self.spec.kv_heads);
+        KvLayout {
+            model: self.fingerprint.clone(),
+            layers: bounded(self.spec.layers),
+            kv_heads,
+            heads: HeadRange { first: 0, count: kv_heads },
+            head_size: bounded(self.spec.head_size),
+            dtype,
+            block_len,
+            order,
+        }
+    }
+}
+
+impl ModelSpec {
+    /// Reads a model's `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`parse`](Self::parse), and when there is no such file.
+    pub fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        let files = ModelFiles::of(source);
+        Self::parse(&files.label(CONFIG_FILE), &files.read(CONFIG_FILE)?)
+    }
+}
+
+impl GenerationDefaults {
+    /// Reads a model's `generation_config.json`, which it need not have.
+    ///
+    /// # Errors
+    ///
+    /// As for [`parse`](Self::parse).
+    pub fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        let files = ModelFiles::of(source);
+        match files.read_if_present(GENERATION_FILE)? {
+            Some(bytes) => Self::parse(&files.label(GENERATION_FILE), &bytes),
+            None => Ok(Self::default()),
+        }
+    }
+}
+
+const CONFIG_FILE: &str = "config.json";
+const GENERATION_FILE: &str = "generation_config.json";

@@ -1,0 +1,258 @@
+//! Forward passes: the rows of a batch go through all layers, their K and V into the blocks.
+//!
+//! The rows of all sequences lie one after another in one set of buffers, made once for the largest step; prefill, a
+//! chunk of it and decode differ only in how many rows a sequence has. A row's result does not depend on the others: no
+//! operation mixes rows except attention, which reads the row's own sequence.
+
+mod batch;
+mod logits;
+mod rotation;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use tidemill_kernels::cpu::{Cpu, StepLimits};
+use tidemill_kernels::kv::KvBlockShape;
+use tidemill_kernels::step::{AttentionParams, SequenceRows};
+
+use crate::models::{Model, ModelSpec};
+use crate::weights::{LayerWeights, Linear};
+use batch::recycled;
+pub use batch::{Batch, BatchSequence, LogitsWanted};
+pub use logits::{Logits, LogitsRow};
+use logits::{LogitsBuffer, WantedRow};
+use rotation::Rotation;
+
+/// The most that a step will be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunnerLimits {
+    /// Rows, which are tokens, of a step.
+    pub max_tokens: usize,
+    /// Sequences of a step.
+    pub max_seqs: usize,
+    /// Tokens of a sequence.
+    pub max_model_len: usize,
+}
+
+/// Runs a model on a CPU.
+#[derive(Debug)]
+pub struct Runner {
+    model: Arc<Model>,
+    cpu: Arc<Cpu>,
+    shape: KvBlockShape,
+    limits: RunnerLimits,
+    rows: RowBuffers,
+    rotation: Rotation,
+    logits: LogitsBuffer,
+    /// Kept for its memory alone.
+    sequences: Vec<SequenceRows<'static>>,
+}
+
+/// One buffer per intermediate result, `[rows][elements]` each.
+#[derive(Debug)]
+struct RowBuffers {
+    /// What passes from layer to layer.
+    state: Vec<f32>,
+    /// The state after a norm.
+    normed: Vec<f32>,
+    query: Vec<f32>,
+    key: Vec<f32>,
+    value: Vec<f32>,
+    attended: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    gated: Vec<f32>,
+}
+
+impl Runner {
+    /// Makes every buffer that a step within `limits` needs.
+    ///
+    /// # Panics
+    ///
+    /// When `shape` is not that of this model's blocks, or a limit is zero.
+    pub fn new(
+        model: Arc<Model>,
+        cpu: impl Into<Arc<Cpu>>,
+        shape: KvBlockShape,
+        limits: RunnerLimits,
+    ) -> Self {
+        let cpu = cpu.into();
+        let spec = &model.spec;
+        assert_eq!(
+            (shape.layers, shape.kv_heads, shape.head_size),
+            (spec.layers, spec.kv_heads, spec.head_size),
+            "blocks have the model's layers, KV heads and head size"
+        );
+        let RunnerLimits { max_tokens, max_seqs, max_model_len } = limits;
+        assert!(0 < max_tokens && 0 < max_seqs && 0 < max_model_len, "{limits:?} allow something");
+        let inputs = spec.hidden_size.max(spec.query_size()).max(spec.intermediate_size);
+        cpu.reserve(StepLimits { rows: max_tokens, inputs, head_size: spec.head_size });
+        Self {
+            rows: RowBuffers::new(spec, max_tokens),
+            rotation: Rotation::new(&spec.rope, spec.head_size, max_tokens),
+            logits: LogitsBuffer::new(spec.vocab_size, max_tokens),
+            sequences: Vec::with_capacity(max_seqs),
+            model,
+            cpu,
+            shape,
+            limits,
+        }
+    }
+
+    /// The model that runs.
+    pub const fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Shape of the blocks.
+    pub const fn shape(&self) -> &KvBlockShape {
+        &self.shape
+    }
+
+    /// What a step may ask for.
+    pub const fn limits(&self) -> RunnerLimits {
+        self.limits
+    }
+
+    /// The device.
+    pub const fn cpu(&self) -> &Arc<Cpu> {
+        &self.cpu
+    }
+
+    /// Computes all rows of `batch` and writes their K and V.
+    ///
+    /// `after_layers` is told of layers whose K and V are written for all rows, first to last and each once, while the
+    /// rest is still to be computed: then a handoff can already send them.
+    ///
+    /// # Panics
+    ///
+    /// When the batch is beyond the limits, its blocks do not reach its last token, or a token is not in the vocabulary:
+    /// the engine refuses such requests before they get here.
+    pub fn step(&mut self, batch: &Batch<'_>, after_layers: &mut dyn FnMut(Range<usize>)) -> Logits<'_> {
+        batch.assert_within(&self.limits, &self.shape, self.model.spec.vocab_size);
+        let mut sequences = recycled(std::mem::take(&mut self.sequences));
+        batch.fill_rows(&mut sequences);
+        batch.fill_wanted(&mut self.logits.wanted);
+        let rows = batch.rows();
+        self.rotation.fill(batch);
+        self.embed(batch);
+        let model = Arc::clone(&self.model);
+        for (layer, weights) in model.weights.layers.iter().enumerate() {
+            self.keys_and_values(layer, weights, rows, &sequences);
+            after_layers(layer..layer + 1);
+            self.attend(layer, weights, rows, &sequences);
+            self.feed_forward(weights, rows);
+        }
+        self.sequences = recycled(sequences);
+        self.finish()
+    }
+
+    fn embed(&mut self, batch: &Batch<'_>) {
+        let weights = &self.model.weights;
+        let tokens = batch.sequences.iter().flat_map(|sequence| sequence.tokens);
+        for (&token, state) in tokens.zip(self.rows.state.chunks_exact_mut(self.model.spec.hidden_size)) {
+            match &weights.embedding {
+                Some(table) => table.row(token as usize, state),
+                None => weights.head.row(token as usize, state),
+            }
+        }
+    }
+
+    /// Normalises the state, projects it to query, key and value, turns query and key, and stores key and value.
+    fn keys_and_values(
+        &mut self,
+        layer: usize,
+        weights: &LayerWeights,
+        rows: usize,
+        sequences: &[SequenceRows<'_>],
+    ) {
+        let spec = &self.model.spec;
+        let (hidden, query_len, kv_len) =
+            (rows * spec.hidden_size, rows * spec.query_size(), rows * spec.kv_size());
+        let RowBuffers { state, normed, query, key, value, .. } = &mut self.rows;
+        let normed = &mut normed[..hidden];
+        let (query, key) = (&mut query[..query_len], &mut key[..kv_len]);
+        let value = &mut value[..kv_len];
+        self.cpu.rms_norm(normed, &state[..hidden], &weights.input_norm, spec.norm_eps);
+        project(&self.cpu, query, normed, &weights.query);
+        project(&self.cpu, key, normed, &weights.key);
+        project(&self.cpu, value, normed, &weights.value);
+        if let Some(norms) = &weights.head_norms {
+            self.cpu.rms_norm_in_place(query, &norms.query, spec.norm_eps);
+            self.cpu.rms_norm_in_place(key, &norms.key, spec.norm_eps);
+        }
+        self.rotation.apply(&self.cpu, query, rows, spec.head_size);
+        self.rotation.apply(&self.cpu, key, rows, spec.head_size);
+        self.cpu.write_kv(&self.shape, layer, key, value, sequences);
+    }
+
+    /// Adds attention's output to the state.
+    fn attend(&mut self, layer: usize, weights: &LayerWeights, rows: usize, sequences: &[SequenceRows<'_>]) {
+        let spec = &self.model.spec;
+        let params = AttentionParams {
+            query_heads: spec.heads,
+            scale: 1.0 / (spec.head_size as f32).sqrt(),
+            sliding_window: spec.windows[layer].map(|window| window as usize),
+        };
+        let RowBuffers { state, query, attended, .. } = &mut self.rows;
+        let elements = rows * spec.query_size();
+        let attended = &mut attended[..elements];
+        self.cpu.attention(attended, &query[..elements], &self.shape, layer, sequences, params);
+        add_projected(&self.cpu, &mut state[..rows * spec.hidden_size], attended, &weights.output);
+    }
+
+    /// Adds the feed-forward part's output to the state.
+    fn feed_forward(&mut self, weights: &LayerWeights, rows: usize) {
+        let spec = &self.model.spec;
+        let (hidden, inner) = (rows * spec.hidden_size, rows * spec.intermediate_size);
+        let RowBuffers { state, normed, gate, up, gated, .. } = &mut self.rows;
+        let (state, normed) = (&mut state[..hidden], &mut normed[..hidden]);
+        let (gate, up, gated) = (&mut gate[..inner], &mut up[..inner], &mut gated[..inner]);
+        self.cpu.rms_norm(normed, state, &weights.mlp_norm, spec.norm_eps);
+        project(&self.cpu, gate, normed, &weights.gate);
+        project(&self.cpu, up, normed, &weights.up);
+        self.cpu.silu_mul(gated, gate, up);
+        add_projected(&self.cpu, state, gated, &weights.down);
+    }
+
+    /// Normalises the rows whose logits are wanted, and no others.
+    fn finish(&mut self) -> Logits<'_> {
+        let spec = &self.model.spec;
+        let hidden = spec.hidden_size;
+        let RowBuffers { state, normed, .. } = &mut self.rows;
+        for (place, &WantedRow { row, .. }) in self.logits.wanted.iter().enumerate() {
+            // Never overwrites a row that is still to be moved: wanted rows are in rising order.
+            state.copy_within(row * hidden..(row + 1) * hidden, place * hidden);
+        }
+        let wanted = self.logits.wanted.len() * hidden;
+        let weights = &self.model.weights;
+        let normed = &mut normed[..wanted];
+        self.cpu.rms_norm(normed, &state[..wanted], &weights.final_norm, spec.norm_eps);
+        Logits::new(&self.cpu, &weights.head, normed, &mut self.logits)
+    }
+}
+
+impl RowBuffers {
+    fn new(spec: &ModelSpec, rows: usize) -> Self {
+        let buffer = |elements: usize| vec![0.0; rows * elements];
+        Self {
+            state: buffer(spec.hidden_size),
+            normed: buffer(spec.hidden_size),
+            query: buffer(spec.query_size()),
+            key: buffer(spec.kv_size()),
+            value: buffer(spec.kv_size()),
+            attended: buffer(spec.query_size()),
+            gate: buffer(spec.intermediate_size),
+            up: buffer(spec.intermediate_size),
+            gated: buffer(spec.intermediate_size),
+        }
+    }
+}
+
+fn project(cpu: &Cpu, out: &mut [f32], x: &[f32], linear: &Linear) {
+    cpu.matmul(out, x, &linear.matrix, linear.bias.as_deref());
+}
+
+fn add_projected(cpu: &Cpu, out: &mut [f32], x: &[f32], linear: &Linear) {
+    cpu.matmul_add(out, x, &linear.matrix, linear.bias.as_deref());
+}

@@ -1,0 +1,6 @@
+//! Tests of everything between a model folder and logits, on the small models of `tests/fixtures/models`.
+
+mod bench;
+mod blocks;
+mod loading;
+mod parity;

@@ -1,0 +1,294 @@
+//! Whole engines in one process: requests go in, tokens come out, blocks come back, whatever the way.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use tidemill_engine::engine::EngineHandle;
+use tidemill_engine::handle::{
+    DigestCoverage, EngineConfig, EngineEvent, LoadFormat, ModelSource, Peer, Recovery, Role, TransportChoice,
+};
+use tidemill_engine_core::request::{
+    Logprobs, Part, Request, RequestId, SamplingParams, StopConditions, TokenId,
+};
+use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
+use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
+
+/// A token and its log-probabilities.
+type Output = Vec<(TokenId, Option<Logprobs>)>;
+
+#[test]
+fn neither_batch_nor_chunk_nor_cache_nor_preemption_changes_a_token() {
+    let model = "llama3";
+    let alone = start(config(model, Role::Hybrid));
+    let expected: Vec<Output> = (0..6).map(|which| whole(&alone, which)).collect();
+    #[rustfmt::skip]
+    let rows: [(&str, fn(&mut EngineConfig)); 5] = [
+        ("all at once",                 |_| {}),
+        ("in chunks of 7",              |it| it.max_num_batched_tokens = 7),
+        ("without a prefix cache",      |it| it.prefix_cache = false),
+        ("in blocks of 64",             |it| it.block_len = 64),
+        ("in so little memory that sequences are preempted", |it| it.kv_cache_memory = Some(26 * 16 * BYTES_PER_TOKEN)),
+    ];
+    for (row, change) in rows {
+        let mut config = config(model, Role::Hybrid);
+        change(&mut config);
+        let engine = start(config);
+        for round in ["cold", "warm"] {
+            let streams: Vec<_> = (0..6).map(|which| submit(&engine, request(which, Part::Whole), None)).collect();
+            for (stream, expected) in streams.into_iter().zip(&expected) {
+                assert_eq!(&output(stream), expected, "{row}, {round}");
+            }
+        }
+        if row.contains("preempted") {
+            assert!(0 < engine.status().counters.preemptions, "{row}: {:?}", engine.status());
+        }
+        closes(&engine);
+    }
+}
+
+#[test]
+fn split_equals_whole_over_each_way_and_layout() {
+    let expected: Vec<Output> = {
+        let alone = start(config("qwen3", Role::Hybrid));
+        (0..6).map(|which| whole(&alone, which)).collect()
+    };
+    let shm = TransportChoice::SharedMemory;
+    let tcp = TransportChoice::Tcp;
+    #[rustfmt::skip]
+    let rows: [(&str, TransportChoice, fn(&mut EngineConfig), fn(&mut EngineConfig)); 7] = [
+        ("in place",                    shm, |_| {},                            |_| {}),
+        ("copied",                      shm, |p| p.in_place = false,            |d| d.in_place = false),
+        ("tcp",                         tcp, |_| {},                            |d| d.digest = DigestCoverage::Full),
+        ("blocks of 16 to 64",          shm, |_| {},                            |d| d.block_len = 64),
+        ("blocks of 64 to 16, tcp",     tcp, |p| p.block_len = 64,              |_| {}),
+        ("axes turned",                 shm, |p| p.axis_order = AxisOrder::HeadToken, |d| d.axis_order = AxisOrder::TokenHead),
+        ("small chunks, tcp",           tcp, |p| p.max_num_batched_tokens = 20, |_| {}),
+    ];
+    for (row, transport, change_prefill, change_decode) in rows {
+        let mut prefill = config("qwen3", Role::Prefill);
+        let mut decode = config("qwen3", Role::Decode);
+        (prefill.transport, decode.transport) = (transport, transport);
+        change_prefill(&mut prefill);
+        change_decode(&mut decode);
+        let pair = Pair::start(prefill, decode);
+        for round in ["cold", "warm"] {
+            let streams: Vec<_> = (0..6).map(|which| pair.submit(which)).collect();
+            for (streams, expected) in streams.into_iter().zip(&expected) {
+                assert_eq!(&pair.output(streams), expected, "{row}, {round}");
+            }
+        }
+        let counters = pair.prefill.status().counters;
+        assert_eq!(counters.handoffs, 12, "{row}: {counters:?}");
+        assert_eq!(counters.handoff_in_place == 12, row == "in place", "{row}: {counters:?}");
+        closes(&pair.prefill);
+        closes(&pair.decode);
+    }
+}
+
+#[test]
+fn an_int8_cache_on_decode_stays_close() {
+    let expected = whole(&start(config("llama3", Role::Hybrid)), 3);
+    let mut decode = config("llama3", Role::Decode);
+    decode.kv_cache_dtype = Some(KvDtype::Int8);
+    let pair = Pair::start(config("llama3", Role::Prefill), decode);
+    let found = pair.output(pair.submit(3));
+    let first = |output: &Output| output[0].0;
+    assert_eq!(first(&found), first(&expected), "prefill computes without loss");
+    let chosen = |output: &Output| output[1].1.as_ref().expect("asked for").top[0].1;
+    let difference = (chosen(&found) - chosen(&expected)).abs();
+    assert!(difference < 0.25, "the best log-probability after it differs by {difference}");
+}
+
+#[test]
+fn a_cancelled_request_frees_both_sides_at_every_stage() {
+    for transport in [TransportChoice::SharedMemory, TransportChoice::Tcp] {
+        let mut prefill = config("llama3", Role::Prefill);
+        let mut decode = config("llama3", Role::Decode);
+        prefill.max_num_batched_tokens = 16; // Several steps per prompt, so that there is time to cancel.
+        (prefill.transport, decode.transport) = (transport, transport);
+        let pair = Pair::start(prefill, decode);
+        for round in 0..40_u64 {
+            let which = 3 + u32::try_from(round % 3).expect("small");
+            let streams = pair.submit(which);
+            for _ in 0..round {
+                std::thread::yield_now(); // Meets other stages in other rounds; none must matter.
+            }
+            let (prefill_first, both) = (round % 2 == 0, round % 5 != 0);
+            if prefill_first || both {
+                pair.prefill.cancel(streams.0.0);
+            }
+            if !prefill_first || both {
+                pair.decode.cancel(streams.1.0);
+            }
+        }
+        closes(&pair.prefill);
+        closes(&pair.decode);
+        assert_eq!(pair.output(pair.submit(0)).len(), 24, "it still serves");
+    }
+}
+
+#[test]
+fn a_request_that_cannot_be_is_refused_with_its_reason() {
+    let engine = start(config("llama3", Role::Hybrid));
+    let mut too_long = request(0, Part::Whole);
+    too_long.tokens = vec![5; 600];
+    too_long.prompt_len = TokenCount(600);
+    let mut foreign = request(0, Part::Whole);
+    foreign.tokens[0] = 100_000;
+    #[rustfmt::skip]
+    let rows = [
+        ("longer than the model",   too_long,                                   "limit"),
+        ("no such token",           foreign,                                    "vocabulary"),
+        ("a handoff without peer",  request(0, Part::PrefillFor(HandoffId(1))), "peer"),
+    ];
+    for (row, request, word) in rows {
+        let (_, stream) = submit(&engine, request, None);
+        match stream.recv_timeout(LIMIT) {
+            Ok(EngineEvent::Failed { recovery: Recovery::GiveUp, message }) => {
+                assert!(message.contains(word), "{row}: {message}");
+            }
+            other => panic!("{row}: {other:?}"),
+        }
+    }
+    closes(&engine);
+}
+
+struct Pair {
+    prefill: EngineHandle,
+    decode: EngineHandle,
+}
+
+type Stream = (RequestId, Receiver<EngineEvent>);
+
+impl Pair {
+    fn start(prefill: EngineConfig, decode: EngineConfig) -> Self {
+        let pair = Self { prefill: start(prefill), decode: start(decode) };
+        for (engine, other) in [(&pair.prefill, &pair.decode), (&pair.decode, &pair.prefill)] {
+            let links = engine.meet_peers(vec![peer(other)]);
+            assert!(links.iter().all(|link| link.transport.is_ok()), "{links:?}");
+        }
+        pair
+    }
+
+    fn submit(&self, which: u32) -> (Stream, Stream) {
+        let handoff = HandoffId(NEXT.fetch_add(1, Ordering::Relaxed));
+        let prefill = submit(&self.prefill, request(which, Part::PrefillFor(handoff)), Some(peer(&self.decode)));
+        let decode = submit(&self.decode, request(which, Part::DecodeFrom(handoff)), Some(peer(&self.prefill)));
+        (prefill, decode)
+    }
+
+    /// The decode side reports the first token too; both reports must be equal.
+    fn output(&self, ((_, prefill), (_, decode)): (Stream, Stream)) -> Output {
+        let all = output((RequestId(0), decode));
+        match prefill.recv_timeout(LIMIT) {
+            Ok(EngineEvent::Token { id, index: 0, logprobs }) => assert_eq!((id, logprobs), all[0]),
+            other => panic!("the prefill side reports the first token, not {other:?}"),
+        }
+        assert_eq!(prefill.recv_timeout(LIMIT), Ok(EngineEvent::HandedOver));
+        all
+    }
+}
+
+fn config(model: &str, role: Role) -> EngineConfig {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(model);
+    EngineConfig {
+        name: format!("{role:?}"),
+        role,
+        model: ModelSource::Folder(folder),
+        load_format: LoadFormat::Safetensors,
+        max_model_len: None,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 512,
+        max_waiting: 100,
+        kv_cache_memory: Some(4 << 20),
+        kv_cache_dtype: None,
+        block_len: 16,
+        axis_order: AxisOrder::TokenHead,
+        prefix_cache: true,
+        cores: Vec::new(),
+        threads: Some(1),
+        handoff_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        transport: TransportChoice::Auto,
+        digest: DigestCoverage::Sampled,
+        in_place: true,
+        fault: None,
+    }
+}
+
+fn start(config: EngineConfig) -> EngineHandle {
+    EngineHandle::start(config, &mut |_| {}).expect("the fixture can be served")
+}
+
+fn peer(engine: &EngineHandle) -> Peer {
+    let it = engine.describe();
+    Peer { name: it.name.clone(), instance: it.instance, address: it.handoff_address }
+}
+
+/// Prompts from one token to more than a dozen blocks, some of which begin alike; greedy and sampled.
+fn request(which: u32, part: Part) -> Request {
+    let length = [1, 16, 17, 60, 150, 230][which as usize % 6];
+    let tokens: Vec<TokenId> = (0..length).map(|index| 3 + (index * 7 + index / 48 * which) % 200).collect();
+    Request {
+        id: RequestId(NEXT.fetch_add(1, Ordering::Relaxed)),
+        prompt_len: TokenCount(length),
+        tokens,
+        sampling: SamplingParams {
+            temperature: if which % 2 == 0 { 0.0 } else { 0.9 },
+            seed: which.into(),
+            logprobs: Some(2),
+            ..SamplingParams::default()
+        },
+        stop: StopConditions::after(24),
+        part,
+    }
+}
+
+fn submit(engine: &EngineHandle, request: Request, peer: Option<Peer>) -> Stream {
+    let (events, stream) = channel();
+    let id = request.id;
+    engine.generate(request, peer, Box::new(move |event| drop(events.send(event))));
+    (id, stream)
+}
+
+fn whole(engine: &EngineHandle, which: u32) -> Output {
+    output(submit(engine, request(which, Part::Whole), None))
+}
+
+fn output((_, stream): Stream) -> Output {
+    let mut output = Output::new();
+    loop {
+        match stream.recv_timeout(LIMIT).expect("an event in time") {
+            EngineEvent::Token { id, index, logprobs } => {
+                assert_eq!(index as usize, output.len(), "tokens come in order, each once");
+                output.push((id, logprobs));
+            }
+            EngineEvent::Finished { .. } => return output,
+            other => panic!("{other:?} after {} tokens", output.len()),
+        }
+    }
+}
+
+/// Every block comes back. The engine asserts its whole ledger whenever it is idle; here it must get there.
+fn closes(engine: &EngineHandle) {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let status = engine.status();
+        let ledger = status.ledger;
+        if status.running + status.waiting == 0 && ledger.free + ledger.cached == ledger.total {
+            break;
+        }
+        assert!(engine.is_alive(), "the engine thread has panicked");
+        assert!(Instant::now() < deadline, "blocks are missing: {status:?}");
+        std::thread::yield_now();
+    }
+    assert!(engine.is_alive(), "the engine thread has panicked");
+}
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// Of the small model: 2 layers × K and V × 2 heads × 16 elements × 4 bytes.
+const BYTES_PER_TOKEN: u64 = 2 * 2 * 2 * 16 * 4;
