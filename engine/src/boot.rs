@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use tidemill_engine_core::scheduler::{Limits, Scheduler};
 use tidemill_kernels::cpu::{Cpu, CpuOptions};
-use tidemill_kvtransfer::{Endpoint, EndpointConfig};
+use tidemill_kvtransfer::{Endpoint, EndpointConfig, Timing};
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
@@ -170,7 +170,9 @@ fn endpoint(
                 TransportChoice::SharedMemory => tidemill_kvtransfer::TransportChoice::SharedMemory,
                 TransportChoice::Tcp => tidemill_kvtransfer::TransportChoice::Tcp,
             },
+            require: config.require_transport,
             in_place: config.in_place,
+            timing: Timing::default(),
             coverage: match config.digest {
                 DigestCoverage::Sampled => Coverage::Sampled,
                 DigestCoverage::Full => Coverage::Full,

@@ -14,7 +14,7 @@ use std::thread;
 
 use tidemill_engine_core::request::{Request, RequestId};
 use tidemill_kvtransfer::Endpoint;
-use tidemill_kvtransfer::error::TransferError;
+use tidemill_kvtransfer::error::EndpointError;
 
 use crate::boot::{Wires, boot};
 use crate::handle::{
@@ -54,7 +54,7 @@ pub enum EngineError {
         address: SocketAddr,
         /// What went wrong.
         #[source]
-        source: TransferError,
+        source: EndpointError,
     },
     /// The device cannot be used as asked.
     #[error("device: {0}")]

@@ -110,6 +110,8 @@ pub struct EngineConfig {
     pub handoff_listen: SocketAddr,
     /// Which ways a handoff may take.
     pub transport: TransportChoice,
+    /// Whether a peer that cannot be reached in the preferred way is not used at all.
+    pub require_transport: bool,
     /// How much of each block a digest covers.
     pub digest: DigestCoverage,
     /// Whether a handoff on one host may compute in the peer's blocks (`docs/decisions/0002`).

@@ -212,6 +212,7 @@ fn config(model: &str, role: Role) -> EngineConfig {
         threads: Some(1),
         handoff_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         transport: TransportChoice::Auto,
+        require_transport: true,
         digest: DigestCoverage::Sampled,
         in_place: true,
         fault: None,

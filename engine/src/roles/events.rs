@@ -76,7 +76,7 @@ impl Driver {
     pub(crate) fn handoff(&mut self, event: HandoffEvent) {
         match event {
             HandoffEvent::Reserved(reserved) => self.reserved(&reserved),
-            HandoffEvent::Delivered { handoff, stats } => self.delivered(handoff, stats),
+            HandoffEvent::Delivered { handoff, stats } => self.delivered(handoff, &stats),
             HandoffEvent::CancelWanted { handoff } => self.cancel_wanted(handoff),
             HandoffEvent::SendFailed { handoff, error } => {
                 self.counters.handoff_failures += 1;
@@ -89,6 +89,7 @@ impl Driver {
                 self.reservation_failed(handoff, &error.to_string());
             }
             HandoffEvent::Released { handoff } => self.scheduler.quiet(handoff),
+            // The endpoint logs both, and tells of each handoff by itself.
             HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } => {}
         }
     }
@@ -156,7 +157,7 @@ impl Driver {
         }
     }
 
-    fn delivered(&mut self, handoff: HandoffId, stats: HandoffStats) {
+    fn delivered(&mut self, handoff: HandoffId, stats: &HandoffStats) {
         self.counters.handoffs += 1;
         self.counters.handoff_bytes += stats.bytes;
         self.counters.handoff_writes += stats.writes;
