@@ -96,7 +96,7 @@ impl Bench {
         let block_len = BlockLen::new(storage.block_len).expect("a power of two");
         let layout = model.kv_layout(storage.dtype, block_len, storage.order);
         let arena = Arena::new(layout, BlockCount(4096 / storage.block_len)).expect("memory for the test");
-        let cpu = Cpu::new(CpuOptions::default()).expect("a CPU");
+        let cpu = Arc::new(Cpu::new(CpuOptions::default()).expect("a CPU"));
         let limits = RunnerLimits { max_tokens: 512, max_seqs: 8, max_model_len: 512 };
         Self { runner: Runner::new(Arc::clone(model), cpu, *arena.shape(), limits), arena, given: 0 }
     }

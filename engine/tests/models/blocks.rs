@@ -1,5 +1,7 @@
 //! Blocks of KV: where they are, and that it does not matter in whose memory.
 
+use std::sync::Arc;
+
 use tidemill_engine::memory::Arena;
 use tidemill_engine::runner::{Batch, BatchSequence, LogitsWanted, Runner, RunnerLimits};
 use tidemill_kernels::cpu::{Cpu, CpuOptions};
@@ -61,7 +63,7 @@ fn a_sequence_may_lie_in_the_memory_of_two_workers() {
     let mapped = Arena::over(mapped, layout());
 
     let limits = RunnerLimits { max_tokens: 300, max_seqs: 1, max_model_len: 300 };
-    let cpu = Cpu::new(CpuOptions::default()).expect("a CPU");
+    let cpu = Arc::new(Cpu::new(CpuOptions::default()).expect("a CPU"));
     let mut runner = Runner::new(model, cpu, *own.shape(), limits);
     let mut run = |tokens: &[u32], first_position, blocks: &[BlockAddress]| {
         let sequence = BatchSequence { tokens, first_position, blocks, logits: LogitsWanted::Last };
