@@ -2,22 +2,50 @@
 //!
 //! All methods take `&self`; one operation at a time runs on the pool, and a second caller waits for it.
 
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod gate;
 mod isa;
+mod kv;
+mod kv_codec;
+mod matmul;
+mod pool;
+mod portable;
+mod row_tiles;
+mod rowwise;
+mod sampling;
+mod shared_out;
+mod simd;
+mod sync;
 
+use self::{
+    attention::{Attention, Workspace},
+    kv::{ConvertBlock, KvRows},
+    matmul::{Product, Store},
+    pool::{Pool, lock},
+    row_tiles::RowTiles,
+    sampling::LogSoftmax,
+    simd::Kernel,
+};
 use crate::{
+    aligned::AlignedBuffer,
     kv::{BlockAddress, KvBlockShape},
     matrix::PackedMatrix,
     reference,
     step::{AttentionParams, RopeTable, SequenceRows, TokenSpan},
 };
 pub use isa::Isa;
-use std::{io, ops::Range};
+use std::{io, ops::Range, sync::Mutex, thread};
 
 /// How a [`Cpu`] is set up.
 #[derive(Clone, Debug, Default)]
 pub struct CpuOptions {
-    /// One thread per entry, pinned to that core. Empty: one thread per core that this process may use, not pinned.
+    /// One thread per entry, pinned to that core; the first is the calling thread, which
+    /// [`pin_caller`](Cpu::pin_caller) pins. Empty: threads that are not pinned.
     pub cores: Vec<usize>,
+    /// Number of threads where there are no cores; `None`: one per core that this process may use.
+    pub threads: Option<usize>,
     /// Instructions to use; `None`: the fastest there are.
     pub isa: Option<Isa>,
 }
@@ -66,7 +94,21 @@ pub enum CpuError {
 /// The CPU kernels and the threads that they run on.
 #[derive(Debug)]
 pub struct Cpu {
-    isa: Isa,
+    level: Level,
+    cores: Vec<usize>,
+    threads: usize,
+    /// Locked for the length of an operation.
+    step: Mutex<Step>,
+    attention: Vec<Mutex<Workspace>>,
+}
+
+/// What one operation at a time uses.
+#[derive(Debug)]
+struct Step {
+    pool: Pool,
+    /// Rows of `x`, rearranged for a matrix product.
+    x: AlignedBuffer,
+    tiles: RowTiles,
 }
 
 impl Cpu {
@@ -75,61 +117,95 @@ impl Cpu {
     /// # Errors
     ///
     /// [`CpuError`] when the instructions or the cores that were asked for are not there.
-    #[allow(clippy::needless_pass_by_value)]
     pub fn new(options: CpuOptions) -> Result<Self, CpuError> {
         let isa = options.isa.unwrap_or_else(Isa::detect);
-        if !isa.is_available() {
-            return Err(CpuError::IsaUnavailable { isa });
-        }
-        Ok(Self { isa })
+        let level = Level::new(isa).ok_or(CpuError::IsaUnavailable { isa })?;
+        let cores = options.cores;
+        let threads = match cores.len() {
+            0 => options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from)),
+            cores => cores,
+        };
+        let pool = Pool::new(threads, &cores)?;
+        let step = Mutex::new(Step { pool, x: AlignedBuffer::zeroed(0), tiles: RowTiles::default() });
+        let attention = (0..threads).map(|_| Mutex::new(Workspace::new())).collect();
+        Ok(Self { level, cores, threads, step, attention })
+    }
+
+    /// Pins the calling thread to the first of the cores; nothing without cores.
+    ///
+    /// For the thread that will call the operations. Not done by [`new`](Self::new), since threads that the caller
+    /// starts later would inherit it.
+    ///
+    /// # Errors
+    ///
+    /// [`CpuError::PinThread`] when the core is not one of the process's own.
+    pub fn pin_caller(&self) -> Result<(), CpuError> {
+        self.cores.first().map_or(Ok(()), |&core| {
+            pool::pin_current_thread(core).map_err(|source| CpuError::PinThread { core, source })
+        })
     }
 
     /// One line for logs and banners: "cpu avx2+fma, 2 threads".
     pub fn describe(&self) -> String {
-        format!("cpu {}, 1 thread", self.isa)
+        let plural = if self.threads == 1 { "" } else { "s" };
+        format!("cpu {}, {} thread{plural}", self.isa(), self.threads)
     }
 
-    /// Grows all working memory, so that no step within `limits` allocates.
-    pub fn reserve(&self, _limits: StepLimits) {}
+    /// The instructions in use.
+    pub const fn isa(&self) -> Isa {
+        self.level.isa()
+    }
+
+    /// Threads that an operation runs on, the caller included.
+    pub const fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Grows all working memory, so that no step within `limits` allocates. Without it, the first steps do.
+    pub fn reserve(&self, limits: StepLimits) {
+        let mut step = lock(&self.step);
+        step.x.grown::<f32>(limits.rows * limits.inputs);
+        step.tiles.reserve(limits.rows);
+        for workspace in &self.attention {
+            lock(workspace).reserve(limits.head_size);
+        }
+    }
 
     /// `out[row][output] = Σ_input x[row][input] * w[output][input] + bias[output]`.
     ///
     /// `x` is `[rows][inputs]`, `out` is `[rows][outputs]`.
     pub fn matmul(&self, out: &mut [f32], x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) {
-        reference::matmul(out, x, &unpack(w), w.inputs(), bias);
+        self.product(out, &Product { x, w, bias, store: Store::Replace });
     }
 
     /// `out[row][output] += Σ_input x[row][input] * w[output][input] + bias[output]`: a residual branch.
     pub fn matmul_add(&self, out: &mut [f32], x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) {
-        let mut product = vec![0.0; out.len()];
-        self.matmul(&mut product, x, w, bias);
-        reference::add(out, &product);
+        self.product(out, &Product { x, w, bias, store: Store::Add });
     }
 
     /// `out[row] = x[row] / sqrt(mean(x[row]²) + eps) * weight`, for rows of the length of `weight`.
     pub fn rms_norm(&self, out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
-        reference::rms_norm(out, x, weight, eps);
+        rowwise::rms_norm(out, Some(x), weight, eps, self.level, &mut lock(&self.step).pool);
     }
 
     /// [`rms_norm`](Self::rms_norm) in place. With rows of one head's elements this is the q/k norm of Qwen3.
     pub fn rms_norm_in_place(&self, x: &mut [f32], weight: &[f32], eps: f32) {
-        let rows = x.to_vec();
-        reference::rms_norm(x, &rows, weight, eps);
+        rowwise::rms_norm(x, None, weight, eps, self.level, &mut lock(&self.step).pool);
     }
 
     /// `out = silu(gate) * up`, where `silu(x) = x / (1 + e^-x)`.
     pub fn silu_mul(&self, out: &mut [f32], gate: &[f32], up: &[f32]) {
-        reference::silu_mul(out, gate, up);
+        rowwise::silu_mul(out, gate, up, self.level, &mut lock(&self.step).pool);
     }
 
     /// `out += x`.
     pub fn add(&self, out: &mut [f32], x: &[f32]) {
-        reference::add(out, x);
+        rowwise::add(out, x, self.level, &mut lock(&self.step).pool);
     }
 
     /// Rotates every head of every token of `x`, `[tokens][heads][head_size]`, in place.
     pub fn rope(&self, x: &mut [f32], positions: &[u32], table: RopeTable<'_>, head_size: usize) {
-        reference::rope(x, positions, table, head_size);
+        rowwise::rope(x, positions, table, head_size, self.level, &mut lock(&self.step).pool);
     }
 
     /// Writes the K and V rows of a step, `[rows][kv_heads][head_size]` each, into `layer` of the sequences' blocks,
@@ -142,7 +218,8 @@ impl Cpu {
         v: &[f32],
         sequences: &[SequenceRows<'_>],
     ) {
-        reference::write_kv(shape, layer, k, v, sequences);
+        let step = &mut *lock(&self.step);
+        KvRows { shape, layer, k, v, sequences }.write(self.level, &mut step.pool, &mut step.tiles);
     }
 
     /// Causal attention of each row to the keys of its sequence up to itself. The K and V of the step's own rows are
@@ -156,7 +233,9 @@ impl Cpu {
         sequences: &[SequenceRows<'_>],
         params: AttentionParams,
     ) {
-        reference::attention(out, q, shape, layer, sequences, params);
+        let step = &mut *lock(&self.step);
+        let attention = Attention { q, shape, layer, sequences, params };
+        attention.compute(out, self.level, &mut step.pool, &mut step.tiles, &self.attention);
     }
 
     /// Writes the tokens of `from` into `image`, the bytes of `layers` of one block of shape `to`.
@@ -170,7 +249,7 @@ impl Cpu {
         layers: Range<usize>,
         from: TokenSpan<'_>,
     ) {
-        reference::convert_block(image, to, layers, from);
+        self.level.run(ConvertBlock { image, to, layers, from });
     }
 
     /// Zeroes the token slots of a block from `from_token` on: K, V and scales of all layers. Runs on the calling
@@ -182,14 +261,47 @@ impl Cpu {
     /// Replaces logits by their natural-log probabilities: `x - max - ln Σ e^(x - max)`, the sum in f64. Runs on the
     /// calling thread.
     pub fn log_softmax(&self, logits: &mut [f32]) {
-        reference::log_softmax(logits);
+        self.level.run(LogSoftmax { logits });
+    }
+
+    fn product(&self, out: &mut [f32], product: &Product<'_>) {
+        let step = &mut *lock(&self.step);
+        product.compute(out, self.level, &mut step.pool, &mut step.x);
     }
 }
 
-fn unpack(w: &PackedMatrix) -> Vec<f32> {
-    let mut rows = vec![0.0; w.outputs() * w.inputs()];
-    for (index, row) in rows.chunks_exact_mut(w.inputs()).enumerate() {
-        w.row(index, row);
+/// Instructions, proven to be there.
+#[derive(Clone, Copy, Debug)]
+enum Level {
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    Portable,
+}
+
+impl Level {
+    fn new(isa: Isa) -> Option<Self> {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::Avx2::new().map(Self::Avx2),
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 => None,
+            Isa::Portable => Some(Self::Portable),
+        }
     }
-    rows
+
+    const fn isa(self) -> Isa {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => Isa::Avx2,
+            Self::Portable => Isa::Portable,
+        }
+    }
+
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => simd.dispatch(kernel),
+            Self::Portable => kernel.run(portable::Portable),
+        }
+    }
 }

@@ -1,0 +1,183 @@
+//! Eight lanes in a 256-bit register of x86-64.
+//!
+//! The functions at the bottom carry the instructions and may be called where the features are on; the methods on top
+//! may be called by anyone who has an [`Avx2`].
+
+use super::simd::{LANES, Simd};
+use super::{Isa, simd::Kernel};
+use std::arch::x86_64::*;
+
+/// Proof that this machine has AVX2, FMA and F16C.
+///
+/// # Invariant
+///
+/// Made only by [`new`](Self::new), which asked the machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// `None` when the machine does not have them.
+    pub(crate) fn new() -> Option<Self> {
+        Isa::Avx2.is_available().then_some(Self(()))
+    }
+
+    /// Runs a kernel compiled with these instructions.
+    pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { run(self, kernel) }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn run<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+    kernel.run(simd)
+}
+
+impl Simd for Avx2 {
+    type Vector = __m256;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m256 {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { _mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> __m256 {
+        // SAFETY: eight elements are good for reads through the reference; the features as above.
+        unsafe { _mm256_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, vector: __m256, to: &mut [f32; LANES]) {
+        // SAFETY: eight elements are good for writes through the reference; the features as above.
+        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), vector) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { _mm256_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { _mm256_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { _mm256_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn round(self, a: __m256) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, a: __m256) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { power_of_two(a) }
+    }
+
+    #[inline(always)]
+    fn sums(self, vectors: [__m256; 4]) -> [f32; 4] {
+        // SAFETY: as in `add`.
+        unsafe { sums(vectors) }
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, from: &[u16; LANES]) -> __m256 {
+        // SAFETY: as in `add`.
+        unsafe { widen_f16(from) }
+    }
+
+    #[inline(always)]
+    fn narrow_f16(self, from: &[f32; LANES]) -> [u16; LANES] {
+        // SAFETY: as in `add`.
+        unsafe { narrow_f16(from) }
+    }
+
+    #[inline(always)]
+    fn widen_bf16_pairs(self, from: &[u16; 2 * LANES]) -> [__m256; 2] {
+        // SAFETY: as in `add`.
+        unsafe { widen_bf16_pairs(from) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn power_of_two(a: __m256) -> __m256 {
+    let biased = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sums([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+    // Each `hadd` adds neighbours inside the two 128-bit halves; the halves meet last.
+    let quarters = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    let halves = _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps::<1>(quarters));
+    let mut sums = [0.0; 4];
+    // SAFETY: four elements are good for writes.
+    unsafe { _mm_storeu_ps(sums.as_mut_ptr(), halves) };
+    sums
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen_f16(from: &[u16; LANES]) -> __m256 {
+    // SAFETY: sixteen bytes are good for reads through the reference.
+    let bits = unsafe { _mm_loadu_si128(from.as_ptr().cast()) };
+    _mm256_cvtph_ps(bits)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn narrow_f16(from: &[f32; LANES]) -> [u16; LANES] {
+    // SAFETY: eight elements are good for reads through the reference.
+    let values = unsafe { _mm256_loadu_ps(from.as_ptr()) };
+    let bits = _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(values);
+    let mut narrow = [0; LANES];
+    // SAFETY: sixteen bytes are good for writes.
+    unsafe { _mm_storeu_si128(narrow.as_mut_ptr().cast(), bits) };
+    narrow
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen_bf16_pairs(from: &[u16; 2 * LANES]) -> [__m256; 2] {
+    // SAFETY: thirty-two bytes are good for reads through the reference.
+    let pairs = unsafe { _mm256_loadu_si256(from.as_ptr().cast()) };
+    let low = _mm256_slli_epi32::<16>(pairs);
+    let high = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000u32.cast_signed()));
+    [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+}

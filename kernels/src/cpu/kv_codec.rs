@@ -1,0 +1,104 @@
+//! Stored rows of K and V to f32 and back, in lanes: the same results as `reference`, bit for bit.
+
+use super::simd::{LANES, Simd, padded};
+use crate::kv::KvDtype;
+
+/// Stored bytes, of any alignment, to values.
+#[inline(always)]
+pub(crate) fn decode_row<S: Simd>(simd: S, dtype: KvDtype, stored: &[u8], scale: f32, values: &mut [f32]) {
+    assert_eq!(stored.len(), values.len() * dtype.bytes(), "a row of {} elements", values.len());
+    match dtype {
+        KvDtype::F32 => {
+            for (value, bytes) in values.iter_mut().zip(stored.as_chunks().0) {
+                *value = f32::from_ne_bytes(*bytes);
+            }
+        }
+        KvDtype::F16 => decode_f16(simd, stored, values),
+        KvDtype::Bf16 => {
+            for (value, bytes) in values.iter_mut().zip(stored.as_chunks().0) {
+                *value = f32::from_bits(u32::from(u16::from_ne_bytes(*bytes)) << 16);
+            }
+        }
+        KvDtype::Int8 => {
+            for (value, &stored) in values.iter_mut().zip(stored) {
+                *value = scale * f32::from(stored.cast_signed());
+            }
+        }
+    }
+}
+
+/// Values to stored bytes, of any alignment; returns the scale, which is 1 for types without scales.
+#[inline(always)]
+pub(crate) fn encode_row<S: Simd>(simd: S, dtype: KvDtype, values: &[f32], stored: &mut [u8]) -> f32 {
+    assert_eq!(stored.len(), values.len() * dtype.bytes(), "a row of {} elements", values.len());
+    match dtype {
+        KvDtype::F32 => {
+            for (bytes, value) in stored.as_chunks_mut().0.iter_mut().zip(values) {
+                *bytes = value.to_ne_bytes();
+            }
+        }
+        KvDtype::F16 => encode_f16(simd, values, stored),
+        KvDtype::Bf16 => {
+            for (bytes, &value) in stored.as_chunks_mut().0.iter_mut().zip(values) {
+                *bytes = to_bf16(value).to_ne_bytes();
+            }
+        }
+        KvDtype::Int8 => return encode_int8(values, stored),
+    }
+    1.0
+}
+
+#[inline(always)]
+fn decode_f16<S: Simd>(simd: S, stored: &[u8], values: &mut [f32]) {
+    let (vectors, tail) = stored.as_chunks::<F16_VECTOR>();
+    let (values, value_tail) = values.as_chunks_mut::<LANES>();
+    for (value, stored) in values.iter_mut().zip(vectors) {
+        simd.store(simd.widen_f16(&bytemuck::cast(*stored)), value);
+    }
+    let mut bytes = [0; F16_VECTOR];
+    bytes[..tail.len()].copy_from_slice(tail);
+    let mut lanes = [0.0; LANES];
+    simd.store(simd.widen_f16(&bytemuck::cast(bytes)), &mut lanes);
+    value_tail.copy_from_slice(&lanes[..value_tail.len()]);
+}
+
+#[inline(always)]
+fn encode_f16<S: Simd>(simd: S, values: &[f32], stored: &mut [u8]) {
+    let (values, value_tail) = values.as_chunks::<LANES>();
+    let (stored, stored_tail) = stored.as_chunks_mut::<F16_VECTOR>();
+    for (stored, value) in stored.iter_mut().zip(values) {
+        *stored = bytemuck::cast(simd.narrow_f16(value));
+    }
+    let bytes: [u8; F16_VECTOR] = bytemuck::cast(simd.narrow_f16(&padded(value_tail)));
+    stored_tail.copy_from_slice(&bytes[..stored_tail.len()]);
+}
+
+/// Nearest, ties to even; written without branches so that it becomes lanes.
+#[inline(always)]
+fn to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    // Half a unit of what stays, less one if what stays is even: a tie then carries only into an odd number.
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let kept = if value.is_nan() { bits | QUIET_NAN } else { rounded };
+    (kept >> 16) as u16
+}
+
+#[inline(always)]
+fn encode_int8(values: &[f32], stored: &mut [u8]) -> f32 {
+    let scale = values.iter().fold(0.0f32, |max, value| max.max(value.abs())) / 127.0;
+    if scale == 0.0 {
+        stored.fill(0);
+        return scale;
+    }
+    for (stored, value) in stored.iter_mut().zip(values) {
+        // `as` saturates and turns NaN into zero.
+        *stored = ((value / scale).round_ties_even().clamp(-127.0, 127.0) as i8).cast_unsigned();
+    }
+    scale
+}
+
+/// The bit that keeps a NaN a NaN when its low half is cut off.
+const QUIET_NAN: u32 = 1 << 22;
+
+/// Bytes of a vector's lanes in half precision.
+const F16_VECTOR: usize = 2 * LANES;

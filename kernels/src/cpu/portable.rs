@@ -1,0 +1,98 @@
+//! Eight lanes as an array: the compiler finds the instructions.
+
+use super::simd::{LANES, Simd};
+use half::f16;
+use std::array;
+
+/// Any machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type Vector = [f32; LANES];
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::Vector {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::Vector {
+        *from
+    }
+
+    #[inline(always)]
+    fn store(self, vector: Self::Vector, to: &mut [f32; LANES]) {
+        *to = vector;
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        array::from_fn(|lane| a[lane] + b[lane])
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        array::from_fn(|lane| a[lane] - b[lane])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        array::from_fn(|lane| a[lane] * b[lane])
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        array::from_fn(|lane| a[lane] / b[lane])
+    }
+
+    // Not `f32::mul_add`: without an instruction for it that is a call per lane.
+    #[inline(always)]
+    fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+        array::from_fn(|lane| a[lane] * b[lane] + c[lane])
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        array::from_fn(|lane| if a[lane] > b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        array::from_fn(|lane| if a[lane] < b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
+    fn round(self, a: Self::Vector) -> Self::Vector {
+        // Adding and taking away 1.5 * 2^23 rounds to the units place; exact for |a| < 2^22, more than `exp` needs.
+        array::from_fn(|lane| (a[lane] + ROUNDER) - ROUNDER)
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, a: Self::Vector) -> Self::Vector {
+        array::from_fn(|lane| f32::from_bits(((a[lane] as i32 + 127) as u32) << 23))
+    }
+
+    #[inline(always)]
+    fn sums(self, vectors: [Self::Vector; 4]) -> [f32; 4] {
+        vectors.map(|v| ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])))
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, from: &[u16; LANES]) -> Self::Vector {
+        from.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    fn narrow_f16(self, from: &[f32; LANES]) -> [u16; LANES] {
+        from.map(|value| f16::from_f32(value).to_bits())
+    }
+
+    #[inline(always)]
+    fn widen_bf16_pairs(self, from: &[u16; 2 * LANES]) -> [Self::Vector; 2] {
+        let half = |odd| array::from_fn(|lane| f32::from_bits(u32::from(from[2 * lane + odd]) << 16));
+        [half(0), half(1)]
+    }
+}
+
+const ROUNDER: f32 = 12_582_912.0;

@@ -1,0 +1,152 @@
+//! Eight f32 lanes, and how a kernel written for them meets the instructions of the machine.
+//!
+//! A kernel is one generic body, inlined into one function per instruction set. Every operation here rounds as IEEE
+//! 754 says and acts on each lane alone, so lanes and scalar code give equal bits; only `mul_add` differs between the
+//! sets (one rounding or two).
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 8;
+
+/// Instructions on vectors of [`LANES`] f32. The value is the proof that the machine has them.
+pub(crate) trait Simd: Copy + Send + Sync {
+    /// Eight f32.
+    type Vector: Copy;
+
+    /// `value` in each lane.
+    fn splat(self, value: f32) -> Self::Vector;
+    /// Reads eight elements.
+    fn load(self, from: &[f32; LANES]) -> Self::Vector;
+    /// Writes eight elements.
+    fn store(self, vector: Self::Vector, to: &mut [f32; LANES]);
+
+    /// `a + b`
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a - b`
+    fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a * b`
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a / b`
+    fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a * b + c`, in one rounding where the machine can.
+    fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// The greater one; `b` when they cannot be compared.
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The lesser one; `b` when they cannot be compared.
+    fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The nearest integer, of two the even one.
+    fn round(self, a: Self::Vector) -> Self::Vector;
+    /// `2^a` for integers `a` from -126 to 127.
+    fn power_of_two(self, a: Self::Vector) -> Self::Vector;
+    /// The sum of each vector's lanes: `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
+    fn sums(self, vectors: [Self::Vector; 4]) -> [f32; 4];
+
+    /// Eight IEEE half precision numbers.
+    fn widen_f16(self, from: &[u16; LANES]) -> Self::Vector;
+    /// To IEEE half precision, nearest, ties to even.
+    fn narrow_f16(self, from: &[f32; LANES]) -> [u16; LANES];
+    /// A panel row of bf16 in the paired order of [`crate::matrix`]: outputs 0 to 7 and 8 to 15.
+    fn widen_bf16_pairs(self, from: &[u16; 2 * LANES]) -> [Self::Vector; 2];
+
+    /// The sum of one vector's lanes, in the order of [`sums`](Self::sums).
+    #[inline(always)]
+    fn sum(self, vector: Self::Vector) -> f32 {
+        self.sums([vector; 4])[0]
+    }
+
+    /// `e^a`, within two units in the last place; zero below -104, NaN of NaN.
+    ///
+    /// `a = n ln 2 + r` with `|r| <= ln 2 / 2`; the series of `e^r` to `r^7` leaves a relative error of 5e-9.
+    #[inline(always)]
+    fn exp(self, a: Self::Vector) -> Self::Vector {
+        // The constants first: a NaN in `a` comes through.
+        let a = self.min(self.splat(EXP_HIGHEST), self.max(self.splat(EXP_LOWEST), a));
+        let n = self.round(self.mul(a, self.splat(std::f32::consts::LOG2_E)));
+        let r = self.mul_add(n, self.splat(-LN_2_HIGH), a);
+        let r = self.mul_add(n, self.splat(-LN_2_LOW), r);
+        let mut sum = self.splat(EXP_SERIES[0]);
+        for coefficient in &EXP_SERIES[1..] {
+            sum = self.mul_add(sum, r, self.splat(*coefficient));
+        }
+        // In two factors, since `2^n` itself may be out of range while the product is not.
+        let half = self.round(self.mul(n, self.splat(0.5)));
+        let rest = self.sub(n, half);
+        self.mul(self.mul(sum, self.power_of_two(half)), self.power_of_two(rest))
+    }
+}
+
+/// Work that is compiled once per instruction set. Implementations of `run` are `#[inline(always)]`.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+
+    /// Does the work.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// The first eight elements or fewer, the rest zero.
+#[inline(always)]
+pub(crate) fn padded(tail: &[f32]) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    lanes[..tail.len()].copy_from_slice(tail);
+    lanes
+}
+
+/// `e^` this is below half of the smallest subnormal number.
+const EXP_LOWEST: f32 = -105.0;
+/// `e^` this is above the greatest number.
+const EXP_HIGHEST: f32 = 89.0;
+/// ln 2 in two parts; the first has so few bits that `n * LN_2_HIGH` is exact.
+const LN_2_HIGH: f32 = 355.0 / 512.0;
+const LN_2_LOW: f32 = (std::f64::consts::LN_2 - 355.0 / 512.0) as f32;
+/// `1/7!` down to `1/0!`.
+const EXP_SERIES: [f32; 8] =
+    [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 1.0 / 2.0, 1.0, 1.0];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::{Isa, Level};
+
+    struct Exp<'a>(&'a mut [f32; LANES]);
+
+    impl Kernel for Exp<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            simd.store(simd.exp(simd.load(self.0)), self.0);
+        }
+    }
+
+    fn exp(level: Level, x: f32) -> f32 {
+        let mut lanes = [x; LANES];
+        level.run(Exp(&mut lanes));
+        assert!(lanes.iter().all(|lane| lane.to_bits() == lanes[0].to_bits()), "every lane alike");
+        lanes[0]
+    }
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        for level in [Isa::Avx2, Isa::Portable].into_iter().filter_map(Level::new) {
+            // Every sign and exponent, some mantissas of each: from zero to 88.7, near the ends of the range.
+            for bits in (0..=0x42b1_7000u32).step_by(4099) {
+                for x in [f32::from_bits(bits), -f32::from_bits(bits)] {
+                    let exact = f64::from(x).exp();
+                    let unit =
+                        f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+                    let error = (f64::from(exp(level, x)) - exact).abs() / unit;
+                    assert!(error <= 2.0, "exp({x}) is off by {error} units on {level:?}");
+                }
+            }
+            #[rustfmt::skip]
+            let rows = [
+                (0.0, 1.0), (-0.0, 1.0), (89.0, f32::INFINITY), (f32::MAX, f32::INFINITY),
+                (f32::INFINITY, f32::INFINITY), (-104.5, 0.0), (f32::MIN, 0.0), (f32::NEG_INFINITY, 0.0),
+            ];
+            for (x, expected) in rows {
+                assert_eq!(exp(level, x).to_bits(), f32::to_bits(expected), "exp({x}) on {level:?}");
+            }
+            assert!(exp(level, f32::NAN).is_nan(), "NaN comes through on {level:?}");
+        }
+    }
+}

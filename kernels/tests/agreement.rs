@@ -1,0 +1,323 @@
+//! Every operation on every instruction set against `reference`.
+//!
+//! Tolerances are relative to the greatest element expected. An f32 has 1.2e-7; sums of products of a few hundred
+//! terms differ by some of those when they are summed in another order.
+
+mod support;
+
+use support::{
+    Blocks, KV_DTYPES, Numbers, Order, WEIGHT_DTYPES, assert_close, assert_same_bits, cpus, shape, source,
+    stored,
+};
+use tidemill_kernels::{
+    cpu::Cpu,
+    kv::KvDtype,
+    matrix::{Embedding, PackedMatrix, WeightDtype},
+    reference,
+    step::{AttentionParams, RopeTable, SequenceRows},
+};
+
+const THREADS: usize = 3;
+
+#[test]
+fn matmul() {
+    #[rustfmt::skip]
+    let rows = [
+        // rows, inputs, outputs
+        (   1,      1,       1),
+        (   1,      7,       1),
+        (   1,    300,       7),
+        (   1,     64,      64),
+        (   1,    129,     300),
+        (   2,     33,      40),
+        (   3,    300,      65),
+        (   4,      8,      16),
+        (   5,     17,      15),
+        (   6,     64,     100),
+        (   7,    100,      33),
+        (  13,     65,     128),
+        ( 100,    256,      48),
+        ( 200,     31,     300),
+    ];
+    let mut numbers = Numbers::new(1);
+    for (rows, inputs, outputs) in rows {
+        for dtype in WEIGHT_DTYPES {
+            let bytes = stored(&numbers.vector(outputs * inputs), dtype);
+            let w = reference::widen_matrix(source(&bytes, dtype));
+            let packed = PackedMatrix::pack(outputs, inputs, source(&bytes, dtype));
+            let (x, bias) = (numbers.vector(rows * inputs), numbers.vector(outputs));
+            for (bias, cpu) in
+                [None, Some(&*bias)].into_iter().flat_map(|bias| cpus(THREADS).map(move |cpu| (bias, cpu)))
+            {
+                let name = format!("{rows}x{inputs}x{outputs} {dtype:?} on {}", cpu.describe());
+                let mut expected = vec![f32::NAN; rows * outputs];
+                reference::matmul(&mut expected, &x, &w, inputs, bias);
+                let mut actual = vec![f32::NAN; rows * outputs];
+                cpu.matmul(&mut actual, &x, &packed, bias);
+                assert_close(&actual, &expected, 1e-6, &name);
+
+                let residual = numbers.vector(rows * outputs);
+                let mut sum = residual.clone();
+                cpu.matmul_add(&mut sum, &x, &packed, bias);
+                reference::add(&mut actual, &residual);
+                assert_same_bits(&sum, &actual, &format!("{name}, added"));
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_packed_and_of_plain_matrices() {
+    let mut numbers = Numbers::new(2);
+    for (rows, width) in [(1, 1), (7, 5), (16, 8), (33, 300)] {
+        for dtype in WEIGHT_DTYPES {
+            let bytes = stored(&numbers.vector(rows * width), dtype);
+            let expected = reference::widen_matrix(source(&bytes, dtype));
+            let packed = PackedMatrix::pack(rows, width, source(&bytes, dtype));
+            let plain = Embedding::new(rows, width, source(&bytes, dtype));
+            for (index, expected) in expected.chunks_exact(width).enumerate() {
+                let mut row = vec![f32::NAN; width];
+                packed.row(index, &mut row);
+                assert_same_bits(&row, expected, &format!("packed row {index} of {rows}x{width} {dtype:?}"));
+                row.fill(f32::NAN);
+                plain.row(index, &mut row);
+                assert_same_bits(&row, expected, &format!("plain row {index} of {rows}x{width} {dtype:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn rms_norm() {
+    let mut numbers = Numbers::new(3);
+    for (rows, width) in [(1, 1), (2, 7), (3, 8), (1, 31), (5, 64), (40, 300), (3, 4097)] {
+        let (x, weight) = (numbers.vector(rows * width), numbers.vector(width));
+        let mut expected = vec![f32::NAN; rows * width];
+        reference::rms_norm(&mut expected, &x, &weight, 1e-5);
+        for cpu in cpus(THREADS) {
+            let name = format!("{rows}x{width} on {}", cpu.describe());
+            let mut actual = vec![f32::NAN; rows * width];
+            cpu.rms_norm(&mut actual, &x, &weight, 1e-5);
+            assert_close(&actual, &expected, 2e-6, &name);
+            let mut in_place = x.clone();
+            cpu.rms_norm_in_place(&mut in_place, &weight, 1e-5);
+            assert_same_bits(&in_place, &actual, &name);
+        }
+    }
+}
+
+#[test]
+fn element_by_element() {
+    let mut numbers = Numbers::new(4);
+    for len in [0, 1, 7, 8, 9, 300, 20_001] {
+        let gate: Vec<f32> = numbers.vector(len).iter().map(|x| 20.0 * x).collect();
+        let up = numbers.vector(len);
+        let mut silu = vec![f32::NAN; len];
+        reference::silu_mul(&mut silu, &gate, &up);
+        let mut sum = gate.clone();
+        reference::add(&mut sum, &up);
+        for cpu in cpus(THREADS) {
+            let name = format!("{len} on {}", cpu.describe());
+            let mut actual = vec![f32::NAN; len];
+            cpu.silu_mul(&mut actual, &gate, &up);
+            for ((actual, expected), gate) in actual.iter().zip(&silu).zip(&gate) {
+                assert!(
+                    (actual - expected).abs() <= 1e-6 * expected.abs(),
+                    "{name}: silu({gate}) is {actual}"
+                );
+            }
+            let mut actual = gate.clone();
+            cpu.add(&mut actual, &up);
+            assert_same_bits(&actual, &sum, &name);
+        }
+    }
+}
+
+#[test]
+fn rope() {
+    let mut numbers = Numbers::new(5);
+    for (tokens, heads, head_size, half) in [(1, 1, 2, 1), (3, 2, 16, 8), (40, 5, 80, 40), (7, 3, 24, 6)] {
+        let frequencies: Vec<f32> =
+            (0..half).map(|pair| 10_000f32.powf(-(pair as f32) / half as f32)).collect();
+        let (cos, sin) = reference::rope_table(&frequencies, 500, 1.0);
+        let table = RopeTable { cos: &cos, sin: &sin, half };
+        let positions: Vec<u32> = (0..tokens).map(|_| (numbers.bits() % 500) as u32).collect();
+        let x = numbers.vector(tokens * heads * head_size);
+        let mut expected = x.clone();
+        reference::rope(&mut expected, &positions, table, head_size);
+        for cpu in cpus(THREADS) {
+            let mut actual = x.clone();
+            cpu.rope(&mut actual, &positions, table, head_size);
+            assert_same_bits(
+                &actual,
+                &expected,
+                &format!("{tokens}x{heads}x{head_size} on {}", cpu.describe()),
+            );
+        }
+    }
+}
+
+#[test]
+fn log_softmax() {
+    let mut numbers = Numbers::new(6);
+    for len in [1, 7, 8, 300, 32_001] {
+        let logits: Vec<f32> = numbers.vector(len).iter().map(|x| 30.0 * x).collect();
+        let mut expected = logits.clone();
+        reference::log_softmax(&mut expected);
+        for cpu in cpus(1) {
+            let mut actual = logits.clone();
+            cpu.log_softmax(&mut actual);
+            assert_close(&actual, &expected, 3e-7, &format!("{len} on {}", cpu.describe()));
+        }
+    }
+}
+
+/// Values whose conversion is delicate: ties, subnormals, the ends of each range, and what is no number.
+fn delicate() -> Vec<f32> {
+    let mut values =
+        vec![0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e-8, 6e-8, -6.1e-5, 3.4e38, 1e-40, f32::NAN];
+    values.extend([f32::INFINITY, f32::NEG_INFINITY]);
+    for bits in [0x3f80_8000u32, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001, 0x7f7f_8000, 0x3f80_1000, 0x3f80_3000]
+    {
+        values.push(f32::from_bits(bits));
+    }
+    values
+}
+
+#[test]
+fn write_kv() {
+    let mut numbers = Numbers::new(7);
+    for dtype in KV_DTYPES {
+        for (heads, head_size, order) in
+            [(2, 16, Order::TokenHead), (3, 21, Order::HeadToken), (1, 80, Order::TokenHead)]
+        {
+            let shape = shape(dtype, 2, 16, heads, head_size, order);
+            let row = heads * head_size;
+            let (mut k, v) = (numbers.vector(40 * row), numbers.vector(40 * row));
+            if dtype != KvDtype::Int8 {
+                k[..21].copy_from_slice(&delicate());
+            }
+            k[30 * row..31 * row].fill(0.0);
+            for cpu in cpus(THREADS) {
+                let (expected, actual) = (Blocks::new(shape, 64), Blocks::new(shape, 64));
+                let sequences = |blocks| {
+                    [(1, 20, 5), (21, 19, 44)].map(|(first_row, rows, first_position)| SequenceRows {
+                        first_row,
+                        rows,
+                        first_position,
+                        blocks,
+                    })
+                };
+                reference::write_kv(&shape, 1, &k, &v, &sequences(&expected.addresses));
+                cpu.write_kv(&shape, 1, &k, &v, &sequences(&actual.addresses));
+                for block in 0..4 {
+                    assert!(actual.bytes(block) == expected.bytes(block), "{shape:?} on {}", cpu.describe());
+                }
+            }
+        }
+    }
+}
+
+/// Fills the blocks of sequences of some lengths and compares attention of their last rows.
+fn check_attention(
+    cpu: &Cpu,
+    dtype: KvDtype,
+    heads: (usize, usize),
+    head_size: usize,
+    window: Option<usize>,
+) {
+    let mut numbers = Numbers::new(8);
+    let (query_heads, kv_heads) = heads;
+    let shape = shape(dtype, 2, 16, kv_heads, head_size, Order::TokenHead);
+    // Length and how many of its rows are in the step: a whole prompt, one decode, a chunk, a single token.
+    let lengths = [(70, 70), (200, 1), (130, 9), (1, 1)];
+    let blocks: Vec<Blocks> = lengths
+        .iter()
+        .map(|&(length, _)| {
+            let blocks = Blocks::new(shape, length);
+            let (k, v) = (
+                numbers.vector(length * kv_heads * head_size),
+                numbers.vector(length * kv_heads * head_size),
+            );
+            let all =
+                SequenceRows { first_row: 0, rows: length, first_position: 0, blocks: &blocks.addresses };
+            reference::write_kv(&shape, 1, &k, &v, &[all]);
+            blocks
+        })
+        .collect();
+    let mut first_row = 0;
+    let sequences: Vec<SequenceRows<'_>> = lengths
+        .iter()
+        .zip(&blocks)
+        .map(|(&(length, rows), blocks)| {
+            first_row += rows;
+            SequenceRows {
+                first_row: first_row - rows,
+                rows,
+                first_position: length - rows,
+                blocks: &blocks.addresses,
+            }
+        })
+        .collect();
+    let q: Vec<f32> = numbers.vector(first_row * query_heads * head_size).iter().map(|x| 4.0 * x).collect();
+    let params =
+        AttentionParams { query_heads, scale: (head_size as f32).sqrt().recip(), sliding_window: window };
+    let mut expected = vec![f32::NAN; q.len()];
+    reference::attention(&mut expected, &q, &shape, 1, &sequences, params);
+    let mut actual = vec![f32::NAN; q.len()];
+    cpu.attention(&mut actual, &q, &shape, 1, &sequences, params);
+    let name = format!("{dtype:?} {heads:?} heads of {head_size}, window {window:?} on {}", cpu.describe());
+    assert_close(&actual, &expected, 2e-6, &name);
+}
+
+#[test]
+fn attention() {
+    for cpu in cpus(THREADS) {
+        for dtype in KV_DTYPES {
+            for (heads, head_size, window) in [
+                ((1, 1), 1, None),
+                ((2, 2), 16, None),
+                ((4, 2), 21, Some(1)),
+                ((6, 1), 64, Some(50)),
+                ((6, 2), 128, Some(64)),
+                ((7, 1), 80, None),
+                ((64, 1), 8, Some(1000)),
+            ] {
+                check_attention(&cpu, dtype, heads, head_size, window);
+            }
+        }
+    }
+}
+
+#[test]
+fn lengths_that_do_not_fit_are_refused() {
+    let cpu = cpus(1).next().unwrap();
+    let w = PackedMatrix::pack(2, 3, source(&stored(&[0.0; 6], WeightDtype::F32), WeightDtype::F32));
+    let shape = shape(KvDtype::F32, 1, 4, 1, 8, Order::TokenHead);
+    let blocks = Blocks::new(shape, 4);
+    let too_long = SequenceRows { first_row: 0, rows: 5, first_position: 0, blocks: &blocks.addresses };
+    let params = AttentionParams { query_heads: 1, scale: 1.0, sliding_window: None };
+    type Call<'a> = Box<dyn Fn() + 'a>;
+    let rows: [(&str, Call<'_>); 6] = [
+        ("x is not whole rows", Box::new(|| cpu.matmul(&mut [0.0; 2], &[0.0; 4], &w, None))),
+        ("out has too few rows", Box::new(|| cpu.matmul(&mut [0.0; 2], &[0.0; 6], &w, None))),
+        ("bias is too short", Box::new(|| cpu.matmul(&mut [0.0; 2], &[0.0; 3], &w, Some(&[0.0])))),
+        ("weight is longer than a row", Box::new(|| cpu.rms_norm_in_place(&mut [0.0; 4], &[0.0; 3], 0.0))),
+        (
+            "rows go on after the blocks",
+            Box::new(|| {
+                cpu.write_kv(&shape, 0, &[0.0; 40], &[0.0; 40], &[too_long]);
+            }),
+        ),
+        (
+            "two sequences share a row",
+            Box::new(|| {
+                let one = SequenceRows { rows: 1, ..too_long };
+                cpu.attention(&mut [0.0; 16], &[0.0; 16], &shape, 0, &[one, one], params);
+            }),
+        ),
+    ];
+    for (name, call) in rows {
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).is_err(), "{name}");
+    }
+}

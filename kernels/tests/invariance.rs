@@ -1,0 +1,169 @@
+//! The bits of a row depend on the row alone: not on the batch, the chunking, the blocks or the threads.
+//!
+//! This is what makes prefill and decode on two workers give the same tokens as one worker.
+
+mod support;
+
+use support::{
+    Blocks, ISAS, KV_DTYPES, Numbers, Order, WEIGHT_DTYPES, assert_same_bits, cpu, cpus, shape, source,
+    stored,
+};
+use tidemill_kernels::{
+    cpu::{Cpu, Isa},
+    kv::{KvBlockShape, KvDtype},
+    matrix::PackedMatrix,
+    step::{AttentionParams, SequenceRows},
+};
+
+#[test]
+fn a_row_of_a_product_is_the_same_in_any_batch() {
+    let (inputs, outputs, rows) = (301, 333, 110);
+    let mut numbers = Numbers::new(1);
+    let x = numbers.vector(rows * inputs);
+    for dtype in WEIGHT_DTYPES {
+        let bytes = stored(&numbers.vector(outputs * inputs), dtype);
+        let w = PackedMatrix::pack(outputs, inputs, source(&bytes, dtype));
+        for isa in ISAS {
+            let Some(alone) = cpu(isa, 1) else { continue };
+            let mut expected = vec![f32::NAN; rows * outputs];
+            for (out, x) in expected.chunks_exact_mut(outputs).zip(x.chunks_exact(inputs)) {
+                alone.matmul(out, x, &w, None);
+            }
+            for threads in 1..=3 {
+                let cpu = cpu(isa, threads).unwrap();
+                for batch in [2, 3, 4, 5, 6, 7, 8, 13, 109, 110] {
+                    for first in [0, rows - batch] {
+                        let mut actual = vec![f32::NAN; batch * outputs];
+                        cpu.matmul(&mut actual, &x[first * inputs..(first + batch) * inputs], &w, None);
+                        let expected = &expected[first * outputs..(first + batch) * outputs];
+                        assert_same_bits(
+                            &actual,
+                            expected,
+                            &format!("{batch} rows of {dtype:?}, {isa}, {threads}"),
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_normalised_row_and_an_activation_are_the_same_in_any_batch() {
+    let (width, rows) = (301, 110);
+    let mut numbers = Numbers::new(2);
+    let (x, up, weight) = (numbers.vector(rows * width), numbers.vector(rows * width), numbers.vector(width));
+    for cpu in cpus(3) {
+        let mut normalised = vec![f32::NAN; rows * width];
+        cpu.rms_norm(&mut normalised, &x, &weight, 1e-6);
+        let mut activated = vec![f32::NAN; rows * width];
+        cpu.silu_mul(&mut activated, &x, &up);
+        for row in 0..rows {
+            let elements = row * width..(row + 1) * width;
+            let mut alone = vec![f32::NAN; width];
+            cpu.rms_norm(&mut alone, &x[elements.clone()], &weight, 1e-6);
+            assert_same_bits(&alone, &normalised[elements.clone()], "rms_norm");
+            cpu.silu_mul(&mut alone, &x[elements.clone()], &up[elements.clone()]);
+            assert_same_bits(&alone, &activated[elements], "silu_mul");
+        }
+    }
+}
+
+const QUERY_HEADS: usize = 6;
+const KV_HEADS: usize = 2;
+const HEAD_SIZE: usize = 40;
+const TOKENS: usize = 210;
+
+struct Prompt {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+/// Computes a prompt in chunks of the lengths that `chunks` goes round in, beside another sequence when `crowded`.
+fn run(
+    cpu: &Cpu,
+    shape: &KvBlockShape,
+    prompt: &Prompt,
+    chunks: &[usize],
+    window: Option<usize>,
+    crowded: bool,
+) -> Vec<f32> {
+    let blocks = Blocks::new(*shape, TOKENS);
+    let other_blocks = Blocks::new(*shape, 40);
+    let params = AttentionParams { query_heads: QUERY_HEADS, scale: 0.3, sliding_window: window };
+    let mut out = Vec::new();
+    let mut done = 0;
+    for &chunk in chunks.iter().cycle() {
+        let rows = chunk.min(TOKENS - done);
+        if rows == 0 {
+            break;
+        }
+        let first_row = if crowded { 11 } else { 0 };
+        // The other sequence: some of the prompt's own rows, at positions of their own.
+        let step = |all: &[f32], heads: usize| {
+            let row = heads * HEAD_SIZE;
+            [&all[..first_row * row], &all[done * row..(done + rows) * row]].concat()
+        };
+        let sequences = [
+            SequenceRows {
+                first_row: 0,
+                rows: first_row,
+                first_position: 29,
+                blocks: &other_blocks.addresses,
+            },
+            SequenceRows { first_row, rows, first_position: done, blocks: &blocks.addresses },
+        ];
+        let other_past =
+            SequenceRows { first_row: 0, rows: 29, first_position: 0, blocks: &other_blocks.addresses };
+        cpu.write_kv(shape, 0, &prompt.k, &prompt.v, &[other_past]);
+        cpu.write_kv(shape, 0, &step(&prompt.k, KV_HEADS), &step(&prompt.v, KV_HEADS), &sequences);
+        let q = step(&prompt.q, QUERY_HEADS);
+        let mut step_out = vec![f32::NAN; q.len()];
+        cpu.attention(&mut step_out, &q, shape, 0, &sequences, params);
+        out.extend_from_slice(&step_out[first_row * QUERY_HEADS * HEAD_SIZE..]);
+        done += rows;
+    }
+    out
+}
+
+/// Whole on one thread is what all other ways must equal.
+fn check_attention(isa: Isa, dtype: KvDtype, window: Option<usize>) {
+    let Some(alone) = cpu(isa, 1) else { return };
+    let mut numbers = Numbers::new(3);
+    let mut vector = |heads: usize| numbers.vector(TOKENS * heads * HEAD_SIZE);
+    let prompt = Prompt { q: vector(QUERY_HEADS), k: vector(KV_HEADS), v: vector(KV_HEADS) };
+    let shape_of = |block_len, order| shape(dtype, 1, block_len, KV_HEADS, HEAD_SIZE, order);
+    let expected = run(&alone, &shape_of(16, Order::TokenHead), &prompt, &[TOKENS], window, false);
+    assert!(expected.iter().all(|x| x.is_finite()), "no stale key was looked at");
+    // All ways with one type; with the others, which differ in nothing but how a row is read, on several threads.
+    let threads = if dtype == KvDtype::Bf16 { 1..=3 } else { 3..=3 };
+    let cpus: Vec<Cpu> = threads.filter_map(|threads| cpu(isa, threads)).collect();
+    for block_len in [4, 16, 64] {
+        for order in [Order::TokenHead, Order::HeadToken] {
+            for (name, chunks) in
+                [("whole", &[TOKENS][..]), ("chunked", &[37, 64, 1, 90, 5]), ("one by one", &[1])]
+            {
+                for (cpu, crowded) in cpus.iter().rev().zip([true, true, false]) {
+                    let actual = run(cpu, &shape_of(block_len, order), &prompt, chunks, window, crowded);
+                    let name = format!(
+                        "{isa} {dtype:?} window {window:?} blocks of {block_len} {order:?} {name}, {} threads, crowded: {crowded}",
+                        cpu.threads()
+                    );
+                    assert_same_bits(&actual, &expected, &name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_is_the_same_however_it_is_cut() {
+    for isa in ISAS {
+        for dtype in KV_DTYPES {
+            for window in [None, Some(50)] {
+                check_attention(isa, dtype, window);
+            }
+        }
+    }
+}

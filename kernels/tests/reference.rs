@@ -1,0 +1,117 @@
+//! The reference itself, against values worked out by hand.
+
+mod support;
+
+use support::{Blocks, Order, assert_close, assert_same_bits, shape};
+use tidemill_kernels::{
+    kv::KvDtype,
+    reference,
+    step::{AttentionParams, RopeTable, SequenceRows, TokenSpan},
+};
+
+#[test]
+fn matmul_multiplies_by_the_transposed_matrix_and_adds_the_bias() {
+    let mut out = [f32::NAN; 4];
+    // Two rows, three inputs, two outputs.
+    let (x, w) = ([1.0, 2.0, 3.0, 0.5, 0.0, -1.0], [1.0, 0.0, 2.0, 0.0, 10.0, 0.0]);
+    reference::matmul(&mut out, &x, &w, 3, Some(&[100.0, 200.0]));
+    assert_eq!(out, [107.0, 220.0, 98.5, 200.0]);
+}
+
+#[test]
+fn rms_norm_divides_by_the_root_of_the_mean_square() {
+    let mut out = [f32::NAN; 4];
+    reference::rms_norm(&mut out, &[3.0, -3.0, 6.0, 8.0], &[1.0, 2.0], 0.0);
+    let root = 50f32.sqrt();
+    assert_close(&out, &[1.0, -2.0, 6.0 / root, 16.0 / root], 1e-7, "rows of two");
+    reference::rms_norm(&mut out[..1], &[3.0], &[1.0], 16.0);
+    assert_eq!(out[0], 0.6, "eps is under the root");
+}
+
+#[test]
+fn silu_is_x_times_the_logistic_function() {
+    let mut out = [f32::NAN; 5];
+    reference::silu_mul(&mut out, &[0.0, 1.0, -1.0, 100.0, -100.0], &[5.0, 1.0, 2.0, 1.0, 1.0]);
+    assert_close(&out, &[0.0, 0.731_058_6, -0.537_882_8, 100.0, 0.0], 1e-7, "silu");
+}
+
+#[test]
+fn rope_turns_pairs_half_a_head_apart() {
+    let (cos, sin) = reference::rope_table(&[std::f32::consts::FRAC_PI_2, 0.0], 2, 2.0);
+    let table = RopeTable { cos: &cos, sin: &sin, half: 2 };
+    let mut x = [1.0, 2.0, 3.0, 4.0, 9.0, 1.0, 2.0, 3.0, 4.0, 9.0];
+    reference::rope(&mut x, &[1, 0], table, 5);
+    // A quarter turn of (1, 3) and none of (2, 4), both times the factor of 2; the fifth element is not rotated.
+    assert_close(&x, &[-6.0, 4.0, 2.0, 8.0, 9.0, 2.0, 4.0, 6.0, 8.0, 9.0], 1e-7, "two tokens");
+}
+
+#[test]
+fn int8_rows_are_stored_in_units_of_their_greatest_over_127() {
+    let shape = shape(KvDtype::Int8, 1, 2, 1, 4, Order::TokenHead);
+    let blocks = Blocks::new(shape, 2);
+    let rows = SequenceRows { first_row: 0, rows: 2, first_position: 0, blocks: &blocks.addresses };
+    // In units of 0.5: 127, -127, 0.5 and 1.5, which go to the even neighbour; then a row of zeros.
+    let k = [63.5, -63.5, 0.25, 0.75, 0.0, 0.0, 0.0, 0.0];
+    reference::write_kv(&shape, 0, &k, &k, &[rows]);
+    assert_eq!(blocks.bytes(0)[..8], [127, 129, 0, 2, 0, 0, 0, 0]);
+    let (key, value) = reference::read_kv(&shape, blocks.addresses[0], 0, 0, 0);
+    assert_same_bits(&key, &[63.5, -63.5, 0.0, 1.0], "keys");
+    assert_same_bits(&value, &key, "values");
+}
+
+#[test]
+fn attention_weighs_values_by_the_softmax_of_scores() {
+    let shape = shape(KvDtype::F32, 1, 2, 1, 2, Order::TokenHead);
+    let blocks = Blocks::new(shape, 4);
+    let rows = SequenceRows { first_row: 0, rows: 3, first_position: 0, blocks: &blocks.addresses };
+    let k = [1.0, 0.0, 0.0, 1.0, 3f32.ln(), 0.0];
+    let v = [1.0, 10.0, 2.0, 20.0, 4.0, 40.0];
+    reference::write_kv(&shape, 0, &k, &v, &[rows]);
+    let q = [7.0, 7.0, 0.0, 0.0, 2.0, 0.0];
+    let attend = |sliding_window| {
+        let mut out = [f32::NAN; 6];
+        let params = AttentionParams { query_heads: 1, scale: 0.5, sliding_window };
+        reference::attention(&mut out, &q, &shape, 0, &[rows], params);
+        out
+    };
+    // One key; equal scores; scores 1, 0 and ln 3, whose exponentials are e, 1 and 3.
+    let e = std::f32::consts::E;
+    let last = (e + 2.0 + 12.0) / (e + 4.0);
+    assert_close(&attend(None), &[1.0, 10.0, 1.5, 15.0, last, 10.0 * last], 1e-6, "all keys");
+    assert_close(&attend(Some(2)), &[1.0, 10.0, 1.5, 15.0, 3.5, 35.0], 1e-6, "the last two keys");
+    assert_close(&attend(Some(1)), &v, 1e-6, "its own key");
+}
+
+#[test]
+fn convert_block_puts_tokens_into_their_slots_and_zeros_elsewhere() {
+    let from = shape(KvDtype::F32, 1, 1, 1, 1, Order::TokenHead);
+    let to = shape(KvDtype::Bf16, 1, 4, 1, 1, Order::HeadToken);
+    let blocks = Blocks::new(from, 7);
+    let rows = SequenceRows { first_row: 0, rows: 7, first_position: 0, blocks: &blocks.addresses };
+    reference::write_kv(&from, 0, &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[-1.0; 7], &[rows]);
+    let mut image = vec![0xff; 64];
+    let span = TokenSpan { shape: &from, blocks: &blocks.addresses, first: 5, count: 2 };
+    reference::convert_block(&mut image, &to, 0..1, span);
+    let halves: Vec<f32> =
+        image.as_chunks().0.iter().map(|&bytes| half::bf16::from_le_bytes(bytes).to_f32()).collect();
+    assert_eq!(halves[..8], [0.0, 5.0, 6.0, 0.0, 0.0, -1.0, -1.0, 0.0]);
+    assert!(image[16..].iter().all(|&byte| byte == 0), "padding is zero");
+}
+
+#[test]
+fn sampling_helpers() {
+    let mut logits = [0.0, 3f32.ln(), f32::NEG_INFINITY];
+    reference::log_softmax(&mut logits);
+    assert_close(&logits[..2], &[0.25f32.ln(), 0.75f32.ln()], 1e-7, "probabilities of 1/4 and 3/4");
+    assert_eq!(logits[2], f32::NEG_INFINITY, "what cannot be chosen stays so");
+    let rows: [(&str, &[f32], Option<usize>); 5] = [
+        ("the greatest", &[1.0, 3.0, 2.0], Some(1)),
+        ("the first of equals", &[1.0, 3.0, 3.0], Some(1)),
+        ("never NaN", &[f32::NAN, f32::NEG_INFINITY, f32::NAN], Some(1)),
+        ("nothing of nothing", &[], None),
+        ("nothing of NaN", &[f32::NAN], None),
+    ];
+    for (name, values, expected) in rows {
+        assert_eq!(reference::argmax(values), expected, "{name}");
+    }
+}
