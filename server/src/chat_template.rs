@@ -59,7 +59,11 @@ pub(crate) enum TemplateError {
 
 impl ChatTemplate {
     /// Compiles `source`: a string, or a list of named templates. `tokenizer_config` tells the special tokens.
-    pub(crate) fn new(source: &Json, tokenizer_config: &Map<String, Json>, clock: Clock) -> Result<Self, TemplateError> {
+    pub(crate) fn new(
+        source: &Json,
+        tokenizer_config: &Map<String, Json>,
+        clock: Clock,
+    ) -> Result<Self, TemplateError> {
         let mut environment = environment(clock);
         for (name, template) in named_templates(source)? {
             let template = without_generation_tags(template);
@@ -80,8 +84,11 @@ impl ChatTemplate {
         for (name, value) in &conversation.variables {
             variables.insert(name.clone(), Value::from(Serde(value)));
         }
-        let list = |items: &Option<Vec<Json>>| items.as_ref().map_or(Value::from(()), |items| Value::from(Serde(items)));
-        variables.insert("messages".to_owned(), Value::from(Serde(&conversation.messages)));
+        let list = |items: &Option<Vec<Json>>| {
+            items.as_ref().map_or(Value::from(()), |items| Value::from(Serde(items)))
+        };
+        let messages: Vec<Json> = conversation.messages.iter().map(as_transformers_passes).collect();
+        variables.insert("messages".to_owned(), Value::from(Serde(messages)));
         variables.insert("tools".to_owned(), list(&conversation.tools));
         variables.insert("documents".to_owned(), list(&conversation.documents));
         variables.insert("add_generation_prompt".to_owned(), Value::from(conversation.add_generation_prompt));
@@ -114,7 +121,8 @@ fn environment(clock: Clock) -> Environment<'static> {
     });
     environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
         jiff::fmt::strtime::format(format, &clock()).map_err(|error| {
-            Error::new(ErrorKind::InvalidOperation, "strftime_now cannot write this format").with_source(error)
+            Error::new(ErrorKind::InvalidOperation, "strftime_now cannot write this format")
+                .with_source(error)
         })
     });
     environment
@@ -130,7 +138,9 @@ fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<Valu
     let separators = match separators.as_deref() {
         None => None,
         Some([item, key]) => Some((item.clone(), key.clone())),
-        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "separators must be a pair of strings")),
+        Some(_) => {
+            return Err(Error::new(ErrorKind::InvalidOperation, "separators must be a pair of strings"));
+        }
     };
     let style = python_json::Style::new(indent, separators, sort_keys);
     Ok(Value::from(python_json::dumps(value, &style)?))
@@ -164,6 +174,21 @@ fn special_tokens(tokenizer_config: &Map<String, Json>) -> BTreeMap<String, Valu
         tokens.insert("additional_special_tokens".to_owned(), Value::from(list));
     }
     tokens
+}
+
+/// What transformers does to a message before Jinja sees it: keys without a value go, since many templates would write
+/// them as `None`, and a thought is found under each of its names.
+fn as_transformers_passes(message: &Json) -> Json {
+    let Json::Object(fields) = message else { return message.clone() };
+    let mut fields: Map<String, Json> =
+        fields.clone().into_iter().filter(|(_, value)| !value.is_null()).collect();
+    let thought =
+        ["reasoning_content", "thinking", "reasoning"].into_iter().find_map(|name| fields.get(name).cloned());
+    if let Some(thought) = thought {
+        fields.entry("thinking").or_insert_with(|| thought.clone());
+        fields.insert("reasoning_content".to_owned(), thought);
+    }
+    Json::Object(fields)
 }
 
 /// Replaces `{% generation %}`, by which transformers marks the assistant's part for training, with a block that

@@ -95,7 +95,8 @@ impl Metrics {
     pub(crate) fn record_worker_status(&self, status: &WorkerStatusSnapshot<'_>) {
         let grown = {
             let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
-            let seen = workers.entry(status.worker.to_owned()).or_insert((status.instance, Counters::default()));
+            let seen =
+                workers.entry(status.worker.to_owned()).or_insert((status.instance, Counters::default()));
             if seen.0 != status.instance {
                 *seen = (status.instance, Counters::default());
             }
@@ -191,7 +192,8 @@ impl Metrics {
             (names::PREFIX_HITS, grown.prefix_hits),
             (names::PREEMPTIONS, grown.preemptions),
         ] {
-            counter!(name, "model_name" => self.model.clone(), "engine" => worker.to_owned()).increment(value);
+            counter!(name, "model_name" => self.model.clone(), "engine" => worker.to_owned())
+                .increment(value);
         }
         for (name, value) in [
             (names::STEPS, grown.steps),
@@ -228,8 +230,7 @@ impl std::fmt::Debug for Metrics {
 impl Requests {
     fn register(model: &str) -> Self {
         let model = model.to_owned();
-        let count =
-            |name: &'static str| counter!(name, "model_name" => model.clone(), "engine" => FRONT_END);
+        let count = |name: &'static str| counter!(name, "model_name" => model.clone(), "engine" => FRONT_END);
         let distribution =
             |name: &'static str| histogram!(name, "model_name" => model.clone(), "engine" => FRONT_END);
         let ended = |outcome: Outcome| {

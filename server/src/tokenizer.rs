@@ -64,13 +64,21 @@ impl Tokenizer {
 
     /// The tokens of `text`. `add_special_tokens` adds what the model expects around a text, often a beginning-of-text
     /// token; a chat template has written it already.
-    pub(crate) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TokenizerError> {
+    pub(crate) fn encode(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> Result<Vec<TokenId>, TokenizerError> {
         let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(TokenizerError::Encode)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of all of `ids` at once.
-    pub(crate) fn decode(&self, ids: &[TokenId], skip_special_tokens: bool) -> Result<String, TokenizerError> {
+    pub(crate) fn decode(
+        &self,
+        ids: &[TokenId],
+        skip_special_tokens: bool,
+    ) -> Result<String, TokenizerError> {
         self.inner.decode(ids, skip_special_tokens).map_err(TokenizerError::Decode)
     }
 
@@ -119,7 +127,10 @@ impl Tokenizer {
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { spelling, vocab_size, .. } = self;
-        f.debug_struct("Tokenizer").field("spelling", spelling).field("vocab_size", vocab_size).finish_non_exhaustive()
+        f.debug_struct("Tokenizer")
+            .field("spelling", spelling)
+            .field("vocab_size", vocab_size)
+            .finish_non_exhaustive()
     }
 }
 

@@ -150,18 +150,40 @@ mod tests {
 
     #[test]
     fn text_is_that_of_python() {
-        let value = |json: &str| Value::from(minijinja::value::Serde(serde_json::from_str::<serde_json::Value>(json).unwrap()));
+        let value = |json: &str| {
+            Value::from(minijinja::value::Serde(serde_json::from_str::<serde_json::Value>(json).unwrap()))
+        };
         let plain = Style::new(None, None, false);
         let pretty = Style::new(Some(2), None, false);
         let rows: &[(&str, &Style, &str, &str)] = &[
             ("order of keys is kept", &plain, r#"{"b":1,"a":[true,null]}"#, r#"{"b": 1, "a": [true, null]}"#),
-            ("sorted when asked for", &Style::new(None, None, true), r#"{"b":1,"a":2}"#, r#"{"a": 2, "b": 1}"#),
-            ("separators", &Style::new(None, Some((",".into(), ":".into())), false), r#"{"b":[1,2]}"#, r#"{"b":[1,2]}"#),
-            ("empty brackets stay together", &pretty, r#"{"a":[],"b":{}}"#, "{\n  \"a\": [],\n  \"b\": {}\n}"),
+            (
+                "sorted when asked for",
+                &Style::new(None, None, true),
+                r#"{"b":1,"a":2}"#,
+                r#"{"a": 2, "b": 1}"#,
+            ),
+            (
+                "separators",
+                &Style::new(None, Some((",".into(), ":".into())), false),
+                r#"{"b":[1,2]}"#,
+                r#"{"b":[1,2]}"#,
+            ),
+            (
+                "empty brackets stay together",
+                &pretty,
+                r#"{"a":[],"b":{}}"#,
+                "{\n  \"a\": [],\n  \"b\": {}\n}",
+            ),
             ("indent", &pretty, r#"{"a":[1,2]}"#, "{\n  \"a\": [\n    1,\n    2\n  ]\n}"),
             ("nothing is escaped for HTML or ASCII", &plain, r#""<é&'>""#, r#""<é&'>""#),
             ("control characters are", &plain, r#""\u0001\n\"\\""#, r#""\u0001\n\"\\""#),
-            ("floats as repr", &plain, "[1.0, 0.5, 1e16, 1e-5, 123456789.25]", "[1.0, 0.5, 1e+16, 1e-05, 123456789.25]"),
+            (
+                "floats as repr",
+                &plain,
+                "[1.0, 0.5, 1e16, 1e-5, 123456789.25]",
+                "[1.0, 0.5, 1e+16, 1e-05, 123456789.25]",
+            ),
             ("whole numbers", &plain, "[0, -7, 18446744073709551615]", "[0, -7, 18446744073709551615]"),
         ];
         for (rule, style, json, expected) in rows {

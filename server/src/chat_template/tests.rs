@@ -119,9 +119,14 @@ fn special_tokens_may_be_objects_and_variables_override_them() {
 
 #[test]
 fn what_a_template_refuses_is_said_in_its_words() {
-    let template = template(&json!("{% if messages | length == 0 %}{{ raise_exception('no messages: ' ~ 1) }}{% endif %}"));
+    let template = template(&json!(
+        "{% if messages | length == 0 %}{{ raise_exception('no messages: ' ~ 1) }}{% endif %}"
+    ));
     let refusal = template.render(&conversation(json!([]))).unwrap_err();
-    assert!(matches!(&refusal, TemplateError::Refused(message) if message == "no messages: 1"), "{refusal:?}");
+    assert!(
+        matches!(&refusal, TemplateError::Refused(message) if message == "no messages: 1"),
+        "{refusal:?}"
+    );
 }
 
 #[test]
@@ -145,6 +150,9 @@ fn what_is_no_template_is_refused_at_once() {
     let rows = [("syntax", json!("{% if %}")), ("a number", json!(7)), ("a list of texts", json!(["a"]))];
     for (rule, source) in rows {
         let outcome = ChatTemplate::new(&source, &Map::new(), system_clock());
-        assert!(matches!(outcome, Err(TemplateError::Compile(_) | TemplateError::Shape)), "{rule}: {outcome:?}");
+        assert!(
+            matches!(outcome, Err(TemplateError::Compile(_) | TemplateError::Shape)),
+            "{rule}: {outcome:?}"
+        );
     }
 }

@@ -8,7 +8,15 @@ use super::*;
 fn status(instance: u64, bytes: u64, seconds: f64) -> WorkerStatusSnapshot<'static> {
     let ledger = Ledger { total: 10, free: 4, cached: 1, held: 3, reserved: 1, quarantined: 1 };
     let counters = Counters { handoff_bytes: bytes, handoff_seconds: seconds, ..Counters::default() };
-    WorkerStatusSnapshot { worker: "p0", role: Role::Prefill, instance, running: 2, waiting: 3, ledger, counters }
+    WorkerStatusSnapshot {
+        worker: "p0",
+        role: Role::Prefill,
+        instance,
+        running: 2,
+        waiting: 3,
+        ledger,
+        counters,
+    }
 }
 
 fn value(text: &str, series: &str) -> Option<f64> {

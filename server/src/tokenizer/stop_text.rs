@@ -25,7 +25,10 @@ pub(crate) struct Found {
 impl StopText {
     /// Looks for any of `stops`; none of them is empty.
     pub(crate) fn new(stops: Vec<String>, include: bool) -> Self {
-        assert!(stops.iter().all(|stop| !stop.is_empty()), "an empty stop string would end every text at once");
+        assert!(
+            stops.iter().all(|stop| !stop.is_empty()),
+            "an empty stop string would end every text at once"
+        );
         Self { stops, include, held: String::new() }
     }
 

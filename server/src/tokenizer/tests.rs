@@ -1,21 +1,29 @@
 //! The small tokenizer of the fixtures, one made here with SentencePiece's habits, and random tokens.
 
 use std::path::Path;
+use std::sync::{Arc, LazyLock};
 
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 
 use super::*;
-use std::sync::Arc;
 
 /// The byte-level tokenizer that all fixture models share.
 pub(crate) fn byte_level() -> Arc<Tokenizer> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tokenizer/tokenizer.json");
-    Arc::new(Tokenizer::from_json(&std::fs::read(path).unwrap()).unwrap())
+    static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tokenizer/tokenizer.json");
+        Arc::new(Tokenizer::from_json(&std::fs::read(path).unwrap()).unwrap())
+    });
+    Arc::clone(&TOKENIZER)
 }
 
 /// A tokenizer like Llama 2's: `▁` for a space, a token for each byte, a leading space that vanishes.
 fn pieces() -> Arc<Tokenizer> {
+    static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(make_pieces);
+    Arc::clone(&TOKENIZER)
+}
+
+fn make_pieces() -> Arc<Tokenizer> {
     let mut vocab = serde_json::Map::new();
     for name in ["<unk>", "<s>", "</s>"] {
         vocab.insert(name.to_owned(), json!(vocab.len()));
@@ -64,7 +72,8 @@ fn encoding_and_decoding_are_those_of_the_library_in_python() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tokenizer_goldens.json");
     let goldens: Json = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let tokenizer = byte_level();
-    let ids = |row: &Json, field: &str| -> Vec<TokenId> { serde_json::from_value(row[field].clone()).unwrap() };
+    let ids =
+        |row: &Json, field: &str| -> Vec<TokenId> { serde_json::from_value(row[field].clone()).unwrap() };
     let rows = goldens["encode"].as_array().unwrap();
     assert!(!rows.is_empty());
     for row in rows {
@@ -89,7 +98,12 @@ fn every_prefix_of_the_tokens_has_the_text_of_the_library_in_python() {
         let prefixes = row["prefixes"].as_array().unwrap();
         assert_eq!(prefixes.len(), ids.len() + 1);
         for (length, expected) in prefixes.iter().enumerate() {
-            assert_eq!(told(&tokenizer, &ids[..length], false).concat(), *expected, "{} {length}", row["name"]);
+            assert_eq!(
+                told(&tokenizer, &ids[..length], false).concat(),
+                *expected,
+                "{} {length}",
+                row["name"]
+            );
         }
     }
 }

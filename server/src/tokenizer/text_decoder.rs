@@ -54,6 +54,8 @@ impl TextDecoder {
                 pending.extend(self.tokenizer.token_bytes(id));
                 whole_characters(pending)
             }
+            // Rows of an embedding that no token has would pile up in the window.
+            State::Window(_) if self.tokenizer.name_of(id).is_none() => String::new(),
             State::Window(window) => window.push(&self.tokenizer, id),
         }
     }
@@ -72,8 +74,13 @@ impl Window {
         self.ids.push(id);
         let new = self.new_text(tokenizer);
         let held = self.ids.len() - self.told;
+        if new.is_empty() {
+            // A space that is dropped at the start. It stays, because the next token is no longer the first.
+            self.told = self.ids.len();
+            return new;
+        }
         // A character has four bytes at most, so what four tokens leave open is no character.
-        if new.is_empty() || new.ends_with(char::REPLACEMENT_CHARACTER) && held < LONGEST_CHARACTER {
+        if new.ends_with(char::REPLACEMENT_CHARACTER) && held < LONGEST_CHARACTER {
             return String::new();
         }
         self.ids.drain(..self.told);

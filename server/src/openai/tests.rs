@@ -1,0 +1,8 @@
+//! The API in process, over a generator that runs in memory.
+
+mod bad_requests;
+mod chat;
+mod completions;
+mod memory_generator;
+mod server;
+mod support;
