@@ -142,6 +142,23 @@ impl Scheduler {
         true
     }
 
+    /// When nothing can go on here for want of blocks: the prefills that hold them for a sender, latest first.
+    ///
+    /// That may be mere back pressure. But two workers that take two requests in opposite order can also wait for
+    /// each other: this one has computed the second and waits for the peer's blocks, while the peer has reserved them
+    /// for the first, which finds no blocks here. If it lasts, the driver should therefore abandon the first of these
+    /// whose peer has reserved nothing yet: [`cancel`](Self::cancel), then [`pushed`](Self::pushed), and the router
+    /// starts it anew.
+    pub fn blocked_by_handoffs(&self) -> Vec<RequestId> {
+        let wants_blocks =
+            self.roster.in_stage(Stage::Waiting).chain(self.roster.in_stage(Stage::Running)).next();
+        if wants_blocks.is_none() || !self.plan().is_empty() {
+            return Vec::new();
+        }
+        let pushing = self.roster.in_stage(Stage::Pushing).rev();
+        pushing.filter(|sequence| !sequence.blocks.is_empty()).map(Sequence::id).collect()
+    }
+
     fn awaiting_targets(&mut self, id: RequestId) -> Option<&mut Sequence> {
         self.roster.get_mut(id).filter(|sequence| sequence.stage == Stage::AwaitingTargets)
     }

@@ -16,3 +16,4 @@ mod roster;
 pub mod routing;
 pub mod scheduler;
 pub mod sequence;
+mod step;

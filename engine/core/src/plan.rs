@@ -87,7 +87,7 @@ impl Scheduler {
         let mut draft = Draft::new(self);
         draft.decode();
         draft.prefill();
-        if draft.lost_users.is_empty() {
+        if draft.plan.preemptions.is_empty() {
             draft.admit();
         }
         draft.plan
@@ -133,7 +133,6 @@ impl<'a> Draft<'a> {
             }
             if sequence.place == Place::OwnBlocks && total < sequence.blocks_to_hold(block_len) {
                 self.plan.refusals.push(sequence.id());
-                self.take_blocks_of(sequence);
                 continue;
             }
             let more = sequence.blocks_to_grow(TokenCount(1), block_len).0;

@@ -449,3 +449,19 @@ fn counts_and_counters() {
     assert_eq!(world.scheduler.take_cache_changes().added.len(), 2);
     assert_eq!(World::after("w1:16 w2:12 step shrink1 step").scheduler.counters().preemptions, 1);
 }
+
+#[test]
+fn who_is_blocked_by_handoffs() {
+    #[rustfmt::skip]
+    let rows: &[(&str, &str, &[u64])] = &[
+        ("nobody when nothing waits",                  "p1:16 p2:16 step",                &[]),
+        ("the queue, by prefills being sent",          "p1:16 p2:16 step w3:4",           &[2, 1]),
+        ("not while something computes",               "p1:16 w2:8 step w3:16",           &[]),
+        ("not by those in a peer's memory",            "i1:8 at1:0 d2:32 step w3:4",      &[]),
+    ];
+    for (name, script, expected) in rows {
+        let blocked: Vec<u64> =
+            World::after(script).scheduler.blocked_by_handoffs().into_iter().map(|id| id.0).collect();
+        assert_eq!(blocked, *expected, "{name}");
+    }
+}

@@ -1,0 +1,164 @@
+//! Carries plans out: the only place where blocks are given out and sequences advance.
+
+use std::collections::BTreeMap;
+
+use tidemill_kvtransfer_proto::units::TokenCount;
+
+use crate::plan::{Admission, Purpose, StepPlan};
+use crate::request::{FinishReason, Part, RequestId, TokenId};
+use crate::scheduler::{Limits, Scheduler};
+use crate::sequence::{Place, Stage, count_blocks};
+
+/// What happened to a request in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It has one more output token.
+    Token {
+        /// Which request.
+        request: RequestId,
+        /// The token.
+        token: TokenId,
+        /// Its number among the output tokens, from 0.
+        index: u32,
+        /// Whether and why it is the last. The sequence is gone then, unless it is a prefill for another worker: that
+        /// one always ends with [`Scheduler::pushed`].
+        finish: Option<FinishReason>,
+        /// Tokens found in the prefix cache when it was admitted first.
+        cached: TokenCount,
+    },
+    /// The request no longer fits the pool even alone, since the pool shrank or the output grew. It is gone.
+    NoRoom {
+        /// Which request.
+        request: RequestId,
+    },
+}
+
+impl Scheduler {
+    /// Carries out the decisions of a plan and gives out its blocks; [`block_table`](Self::block_table) is then right
+    /// for the step.
+    ///
+    /// # Panics
+    ///
+    /// When the plan was not made for exactly this state, or the step before has not finished.
+    pub fn begin(&mut self, plan: &StepPlan) {
+        assert!(!self.in_step, "a step finishes before the next begins");
+        self.in_step = true;
+        for id in &plan.preemptions {
+            self.preempt(*id);
+        }
+        // Hits are taken before anything is given out, since giving out may evict.
+        for admission in &plan.admissions {
+            self.pool.share(&admission.cached);
+        }
+        for admission in &plan.admissions {
+            self.admit(admission);
+        }
+        for work in &plan.work {
+            let sequence = self.roster.get_mut(work.request).expect("planned from this state");
+            assert_eq!(sequence.computed, work.first, "the plan was made for this state");
+            let more = sequence.blocks_to_grow(work.count, self.limits.block_len);
+            sequence.blocks.extend(self.pool.hold(more));
+        }
+    }
+
+    /// Takes the result of the step: `sampled` has the token of each work that samples. A request that was cancelled
+    /// since `begin` needs none, and one given for it is ignored. Refused requests end here.
+    ///
+    /// # Panics
+    ///
+    /// When the step has not begun, or a token is missing.
+    pub fn finish(&mut self, plan: &StepPlan, sampled: &[(RequestId, TokenId)]) -> Vec<Outcome> {
+        assert!(self.in_step, "a step begins before it finishes");
+        self.in_step = false;
+        let sampled: BTreeMap<RequestId, TokenId> = sampled.iter().copied().collect();
+        let mut outcomes = Vec::new();
+        for request in &plan.refusals {
+            if self.roster.get(*request).is_some() {
+                self.let_go(*request);
+                outcomes.push(Outcome::NoRoom { request: *request });
+            }
+        }
+        for work in &plan.work {
+            let Some(sequence) = self.roster.get_mut(work.request) else { continue };
+            if sequence.stage != Stage::Running {
+                continue;
+            }
+            sequence.computed = TokenCount(work.first.0 + work.count.0);
+            self.index_full_blocks(work.request);
+            if work.samples {
+                let token = sampled.get(&work.request).expect("each work that samples has a token");
+                outcomes.push(self.append(work.request, *token));
+            }
+        }
+        outcomes
+    }
+
+    fn admit(&mut self, admission: &Admission) {
+        let block_len = self.limits.block_len;
+        let sequence = self.roster.get_mut(admission.request).expect("planned from this state");
+        assert_eq!(sequence.stage, Stage::Waiting, "only a waiting sequence is admitted");
+        let fresh = match admission.purpose {
+            Purpose::Compute => self.pool.hold(admission.fresh),
+            Purpose::Reserve => self.pool.reserve(admission.fresh),
+        };
+        if sequence.place == Place::OwnBlocks {
+            let hits = admission.cached.len();
+            sequence.computed = count_blocks(hits).tokens(block_len);
+            sequence.indexed = hits;
+            sequence.pinned = hits;
+            sequence.blocks = admission.cached.iter().copied().chain(fresh).collect();
+            if sequence.cached.is_none() {
+                sequence.cached = Some(sequence.computed);
+                self.counters.prefix_queries += u64::from(sequence.known().0);
+                self.counters.prefix_hits += u64::from(sequence.computed.0);
+            }
+        }
+        match admission.purpose {
+            Purpose::Compute => self.roster.move_to(admission.request, Stage::Running),
+            Purpose::Reserve => {
+                self.unannounced.push(admission.request);
+                self.roster.move_to(admission.request, Stage::Reserved);
+            }
+        }
+    }
+
+    fn preempt(&mut self, id: RequestId) {
+        let sequence = self.roster.get_mut(id).expect("planned from this state");
+        assert!(sequence.grows(), "only a sequence that decodes here is preempted");
+        self.pool.retire(sequence.chain(self.limits.block_len));
+        sequence.start_over();
+        self.roster.move_to(id, Stage::Waiting);
+        self.counters.preemptions += 1;
+    }
+
+    /// Makes blocks findable that have become full.
+    pub(crate) fn index_full_blocks(&mut self, id: RequestId) {
+        let sequence = self.roster.get_mut(id).expect("the caller has just seen it");
+        sequence.indexed = self.pool.index(sequence.chain(self.limits.block_len));
+    }
+
+    /// Gives a sequence its next token.
+    pub(crate) fn append(&mut self, id: RequestId, token: TokenId) -> Outcome {
+        let Limits { block_len, max_model_len, .. } = self.limits;
+        let sequence = self.roster.get_mut(id).expect("the caller has just seen it");
+        let index = sequence.known().0 - sequence.request.prompt_len.0;
+        sequence.request.tokens.push(token);
+        sequence.extend_hashes(block_len);
+        let full = (max_model_len <= sequence.known()).then_some(FinishReason::Length);
+        let finish = sequence.request.stop.reason(token, index).or(full);
+        let cached = sequence.cached_tokens();
+        if let Part::PrefillFor(_) = sequence.request.part {
+            self.roster.move_to(id, Stage::Pushing);
+        } else if finish.is_some() {
+            self.let_go(id);
+        }
+        Outcome::Token { request: id, token, index, finish, cached }
+    }
+
+    /// Ends a sequence; its full blocks stay in the prefix cache.
+    pub(crate) fn let_go(&mut self, id: RequestId) {
+        if let Some(sequence) = self.roster.remove(id) {
+            self.pool.retire(sequence.chain(self.limits.block_len));
+        }
+    }
+}
