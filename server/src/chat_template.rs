@@ -129,6 +129,7 @@ fn environment(clock: Clock) -> Environment<'static> {
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=…, separators=…, sort_keys=…)`.
+#[expect(clippy::needless_pass_by_value, reason = "filters are given their arguments by value")]
 fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<Value, Error> {
     let indent = indent.or(options.get::<Option<usize>>("indent")?);
     let separators: Option<Vec<String>> = options.get("separators")?;

@@ -201,4 +201,4 @@ async fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'sta
 const SHORT_TEXT: usize = 2048;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -46,7 +46,7 @@ fn template(source: &Json) -> ChatTemplate {
     ChatTemplate::new(source, tokens.as_object().unwrap(), clock_at("2025-03-09T07:05:04")).unwrap()
 }
 
-fn conversation(messages: Json) -> Conversation {
+fn conversation(messages: &Json) -> Conversation {
     Conversation { messages: messages.as_array().unwrap().clone(), ..Conversation::default() }
 }
 
@@ -102,7 +102,7 @@ fn a_named_template_is_chosen_by_whether_there_are_tools() {
         {"name": "tool_use", "template": "tools {{ tools | length }}"},
     ]);
     let template = template(&source);
-    let mut asked = conversation(json!([]));
+    let mut asked = conversation(&json!([]));
     assert_eq!(template.render(&asked).unwrap(), "plain");
     asked.tools = Some(vec![json!({})]);
     assert_eq!(template.render(&asked).unwrap(), "tools 1");
@@ -111,7 +111,7 @@ fn a_named_template_is_chosen_by_whether_there_are_tools() {
 #[test]
 fn special_tokens_may_be_objects_and_variables_override_them() {
     let template = template(&json!("{{ bos_token }}{{ eos_token }}{{ add_bos_token is defined }}"));
-    let mut asked = conversation(json!([]));
+    let mut asked = conversation(&json!([]));
     assert_eq!(template.render(&asked).unwrap(), "<s></s>False");
     asked.variables.insert("eos_token".to_owned(), json!("!"));
     assert_eq!(template.render(&asked).unwrap(), "<s>!False");
@@ -122,7 +122,7 @@ fn what_a_template_refuses_is_said_in_its_words() {
     let template = template(&json!(
         "{% if messages | length == 0 %}{{ raise_exception('no messages: ' ~ 1) }}{% endif %}"
     ));
-    let refusal = template.render(&conversation(json!([]))).unwrap_err();
+    let refusal = template.render(&conversation(&json!([]))).unwrap_err();
     assert!(
         matches!(&refusal, TemplateError::Refused(message) if message == "no messages: 1"),
         "{refusal:?}"
@@ -140,7 +140,7 @@ fn what_does_not_fit_is_an_error_and_no_panic() {
         ("endless recursion", "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"),
     ];
     for (rule, source) in rows {
-        let outcome = template(&json!(source)).render(&conversation(json!([])));
+        let outcome = template(&json!(source)).render(&conversation(&json!([])));
         assert!(matches!(outcome, Err(TemplateError::Render(_))), "{rule}: {outcome:?}");
     }
 }

@@ -117,7 +117,7 @@ impl Answers {
         response
     }
 
-    fn chunk(&self, choices: Value) -> Value {
+    fn chunk(&self, choices: &Value) -> Value {
         let Envelope { id, created, model } = &self.envelope;
         json!({
             "id": id,
@@ -165,7 +165,7 @@ impl ChatChunks {
         if !finish.is_null() {
             choice["stop_reason"] = stop_reason.clone();
         }
-        let mut chunk = self.answers.chunk(json!([choice]));
+        let mut chunk = self.answers.chunk(&json!([choice]));
         match self.usage {
             UsageReports::Never => {}
             UsageReports::AtEnd => chunk["usage"] = Value::Null,
@@ -207,7 +207,7 @@ impl Chunks for ChatChunks {
         if self.usage == UsageReports::Never {
             return None;
         }
-        let mut chunk = self.answers.chunk(json!([]));
+        let mut chunk = self.answers.chunk(&json!([]));
         chunk["usage"] = json!(self.usage());
         Some(chunk)
     }

@@ -149,7 +149,7 @@ impl Answers {
                 let logprobs = self.logprobs(prompt, true, answer.prompt_logprobs.as_deref(), tokens);
                 let echoed = if self.wanted.echo { prompt.text.as_str() } else { "" };
                 let mut choice =
-                    self.choice(index, format!("{echoed}{text}"), logprobs, Some(&answer.finish));
+                    self.choice(index, &format!("{echoed}{text}"), &logprobs, Some(&answer.finish));
                 if let (true, Some(logprobs)) = (self.wanted.prompt_logprobs, &answer.prompt_logprobs) {
                     let tokenizer = &self.app.text.tokenizer;
                     choice["prompt_logprobs"] = prompt_logprobs(tokenizer, &prompt.tokens, logprobs);
@@ -160,12 +160,12 @@ impl Answers {
         let counts: Vec<u32> = finished.iter().map(|answer| answer.count).collect();
         let first_answers = finished.iter().step_by(self.n as usize);
         let cached_tokens = first_answers.map(|answer| answer.finish.cached_tokens).sum();
-        let mut response = self.chunk(Value::Array(choices));
+        let mut response = self.chunk(&Value::Array(choices));
         response["usage"] = json!(self.usage(&counts, cached_tokens));
         response
     }
 
-    fn chunk(&self, choices: Value) -> Value {
+    fn chunk(&self, choices: &Value) -> Value {
         let Envelope { id, created, model } = &self.envelope;
         json!({
             "id": id,
@@ -177,7 +177,7 @@ impl Answers {
         })
     }
 
-    fn choice(&self, index: u32, text: String, logprobs: Value, finish: Option<&Finish>) -> Value {
+    fn choice(&self, index: u32, text: &str, logprobs: &Value, finish: Option<&Finish>) -> Value {
         let reason = match finish {
             // The one token that nobody asked for has no say in how the text ended.
             Some(_) if self.wanted.echo_alone => Some("length"),
@@ -262,8 +262,8 @@ impl Chunks for CompletionChunks {
         let (text, tokens) = self.answers.continuation(&piece.text, &piece.tokens);
         let echoed = if self.answers.wanted.echo && begins { prompt.text.as_str() } else { "" };
         let logprobs = self.answers.logprobs(prompt, begins, told.prompt_logprobs.as_deref(), tokens);
-        let choice = self.answers.choice(index, format!("{echoed}{text}"), logprobs, piece.finish.as_ref());
-        let mut chunk = self.answers.chunk(json!([choice]));
+        let choice = self.answers.choice(index, &format!("{echoed}{text}"), &logprobs, piece.finish.as_ref());
+        let mut chunk = self.answers.chunk(&json!([choice]));
         match self.usage {
             UsageReports::Never => {}
             UsageReports::AtEnd => chunk["usage"] = Value::Null,
@@ -276,7 +276,7 @@ impl Chunks for CompletionChunks {
         if self.usage == UsageReports::Never {
             return None;
         }
-        let mut chunk = self.answers.chunk(json!([]));
+        let mut chunk = self.answers.chunk(&json!([]));
         chunk["usage"] = json!(self.usage());
         Some(chunk)
     }

@@ -3,6 +3,6 @@
 mod bad_requests;
 mod chat;
 mod completions;
-mod memory_generator;
+pub(crate) mod memory_generator;
 mod server;
-mod support;
+pub(crate) mod support;

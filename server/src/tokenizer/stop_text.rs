@@ -93,7 +93,8 @@ mod tests {
 
     #[test]
     fn stop_strings_are_found_across_pieces() {
-        let rows: &[(&str, &[&str], bool, &[&str], &str)] = &[
+        type Row = (&'static str, &'static [&'static str], bool, &'static [&'static str], &'static str);
+        let rows: &[Row] = &[
             ("no stop string, nothing held", &[], false, &["ab", "c"], "ab|c|"),
             ("whole in one piece", &["END"], false, &["a END b"], "a #END"),
             ("included when asked for", &["END"], true, &["a END b"], "a END#END"),

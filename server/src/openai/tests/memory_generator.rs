@@ -15,7 +15,7 @@ use crate::openai::{ClusterHealth, EventStream, Generator, Serving, WorkerHealth
 use crate::tokenizer::Tokenizer;
 
 /// The generator.
-pub(super) struct MemoryGenerator {
+pub(crate) struct MemoryGenerator {
     tokenizer: Arc<Tokenizer>,
     /// Answers; the seed says which.
     texts: Vec<String>,
@@ -24,26 +24,26 @@ pub(super) struct MemoryGenerator {
     /// What ends each answer after so many tokens, before its end.
     failure: Option<(usize, GenerationError)>,
     /// One permit for each event; unlimited unless a test wants to hold answers back.
-    pub(super) pace: Arc<Semaphore>,
+    pub(crate) pace: Arc<Semaphore>,
     /// What was asked.
-    pub(super) asked: Mutex<Vec<Generation>>,
-    pub(super) tally: Arc<Tally>,
-    pub(super) health: Mutex<ClusterHealth>,
+    pub(crate) asked: Mutex<Vec<Generation>>,
+    pub(crate) tally: Arc<Tally>,
+    pub(crate) health: Mutex<ClusterHealth>,
     refusal: Option<GenerationError>,
 }
 
 /// How sequences ended.
 #[derive(Debug, Default)]
-pub(super) struct Tally {
+pub(crate) struct Tally {
     /// Sequences that exist.
-    pub(super) open: AtomicUsize,
+    pub(crate) open: AtomicUsize,
     /// Sequences that were dropped before their end.
-    pub(super) cancelled: AtomicUsize,
+    pub(crate) cancelled: AtomicUsize,
     changed: tokio::sync::Notify,
 }
 
 impl MemoryGenerator {
-    pub(super) fn new(tokenizer: Arc<Tokenizer>, eos: TokenId, texts: &[&str]) -> Self {
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>, eos: TokenId, texts: &[&str]) -> Self {
         let worker = |name: &str, role| WorkerHealth { name: name.to_owned(), role, alive: true };
         let workers = vec![worker("prefill-0", "prefill"), worker("decode-0", "decode")];
         let health = ClusterHealth { workers, serving: Serving::Yes { max_model_len: 128 } };
@@ -61,19 +61,19 @@ impl MemoryGenerator {
     }
 
     /// Lets answers wait until the test adds permits to `pace`.
-    pub(super) fn held_back(mut self) -> Self {
+    pub(crate) fn held_back(mut self) -> Self {
         self.pace = Arc::new(Semaphore::new(0));
         self
     }
 
     /// Lets each answer fail after so many tokens.
-    pub(super) fn failing(mut self, after: usize, error: GenerationError) -> Self {
+    pub(crate) fn failing(mut self, after: usize, error: GenerationError) -> Self {
         self.failure = Some((after, error));
         self
     }
 
     /// Lets each request be refused.
-    pub(super) fn refusing(mut self, error: GenerationError) -> Self {
+    pub(crate) fn refusing(mut self, error: GenerationError) -> Self {
         self.refusal = Some(error);
         self
     }
@@ -106,7 +106,7 @@ impl MemoryGenerator {
 }
 
 /// Made up, but different for different tokens.
-pub(super) fn logprobs(id: TokenId, alternatives: u32) -> Logprobs {
+pub(crate) fn logprobs(id: TokenId, alternatives: u32) -> Logprobs {
     let top = (0..alternatives).map(|rank| (5 + (id + rank) % 200, -0.5 - rank as f32)).collect();
     Logprobs { chosen: -0.25, rank: 1, top }
 }
@@ -172,7 +172,7 @@ impl Drop for Guard {
 
 impl Tally {
     /// Waits until so many sequences are open.
-    pub(super) async fn until_open(&self, count: usize) {
+    pub(crate) async fn until_open(&self, count: usize) {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);

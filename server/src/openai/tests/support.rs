@@ -16,24 +16,24 @@ use crate::metrics::Metrics;
 use crate::openai::{App, AppConfig, BodyLimits, ModelText, app};
 
 /// `<|end_turn|>` of the fixture's tokenizer.
-pub(super) const EOS: u32 = 3;
+pub(crate) const EOS: u32 = 3;
 
 /// A front end.
-pub(super) struct Front {
-    pub(super) router: axum::Router,
-    pub(super) generator: Arc<MemoryGenerator>,
+pub(crate) struct Front {
+    pub(crate) router: axum::Router,
+    pub(crate) generator: Arc<MemoryGenerator>,
 }
 
 /// What came back.
 #[derive(Debug)]
-pub(super) struct Answer {
-    pub(super) status: StatusCode,
-    pub(super) headers: HeaderMap,
-    pub(super) text: String,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) text: String,
 }
 
 /// The fixture's text files, with some of them replaced or added.
-pub(super) fn model_text(files: &[(&'static str, &str)]) -> ModelText {
+pub(crate) fn model_text(files: &[(&'static str, &str)]) -> ModelText {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tokenizer");
     let kept = ["tokenizer.json", "tokenizer_config.json"].into_iter();
     let kept = kept.filter(|name| files.iter().all(|(replaced, _)| replaced != name));
@@ -45,7 +45,7 @@ pub(super) fn model_text(files: &[(&'static str, &str)]) -> ModelText {
     ModelText::load(&source, crate::chat_template::system_clock()).unwrap()
 }
 
-pub(super) fn config() -> AppConfig {
+pub(crate) fn config() -> AppConfig {
     AppConfig {
         model_names: vec!["tiny".to_owned(), "org/alias".to_owned()],
         version: "1.2.3",
@@ -56,12 +56,12 @@ pub(super) fn config() -> AppConfig {
 }
 
 /// A front end whose model answers with `texts`, chosen by seed.
-pub(super) fn front(texts: &[&str]) -> Front {
+pub(crate) fn front(texts: &[&str]) -> Front {
     Front::new(config(), model_text(&[]), |generator| generator, texts)
 }
 
 impl Front {
-    pub(super) fn new(
+    pub(crate) fn new(
         config: AppConfig,
         text: ModelText,
         set_up: impl FnOnce(MemoryGenerator) -> MemoryGenerator,
@@ -73,7 +73,7 @@ impl Front {
         Self { router: app(state).unwrap(), generator }
     }
 
-    pub(super) async fn send(&self, request: Request<Body>) -> Answer {
+    pub(crate) async fn send(&self, request: Request<Body>) -> Answer {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
@@ -81,23 +81,23 @@ impl Front {
         Answer { status: parts.status, headers: parts.headers, text }
     }
 
-    pub(super) async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Answer {
         self.send(Request::get(path).body(Body::empty()).unwrap()).await
     }
 
-    pub(super) async fn post(&self, path: &str, body: &Value) -> Answer {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
         self.send(json_request(path, body)).await
     }
 
     /// Posts, and wants JSON with status 200.
-    pub(super) async fn ask(&self, path: &str, body: &Value) -> Value {
+    pub(crate) async fn ask(&self, path: &str, body: &Value) -> Value {
         let answer = self.post(path, body).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
         answer.json()
     }
 
     /// Posts with `stream`, and wants chunks and then the end mark.
-    pub(super) async fn stream(&self, path: &str, mut body: Value) -> Vec<Value> {
+    pub(crate) async fn stream(&self, path: &str, mut body: Value) -> Vec<Value> {
         body["stream"] = json!(true);
         let answer = self.post(path, &body).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
@@ -110,30 +110,30 @@ impl Front {
 }
 
 impl Answer {
-    pub(super) fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
     }
 }
 
-pub(super) fn json_request(path: &str, body: &Value) -> Request<Body> {
+pub(crate) fn json_request(path: &str, body: &Value) -> Request<Body> {
     let request = Request::post(path).header(header::CONTENT_TYPE, "application/json");
     request.body(Body::from(body.to_string())).unwrap()
 }
 
 /// A question, with more fields.
-pub(super) fn question(more: Value) -> Value {
+pub(crate) fn question(more: Value) -> Value {
     with(json!({"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "seed": 0}), more)
 }
 
 /// `body` with the fields of `more` added or replaced.
-pub(super) fn with(mut body: Value, more: Value) -> Value {
+pub(crate) fn with(mut body: Value, more: Value) -> Value {
     let Value::Object(more) = more else { panic!("fields are an object") };
     body.as_object_mut().unwrap().extend(more);
     body
 }
 
 /// The deltas of one choice, as one text.
-pub(super) fn streamed_text(chunks: &[Value], index: u64) -> String {
+pub(crate) fn streamed_text(chunks: &[Value], index: u64) -> String {
     let choices = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap());
     let of_index = choices.filter(|choice| choice["index"] == index);
     of_index.filter_map(|choice| choice["delta"]["content"].as_str().or(choice["text"].as_str())).collect()
