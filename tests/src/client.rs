@@ -63,9 +63,18 @@ impl Client {
     }
 
     /// Starts a stream and returns its events one by one, so that the test can leave in the middle.
-    pub async fn stream(&self, path: &str, body: &Value) -> (u16, impl futures::Stream<Item = Value> + Unpin) {
-        let response =
-            self.http.post(format!("{}{path}", self.base)).json(body).send().await.expect("the server answers");
+    pub async fn stream(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> (u16, impl futures::Stream<Item = Value> + Unpin) {
+        let response = self
+            .http
+            .post(format!("{}{path}", self.base))
+            .json(body)
+            .send()
+            .await
+            .expect("the server answers");
         let status = response.status().as_u16();
         let mut pending = String::new();
         let events = response.bytes_stream().flat_map(move |chunk| {
@@ -130,13 +139,12 @@ impl Client {
             let matches = |key: &&String| key.starts_with(name) && key.contains(label);
             metrics.iter().filter(|(key, _)| matches(key)).map(|(_, value)| value).sum()
         };
-        let seen = metrics.keys().any(|key| key.starts_with("tidemill_blocks"));
         let busy = ["held", "reserved", "quarantined"].map(|state| sum("tidemill_blocks", state));
-        seen && busy == [0.0; 3]
+        let unused = sum("tidemill_blocks", "free") + sum("tidemill_blocks", "cached");
+        busy == [0.0; 3]
+            && 0.0 < unused
             && sum("vllm:num_requests_running", "") == 0.0
             && sum("vllm:num_requests_waiting", "") == 0.0
-            && sum("tidemill_blocks", "state=\"total\"")
-                == sum("tidemill_blocks", "state=\"free\"") + sum("tidemill_blocks", "state=\"cached\"")
     }
 }
 

@@ -67,7 +67,11 @@ impl Deployment {
         let Some(address) = address else {
             let _ = process.kill();
             let _ = process.wait();
-            panic!("no address from `tidemill serve {}`:\n{}", arguments.join(" "), log.lock().expect("whole"));
+            panic!(
+                "no address from `tidemill serve {}`:\n{}",
+                arguments.join(" "),
+                log.lock().expect("whole")
+            );
         };
         Self { process, log, client: Client::new(&address) }
     }
@@ -80,7 +84,8 @@ impl Deployment {
     /// Its workers of `role` ("prefill", "decode", "hybrid") that live now.
     pub fn workers(&self, role: &str) -> Vec<WorkerProcess> {
         let children = format!("/proc/{0}/task", self.process.id());
-        let tasks = fs::read_dir(children).map(|tasks| tasks.flatten().collect()).unwrap_or_else(|_| Vec::new());
+        let tasks =
+            fs::read_dir(children).map(|tasks| tasks.flatten().collect()).unwrap_or_else(|_| Vec::new());
         tasks
             .iter()
             .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
@@ -141,7 +146,11 @@ impl Drop for Deployment {
 /// # Panics
 ///
 /// When it does not; `what` says what was waited for.
-pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, mut condition: impl FnMut() -> F) {
+pub async fn eventually<F: Future<Output = bool>>(
+    what: &str,
+    limit: Duration,
+    mut condition: impl FnMut() -> F,
+) {
     let deadline = Instant::now() + limit;
     while !condition().await {
         assert!(Instant::now() < deadline, "still not after {limit:?}: {what}");

@@ -90,12 +90,12 @@ async fn settled(deployment: &Deployment, role: &str) {
     })
     .await;
     eventually("the ledger closes", RECOVERY, || deployment.client.is_idle()).await;
-    let before = deployment.client.metric("tidemill_handoffs_total", "").await;
+    let before = deployment.client.metric("tidemill_handoff_total", "").await;
     let reply = deployment.client.post("/v1/completions", &request(0, false)).await;
     assert_eq!(reply.status, 200, "{}", reply.body);
     eventually("requests are split again", RECOVERY, || async {
         let _ = deployment.client.post("/v1/completions", &request(1, false)).await;
-        before < deployment.client.metric("tidemill_handoffs_total", "").await
+        before < deployment.client.metric("tidemill_handoff_total", "").await
     })
     .await;
 }

@@ -37,7 +37,7 @@ async fn family_is_equal(model: &str) {
         for ((name, expected), (_, found)) in expected.iter().zip(&found) {
             assert_eq!(expected, found, "{model}, {split}: {name}");
         }
-        let handoffs = deployment.client.metric("tidemill_handoffs_total", "").await;
+        let handoffs = deployment.client.metric("tidemill_handoff_total", "").await;
         assert!(handoffs > 0.0, "{model}, {split}: nothing was handed over\n{}", deployment.log());
         let fallbacks = deployment.client.metric("tidemill_fallbacks_total", "").await;
         assert!(fallbacks == 0.0, "{model}, {split}: {fallbacks} fallbacks\n{}", deployment.log());
