@@ -1,0 +1,271 @@
+//! Flags of models, deployments and engines.
+
+use clap::Args;
+
+use super::values::{
+    AxisOrderName, ByteSize, CoreList, DigestName, FaultPoint, KvCacheDtype, LoadFormatName, RoleName, TransportName, typed,
+};
+
+/// Which model, and what of it.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelFlags {
+    /// A Hugging Face folder, or an id such as Qwen/Qwen3-0.6B; nothing serves the demo model
+    #[arg(value_name = "MODEL")]
+    positional: Option<String>,
+    /// The same as MODEL
+    #[arg(long, env = "TIDEMILL_MODEL", value_name = "MODEL")]
+    model: Option<String>,
+    /// Name or names in the API, comma-separated [default: MODEL as given]
+    #[arg(long, env = "TIDEMILL_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',')]
+    pub(crate) served_model_name: Vec<String>,
+    /// Branch, tag or commit of a model of the hub
+    #[arg(long, env = "TIDEMILL_REVISION", default_value = "main")]
+    pub(crate) revision: String,
+    /// Use what is in the cache of downloads and ask no server; HF_HUB_OFFLINE=1 does the same
+    #[arg(long, env = "TIDEMILL_OFFLINE")]
+    pub(crate) offline: bool,
+}
+
+/// How many workers, where, and how they are linked.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Workers")]
+pub(crate) struct DeploymentFlags {
+    /// Prefill workers
+    #[arg(long, env = "TIDEMILL_PREFILL", value_name = "N", default_value = "1", value_parser = workers())]
+    pub(crate) prefill: u32,
+    /// Decode workers
+    #[arg(long, env = "TIDEMILL_DECODE", value_name = "N", default_value = "1", value_parser = workers())]
+    pub(crate) decode: u32,
+    /// One hybrid worker instead: no handoff
+    #[arg(long, env = "TIDEMILL_COLOCATED")]
+    pub(crate) colocated: bool,
+    /// Cores to share among the workers, such as 0-3,6 [default: all]
+    #[arg(long, env = "TIDEMILL_CORES", value_name = "LIST", conflicts_with = "threads")]
+    pub(crate) cores: Option<CoreList>,
+}
+
+/// How a worker computes.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct EngineFlags {
+    /// Longest sequence, prompt and answer [default: the model's own limit]
+    #[arg(long, env = "TIDEMILL_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = positive())]
+    pub(crate) max_model_len: Option<u32>,
+    /// Sequences in one step
+    #[arg(long, env = "TIDEMILL_MAX_NUM_SEQS", value_name = "N", default_value = "64", value_parser = positive())]
+    pub(crate) max_num_seqs: u32,
+    /// Tokens in one step; longer prompts are computed in chunks
+    #[arg(
+        long,
+        env = "TIDEMILL_MAX_NUM_BATCHED_TOKENS",
+        value_name = "TOKENS",
+        default_value = "512",
+        value_parser = positive()
+    )]
+    pub(crate) max_num_batched_tokens: u32,
+    /// Requests that may wait at a worker before it answers 429
+    #[arg(long, env = "TIDEMILL_MAX_QUEUE", value_name = "N", default_value = "512", value_parser = positive())]
+    pub(crate) max_queue: u32,
+    /// Memory of each worker's KV cache, such as 2GiB [default: from free memory]
+    #[arg(long, env = "TIDEMILL_KV_CACHE_MEMORY", value_name = "SIZE")]
+    pub(crate) kv_cache_memory: Option<ByteSize>,
+    /// Stored type of keys and values
+    #[arg(long, env = "TIDEMILL_KV_CACHE_DTYPE", value_enum, default_value_t)]
+    pub(crate) kv_cache_dtype: KvCacheDtype,
+    /// Tokens per block of the KV cache, a power of two
+    #[arg(long, env = "TIDEMILL_BLOCK_SIZE", value_name = "TOKENS", default_value = "16", value_parser = block_size)]
+    pub(crate) block_size: u32,
+    /// Order of the axes inside a block
+    #[arg(long, env = "TIDEMILL_AXIS_ORDER", value_enum, default_value_t)]
+    pub(crate) axis_order: AxisOrderName,
+    /// Compute every prompt from its first token
+    #[arg(long, env = "TIDEMILL_NO_ENABLE_PREFIX_CACHING")]
+    pub(crate) no_enable_prefix_caching: bool,
+    /// Where weights come from
+    #[arg(long, env = "TIDEMILL_LOAD_FORMAT", value_enum, default_value_t)]
+    pub(crate) load_format: LoadFormatName,
+    /// Seed of dummy weights, and of requests that bring none
+    #[arg(long, env = "TIDEMILL_SEED", default_value = "0")]
+    pub(crate) seed: u64,
+    /// Threads that compute, each on its own core [default: one per core]
+    #[arg(long, env = "TIDEMILL_THREADS", value_name = "N", value_parser = positive())]
+    pub(crate) threads: Option<u32>,
+    /// Which ways a handoff of a KV cache may take
+    #[arg(long, env = "TIDEMILL_TRANSPORT", value_enum, default_value_t)]
+    pub(crate) transport: TransportName,
+    /// Refuse to start, or to be ready, while workers have no connection of that kind
+    #[arg(long, env = "TIDEMILL_REQUIRE_TRANSPORT")]
+    pub(crate) require_transport: bool,
+    /// How much of each handed-over block is verified
+    #[arg(long, env = "TIDEMILL_DIGEST", value_enum, default_value_t)]
+    pub(crate) digest: DigestName,
+    /// Copy handed-over blocks even where prefill could compute in decode's memory
+    #[arg(long, env = "TIDEMILL_NO_IN_PLACE")]
+    pub(crate) no_in_place: bool,
+    /// Kill a prefill worker at STAGE of a handoff once FILE exists; for tests of recovery
+    #[arg(long, env = "TIDEMILL_FAULT_POINT", value_name = "STAGE=FILE", hide = true)]
+    pub(crate) fault_point: Option<FaultPoint>,
+}
+
+/// Flags of the engine that differ between prefill and decode workers: different devices want different layouts,
+/// and the handoff converts.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Engine, per role")]
+pub(crate) struct RoleOverrides {
+    /// --block-size of prefill workers
+    #[arg(long, env = "TIDEMILL_PREFILL_BLOCK_SIZE", value_name = "TOKENS", value_parser = block_size)]
+    prefill_block_size: Option<u32>,
+    /// --block-size of decode workers
+    #[arg(long, env = "TIDEMILL_DECODE_BLOCK_SIZE", value_name = "TOKENS", value_parser = block_size)]
+    decode_block_size: Option<u32>,
+    /// --kv-cache-dtype of prefill workers
+    #[arg(long, env = "TIDEMILL_PREFILL_KV_CACHE_DTYPE", value_enum)]
+    prefill_kv_cache_dtype: Option<KvCacheDtype>,
+    /// --kv-cache-dtype of decode workers
+    #[arg(long, env = "TIDEMILL_DECODE_KV_CACHE_DTYPE", value_enum)]
+    decode_kv_cache_dtype: Option<KvCacheDtype>,
+    /// --axis-order of prefill workers
+    #[arg(long, env = "TIDEMILL_PREFILL_AXIS_ORDER", value_enum)]
+    prefill_axis_order: Option<AxisOrderName>,
+    /// --axis-order of decode workers
+    #[arg(long, env = "TIDEMILL_DECODE_AXIS_ORDER", value_enum)]
+    decode_axis_order: Option<AxisOrderName>,
+    /// --kv-cache-memory of prefill workers
+    #[arg(long, env = "TIDEMILL_PREFILL_KV_CACHE_MEMORY", value_name = "SIZE")]
+    prefill_kv_cache_memory: Option<ByteSize>,
+    /// --kv-cache-memory of decode workers
+    #[arg(long, env = "TIDEMILL_DECODE_KV_CACHE_MEMORY", value_name = "SIZE")]
+    decode_kv_cache_memory: Option<ByteSize>,
+    /// Cores of the prefill workers, shared among them
+    #[arg(long, env = "TIDEMILL_PREFILL_CORES", value_name = "LIST")]
+    pub(crate) prefill_cores: Option<CoreList>,
+    /// Cores of the decode workers, shared among them
+    #[arg(long, env = "TIDEMILL_DECODE_CORES", value_name = "LIST")]
+    pub(crate) decode_cores: Option<CoreList>,
+}
+
+impl ModelFlags {
+    /// What was typed, if anything was.
+    pub(crate) fn name(&self) -> Option<&str> {
+        self.positional.as_deref().or(self.model.as_deref())
+    }
+}
+
+impl EngineFlags {
+    /// These flags with what `overrides` says for `role`.
+    pub(crate) fn for_role(&self, role: RoleName, overrides: &RoleOverrides) -> Self {
+        let mut flags = self.clone();
+        let (block_size, dtype, order, memory) = match role {
+            RoleName::Prefill => (
+                overrides.prefill_block_size,
+                overrides.prefill_kv_cache_dtype,
+                overrides.prefill_axis_order,
+                overrides.prefill_kv_cache_memory,
+            ),
+            RoleName::Decode => (
+                overrides.decode_block_size,
+                overrides.decode_kv_cache_dtype,
+                overrides.decode_axis_order,
+                overrides.decode_kv_cache_memory,
+            ),
+            RoleName::Hybrid => (None, None, None, None),
+        };
+        flags.block_size = block_size.unwrap_or(flags.block_size);
+        flags.kv_cache_dtype = dtype.unwrap_or(flags.kv_cache_dtype);
+        flags.axis_order = order.unwrap_or(flags.axis_order);
+        flags.kv_cache_memory = memory.or(flags.kv_cache_memory);
+        flags.fault_point = flags.fault_point.filter(|_| role == RoleName::Prefill);
+        flags
+    }
+
+    /// The arguments that make a worker of these flags. `threads` is left out: `serve` hands out cores.
+    pub(crate) fn to_arguments(&self) -> Vec<String> {
+        let mut arguments = Vec::new();
+        let mut set = |flag: &str, value: String| arguments.extend([format!("--{flag}"), value]);
+        set("max-num-seqs", self.max_num_seqs.to_string());
+        set("max-num-batched-tokens", self.max_num_batched_tokens.to_string());
+        set("max-queue", self.max_queue.to_string());
+        set("kv-cache-dtype", typed(self.kv_cache_dtype));
+        set("block-size", self.block_size.to_string());
+        set("axis-order", typed(self.axis_order));
+        set("load-format", typed(self.load_format));
+        set("seed", self.seed.to_string());
+        set("transport", typed(self.transport));
+        set("digest", typed(self.digest));
+        if let Some(tokens) = self.max_model_len {
+            set("max-model-len", tokens.to_string());
+        }
+        if let Some(bytes) = self.kv_cache_memory {
+            set("kv-cache-memory", bytes.to_string());
+        }
+        if let Some(point) = &self.fault_point {
+            set("fault-point", point.to_string());
+        }
+        let switches = [
+            ("--no-enable-prefix-caching", self.no_enable_prefix_caching),
+            ("--require-transport", self.require_transport),
+            ("--no-in-place", self.no_in_place),
+        ];
+        arguments.extend(switches.iter().filter(|(_, on)| *on).map(|(flag, _)| (*flag).to_owned()));
+        arguments
+    }
+}
+
+fn positive() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..)
+}
+
+fn workers() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(MAX_WORKERS))
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    let tokens: u32 = text.parse().map_err(|_| format!("`{text}` is not a number of tokens"))?;
+    if tokens.is_power_of_two() && tokens <= MAX_BLOCK_SIZE {
+        Ok(tokens)
+    } else {
+        Err(format!("a block has 1, 2, 4, … or {MAX_BLOCK_SIZE} tokens, not {tokens}"))
+    }
+}
+
+/// Workers of one role that `serve` starts at most; more belong on more machines.
+const MAX_WORKERS: u32 = 64;
+
+/// Longer blocks waste more memory than they save in bookkeeping.
+const MAX_BLOCK_SIZE: u32 = 256;
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::flags::{Cli, Command};
+
+    #[test]
+    fn a_worker_gets_the_flags_of_its_role() {
+        let typed = [
+            "tidemill", "serve", "--block-size", "32", "--decode-block-size", "64", "--decode-kv-cache-dtype", "int8",
+            "--prefill-axis-order", "head-token", "--kv-cache-memory", "1GiB", "--decode-kv-cache-memory", "3MiB",
+            "--no-enable-prefix-caching", "--max-model-len", "99", "--digest", "full", "--transport", "tcp",
+        ];
+        let Command::Serve(serve) = Cli::parse_from(typed).command else { panic!("typed serve") };
+        let parsed = |role: RoleName| {
+            let mut arguments = vec!["tidemill".to_owned(), "worker".into(), "--role".into(), super::typed(role)];
+            arguments.extend(serve.engine.for_role(role, &serve.overrides).to_arguments());
+            match Cli::parse_from(arguments).command {
+                Command::Worker(worker) => worker.engine,
+                other => panic!("worker was parsed as {other:?}"),
+            }
+        };
+        let (prefill, decode) = (parsed(RoleName::Prefill), parsed(RoleName::Decode));
+        assert_eq!((prefill.block_size, decode.block_size), (32, 64));
+        assert_eq!((prefill.kv_cache_dtype, decode.kv_cache_dtype), (KvCacheDtype::Auto, KvCacheDtype::Int8));
+        assert_eq!((prefill.axis_order, decode.axis_order), (AxisOrderName::HeadToken, AxisOrderName::TokenHead));
+        assert_eq!(prefill.kv_cache_memory, Some(ByteSize(1 << 30)));
+        assert_eq!(decode.kv_cache_memory, Some(ByteSize(3 << 20)));
+        assert!(prefill.no_enable_prefix_caching && decode.no_enable_prefix_caching);
+        assert_eq!((decode.max_model_len, decode.digest), (Some(99), DigestName::Full));
+        assert_eq!(decode.transport, TransportName::Tcp);
+    }
+}
