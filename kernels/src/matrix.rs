@@ -194,10 +194,12 @@ fn pack_panels<const BYTES: usize>(
     let rows = source.as_chunks::<BYTES>().0;
     for (panel, rows) in panels.chunks_exact_mut(PANEL * inputs).zip(rows.chunks(PANEL * inputs)) {
         let places = panel.as_chunks_mut::<PANEL>().0;
-        for (output, row) in rows.chunks_exact(inputs).enumerate() {
-            let lane = order(output);
-            for (place, element) in places.iter_mut().zip(row) {
-                place[lane] = *element;
+        for (block, places) in places.chunks_mut(PACK_INPUTS).enumerate() {
+            for (output, row) in rows.chunks_exact(inputs).enumerate() {
+                let lane = order(output);
+                for (place, element) in places.iter_mut().zip(&row[block * PACK_INPUTS..]) {
+                    place[lane] = *element;
+                }
             }
         }
     }
@@ -210,3 +212,6 @@ const fn natural_order(output: usize) -> usize {
 const fn paired_order(output: usize) -> usize {
     2 * (output % 8) + output / 8
 }
+
+/// Inputs that are packed at a time: their part of a panel stays in the first-level cache while each output's turn comes.
+const PACK_INPUTS: usize = 128;

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     aligned::AlignedBuffer,
-    kv::KvBlockShape,
+    kv::{BlockAddress, KvBlockShape},
     kv_rows::{self, Part, RowIndex},
     step::{AttentionParams, SequenceRows},
 };
@@ -171,11 +171,12 @@ impl Kernel for AttendTile<'_> {
             }
         }
 
+        let head = HeadKeys { blocks: sequence.blocks, head: tile.lane };
         let last = sequence.first_position + tile.rows.end - 1;
         let first = of.params.first_key(sequence.first_position + tile.rows.start);
         for tile_start in (first / KEY_TILE * KEY_TILE..=last).step_by(KEY_TILE) {
             let keys = first.max(tile_start)..(last + 1).min(tile_start + KEY_TILE);
-            parts.load_keys(simd, &of, sequence, tile.lane, tile_start, keys);
+            parts.load_keys(simd, &of, head, tile_start, keys, last + 1);
             let mut query = 0;
             while query < queries {
                 let visible = |query: usize| {
@@ -209,6 +210,21 @@ fn visible_keys(params: &AttentionParams, position: usize, tile_start: usize) ->
     first - tile_start..end - tile_start
 }
 
+/// The keys of one sequence and KV head.
+#[derive(Clone, Copy)]
+struct HeadKeys<'a> {
+    blocks: &'a [BlockAddress],
+    head: usize,
+}
+
+impl HeadKeys<'_> {
+    #[inline(always)]
+    fn row(self, of: &Attention<'_>, part: Part, position: usize) -> (BlockAddress, RowIndex) {
+        let (block, token) = (position / of.shape.block_len, position % of.shape.block_len);
+        (self.blocks[block], RowIndex { part, layer: of.layer, token, head: self.head })
+    }
+}
+
 impl Parts<'_> {
     #[inline(always)]
     fn begin(&mut self, queries: usize) {
@@ -224,23 +240,31 @@ impl Parts<'_> {
         row[q.len()..].fill(0.0);
     }
 
-    /// Widens the K and V of some positions.
+    /// Widens the K and V of some positions, and asks for those that come some positions later, up to `end`: the rows
+    /// of one head may lie so far apart that the machine does not see a pattern in them.
     #[inline(always)]
     fn load_keys<S: Simd>(
         &mut self,
         simd: S,
         of: &Attention<'_>,
-        sequence: &SequenceRows<'_>,
-        head: usize,
+        head: HeadKeys<'_>,
         tile_start: usize,
         positions: Range<usize>,
+        end: usize,
     ) {
         let shape = of.shape;
         for position in positions {
-            let block = sequence.blocks[position / shape.block_len];
+            if position + PREFETCH_DISTANCE < end {
+                for part in [Part::Key, Part::Value] {
+                    let (block, index) = head.row(of, part, position + PREFETCH_DISTANCE);
+                    for line in kv_rows::row(shape, block, index).chunks(CACHE_LINE) {
+                        simd.prefetch(&line[0]);
+                    }
+                }
+            }
             let first = (position - tile_start) * self.vectors;
             for (part, target) in [(Part::Key, &mut *self.keys), (Part::Value, &mut *self.values)] {
-                let index = RowIndex { part, layer: of.layer, token: position % shape.block_len, head };
+                let (block, index) = head.row(of, part, position);
                 let row = target[first..first + self.vectors].as_flattened_mut();
                 let (row, padding) = row.split_at_mut(shape.head_size);
                 let scale = kv_rows::scale(shape, block, index);
@@ -291,11 +315,10 @@ impl Parts<'_> {
                 std::array::from_fn(|key| &self.keys[(first + key) * vectors..(first + key + 1) * vectors]);
             let mut sums = [[simd.splat(0.0); KEYS]; ROWS];
             for vector in 0..vectors {
-                let q = q.map(|q| simd.load(&q[vector]));
                 for (key, k) in k.iter().enumerate() {
                     let k = simd.load(&k[vector]);
                     for (sums, q) in sums.iter_mut().zip(q) {
-                        sums[key] = simd.mul_add(q, k, sums[key]);
+                        sums[key] = simd.mul_add(simd.load(&q[vector]), k, sums[key]);
                     }
                 }
             }
@@ -323,7 +346,10 @@ impl Parts<'_> {
 
         let before = self.greatest[query];
         let mut lanes = [before; LANES];
-        let greatest = scores.iter().fold(simd.splat(before), |max, scores| simd.max(simd.load(scores), max));
+        let mut greatest = simd.splat(before);
+        for scores in &*scores {
+            greatest = simd.max(simd.load(scores), greatest);
+        }
         simd.store(greatest, &mut lanes);
         let greatest = lanes.iter().fold(before, |max, &lane| if lane > max { lane } else { max });
 
@@ -369,9 +395,13 @@ impl Parts<'_> {
         keys: &Range<usize>,
         vector: usize,
     ) {
-        let first = |row: usize| (query + row) * self.vectors + vector;
-        let mut sums: [[S::Vector; VECTORS]; ROWS] =
-            std::array::from_fn(|row| std::array::from_fn(|index| simd.load(&self.sums[first(row) + index])));
+        let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let first = (query + row) * self.vectors + vector;
+            for (sum, source) in sums.iter_mut().zip(&self.sums[first..first + VECTORS]) {
+                *sum = simd.load(source);
+            }
+        }
         let weights: [&[f32; KEY_TILE]; ROWS] = std::array::from_fn(|row| &self.scores[query + row]);
         for key in keys.clone() {
             let start = key * self.vectors + vector;
@@ -406,3 +436,8 @@ const KEY_TILE: usize = 64;
 
 /// Queries of a tile, unless one KV head alone has more.
 const QUERY_TILE: usize = 48;
+
+/// Positions between a request for a row and its use: the time of some hundred multiply-adds each.
+const PREFETCH_DISTANCE: usize = 16;
+
+const CACHE_LINE: usize = 64;

@@ -103,6 +103,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(self, at: &u8) {
+        // SAFETY: a hint about the address of a live reference; as in `add`.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
+    }
+
+    #[inline(always)]
     fn power_of_two(self, a: __m256) -> __m256 {
         // SAFETY: as in `add`.
         unsafe { power_of_two(a) }

@@ -59,7 +59,9 @@ impl Product<'_> {
 
         let step = tiling.panels_at_once();
         let panels = outputs.div_ceil(PANEL);
-        let group = MIN_CHUNK_WEIGHTS.div_ceil(inputs * PANEL).next_multiple_of(step);
+        // One row is worth its bytes; of many rows, about four cost as much as reading the weights once.
+        let uses = rows.min(TILES_PER_BLOCK * MAX_TILE_ROWS).div_ceil(4);
+        let group = MIN_CHUNK_WEIGHTS.div_ceil(inputs * PANEL * uses).next_multiple_of(step);
         let groups = panels.div_ceil(group);
         let blocks = tiling.count.div_ceil(TILES_PER_BLOCK);
         let out = SharedOut::new(out);
@@ -298,7 +300,7 @@ const MAX_TILE_ROWS: usize = 6;
 /// Tiles per chunk: 96 rows.
 const TILES_PER_BLOCK: usize = 16;
 
-/// Weights per chunk: small enough to spread over the threads, large enough to be worth a claim (some microseconds).
-const MIN_CHUNK_WEIGHTS: usize = 1 << 15;
+/// Weights per chunk, and elements of `x` to rearrange: some microseconds, so that waking a thread is worth it.
+const MIN_CHUNK_WEIGHTS: usize = 1 << 16;
 
 const _: () = assert!(PANEL == 2 * LANES);

@@ -68,6 +68,10 @@ impl Simd for Portable {
         array::from_fn(|lane| (a[lane] + ROUNDER) - ROUNDER)
     }
 
+    // There is no portable way to ask, and nothing depends on the answer.
+    #[inline(always)]
+    fn prefetch(self, _at: &u8) {}
+
     #[inline(always)]
     fn power_of_two(self, a: Self::Vector) -> Self::Vector {
         array::from_fn(|lane| f32::from_bits(((a[lane] as i32 + 127) as u32) << 23))
