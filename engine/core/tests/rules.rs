@@ -131,6 +131,19 @@ fn what_handoffs_do() {
         ("is not computed once it was cancelled",      "i1:8 at1:4 cancel1",              ""),
     ];
     check(limits(), &rows);
+
+    let two_places = Limits { max_num_seqs: 2, ..limits() };
+    #[rustfmt::skip]
+    let rows = [
+        ("no more are reserved than a step takes",     "d1:1 d2:1 d3:1",                  "r1 r2"),
+        ("reservations are made while the batch is full", "w1:1 w2:1 step d3:1",          "r3 1@1+1* 2@1+1*"),
+        ("but not past one who waits for a place",     "w1:1 w2:1 step w3:1 d4:1",        "1@1+1* 2@1+1*"),
+        ("the latest adopted wait for a place",
+            "w1:1/3 w2:1 step d3:1 d4:1 step take adopt3 adopt4 step",                    "2@3+1* 3@1+1*"),
+        ("and nobody is reserved behind as many",
+            "grow8 w1:1 w2:1 step d3:1 d4:1 step take adopt3 adopt4 d5:1",                "1@2+1* 2@2+1*"),
+    ];
+    check(two_places, &rows);
 }
 
 fn limits() -> Limits {
