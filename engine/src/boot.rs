@@ -135,7 +135,11 @@ fn capacity(
              raise --kv-cache-memory or lower --max-model-len"
         )));
     }
-    tracing::warn!(fits, longest, "the KV cache holds less than the model's longest sequence: the limit is lowered");
+    tracing::warn!(
+        fits,
+        longest,
+        "the KV cache holds less than the model's longest sequence: the limit is lowered"
+    );
     Ok((fits, BlockCount(blocks)))
 }
 

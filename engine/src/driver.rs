@@ -20,10 +20,12 @@ use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
 use crate::engine::{Command, Shared};
 use crate::fault;
-use crate::handle::{CacheChanges, Counters, EngineEvent, EngineStatus, EventSink, Fault, FaultStage, Recovery};
+use crate::handle::{
+    CacheChanges, Counters, EngineEvent, EngineStatus, EventSink, Fault, FaultStage, Recovery,
+};
 use crate::memory::Arena;
 use crate::roles::decode::Incoming;
-use crate::roles::prefill::{Origin, Outgoings};
+use crate::roles::prefill::{Announced, Origin, Outgoings};
 use crate::runner::{Batch, BatchSequence, LogitsWanted, Runner};
 use crate::sampler::{History, Sampled, Sampler, logprobs};
 
@@ -191,11 +193,8 @@ impl Driver {
     /// Runs the plan's work on the device and samples.
     fn compute(&mut self, plan: &StepPlan) -> Vec<StepResult> {
         let Self { scheduler, runner, sampler, arena, endpoint, inbox, requests, outgoing, fault, .. } = self;
-        let tables: Vec<Vec<BlockAddress>> = plan
-            .work
-            .iter()
-            .map(|work| addresses(work, scheduler, requests, outgoing, arena))
-            .collect();
+        let tables: Vec<Vec<BlockAddress>> =
+            plan.work.iter().map(|work| addresses(work, scheduler, requests, outgoing, arena)).collect();
         let sequences: Vec<BatchSequence<'_>> = plan
             .work
             .iter()
@@ -212,14 +211,14 @@ impl Driver {
         let origin = Origin { arena, cpu: &cpu, endpoint };
         let mut after_layers = |layers: Range<usize>| {
             inbox.meet_reservations(|reserved| {
-                // One that is waited for in place is for after the step: it has not begun to compute.
-                let is_pushed = outgoing
-                    .request(reserved.handoff)
-                    .is_some_and(|request| !scheduler.block_table(request).is_empty());
-                is_pushed && drop_unused(outgoing.announce(reserved, false))
+                // Any other is for after the step: it has been computed, or waits to be computed in place.
+                let request = outgoing.request(reserved.handoff);
+                let is_computed_now = plan.work.iter().any(|work| Some(work.request) == request);
+                is_computed_now && outgoing.announce(reserved, false) == Announced::ComputeAndPush
             });
             for work in &plan.work {
-                let Some(Part::PrefillFor(handoff)) = requests.get(&work.request).map(|it| it.request.part) else {
+                let Some(Part::PrefillFor(handoff)) = requests.get(&work.request).map(|it| it.request.part)
+                else {
                     continue;
                 };
                 // Layers above this one are as far as the step before took them.
@@ -369,11 +368,6 @@ fn logits_wanted(work: &Work, active: Option<&Active>) -> LogitsWanted {
         _ if work.samples => LogitsWanted::Last,
         _ => LogitsWanted::None,
     }
-}
-
-/// Mid-step, all that matters is that the reservation is known.
-fn drop_unused(_: crate::roles::prefill::Announced) -> bool {
-    true
 }
 
 fn recovery_of(error: &tidemill_engine_core::scheduler::SubmitError) -> Recovery {

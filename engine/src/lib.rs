@@ -6,9 +6,14 @@
 //! **This crate must never** make a decision that `engine-core` could make, nor know text, JSON of the API, or HTTP.
 #![deny(unsafe_code)]
 
+mod boot;
+mod driver;
+pub mod engine;
+mod fault;
 pub mod handle;
 pub mod memory;
 pub mod models;
+mod roles;
 pub mod runner;
 pub mod sampler;
 pub mod weights;

@@ -37,7 +37,8 @@ fn neither_batch_nor_chunk_nor_cache_nor_preemption_changes_a_token() {
         change(&mut config);
         let engine = start(config);
         for round in ["cold", "warm"] {
-            let streams: Vec<_> = (0..6).map(|which| submit(&engine, request(which, Part::Whole), None)).collect();
+            let streams: Vec<_> =
+                (0..6).map(|which| submit(&engine, request(which, Part::Whole), None)).collect();
             for (stream, expected) in streams.into_iter().zip(&expected) {
                 assert_eq!(&output(stream), expected, "{row}, {round}");
             }
@@ -110,23 +111,37 @@ fn a_cancelled_request_frees_both_sides_at_every_stage() {
         prefill.max_num_batched_tokens = 16; // Several steps per prompt, so that there is time to cancel.
         (prefill.transport, decode.transport) = (transport, transport);
         let pair = Pair::start(prefill, decode);
+        let mut left_alone = Vec::new();
         for round in 0..40_u64 {
             let which = 3 + u32::try_from(round % 3).expect("small");
-            let streams = pair.submit(which);
+            let (prefill, decode) = pair.submit(which);
             for _ in 0..round {
                 std::thread::yield_now(); // Meets other stages in other rounds; none must matter.
             }
-            let (prefill_first, both) = (round % 2 == 0, round % 5 != 0);
-            if prefill_first || both {
-                pair.prefill.cancel(streams.0.0);
+            match round % 4 {
+                0 => pair.prefill.cancel(prefill.0), // Decode hears of it from prefill.
+                1 => {
+                    pair.decode.cancel(decode.0);
+                    // Prefill hears of it from decode, unless decode has not announced itself yet: then the router,
+                    // which knows of both, tells it.
+                    left_alone.push(prefill.0);
+                }
+                2 => {
+                    pair.decode.cancel(decode.0);
+                    pair.prefill.cancel(prefill.0);
+                }
+                _ => {
+                    pair.prefill.cancel(prefill.0);
+                    pair.decode.cancel(decode.0);
+                }
             }
-            if !prefill_first || both {
-                pair.decode.cancel(streams.1.0);
-            }
+        }
+        for id in left_alone {
+            pair.prefill.cancel(id);
         }
         closes(&pair.prefill);
         closes(&pair.decode);
-        assert_eq!(pair.output(pair.submit(0)).len(), 24, "it still serves");
+        assert_eq!(pair.output(pair.submit(0)).len(), OUTPUT as usize, "it still serves");
     }
 }
 
@@ -175,8 +190,10 @@ impl Pair {
 
     fn submit(&self, which: u32) -> (Stream, Stream) {
         let handoff = HandoffId(NEXT.fetch_add(1, Ordering::Relaxed));
-        let prefill = submit(&self.prefill, request(which, Part::PrefillFor(handoff)), Some(peer(&self.decode)));
-        let decode = submit(&self.decode, request(which, Part::DecodeFrom(handoff)), Some(peer(&self.prefill)));
+        let prefill =
+            submit(&self.prefill, request(which, Part::PrefillFor(handoff)), Some(peer(&self.decode)));
+        let decode =
+            submit(&self.decode, request(which, Part::DecodeFrom(handoff)), Some(peer(&self.prefill)));
         (prefill, decode)
     }
 
@@ -242,7 +259,7 @@ fn request(which: u32, part: Part) -> Request {
             logprobs: Some(2),
             ..SamplingParams::default()
         },
-        stop: StopConditions::after(24),
+        stop: StopConditions::after(OUTPUT),
         part,
     }
 }
@@ -291,5 +308,7 @@ fn closes(engine: &EngineHandle) {
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
 const LIMIT: Duration = Duration::from_secs(60);
+/// Several blocks, so that sequences grow into one another's memory.
+const OUTPUT: u32 = 60;
 /// Of the small model: 2 layers × K and V × 2 heads × 16 elements × 4 bytes.
 const BYTES_PER_TOKEN: u64 = 2 * 2 * 2 * 16 * 4;

@@ -174,10 +174,8 @@ impl Driver {
     fn cancel_wanted(&mut self, handoff: HandoffId) {
         if let Some(request) = self.outgoing.request(handoff) {
             // What comes back says only how far the request was; the sender's end is told below in any case.
-            let (Cancelled::Unknown
-            | Cancelled::Done
-            | Cancelled::Pushing(_)
-            | Cancelled::Quarantined(_)) = self.scheduler.cancel(request);
+            let (Cancelled::Unknown | Cancelled::Done | Cancelled::Pushing(_) | Cancelled::Quarantined(_)) =
+                self.scheduler.cancel(request);
         }
         self.outgoing.give_up(handoff);
         self.endpoint.abandon(handoff, "the decode side withdrew".into());

@@ -26,7 +26,8 @@ impl FirstToken {
         if let Some(logprobs) = &self.logprobs {
             bytes.extend(logprobs.chosen.to_le_bytes());
             bytes.extend(logprobs.rank.to_le_bytes());
-            let count = u32::try_from(logprobs.top.len()).expect("alternatives are bounded by the vocabulary");
+            let count =
+                u32::try_from(logprobs.top.len()).expect("alternatives are bounded by the vocabulary");
             bytes.extend(count.to_le_bytes());
             for (id, logprob) in &logprobs.top {
                 bytes.extend(id.to_le_bytes());
@@ -53,7 +54,8 @@ impl FirstToken {
                 if bytes.0.len() != count.checked_mul(8)? {
                     return None;
                 }
-                let top = (0..count).map(|_| Some((bytes.number()?, bytes.float()?))).collect::<Option<_>>()?;
+                let top =
+                    (0..count).map(|_| Some((bytes.number()?, bytes.float()?))).collect::<Option<_>>()?;
                 Some(Logprobs { chosen, rank, top })
             }
             _ => return None,

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use tidemill_engine_core::request::RequestId;
 use tidemill_kernels::cpu::Cpu;
 use tidemill_kernels::kv::BlockAddress;
 use tidemill_kernels::kv::KvBlockShape;
@@ -15,7 +16,6 @@ use tidemill_kernels::step::TokenSpan;
 use tidemill_kvtransfer::{Endpoint, Path, PushWrite, Reserved, Slab, Source};
 use tidemill_kvtransfer_proto::layout::Bridge;
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
-use tidemill_engine_core::request::RequestId;
 
 use super::FirstToken;
 use super::pushes::{Due, Pushes};
@@ -93,7 +93,8 @@ impl Outgoings {
                 Announced::ComputeInPlace { cached: TokenCount(cached) }
             }
             Path::InPlace(_) | Path::Write => {
-                let targets = u32::try_from(reserved.targets.len()).expect("a frame bounds the number of blocks");
+                let targets =
+                    u32::try_from(reserved.targets.len()).expect("a frame bounds the number of blocks");
                 let layers = usize::from(layout.layers);
                 let pushes =
                     Pushes::new(layout.block_len, reserved.first_block, targets, reserved.tokens, layers);
@@ -162,7 +163,9 @@ impl Outgoings {
 
     /// The handoff will not complete: nothing more is pushed. True when the endpoint has not been told.
     pub(crate) fn give_up(&mut self, handoff: HandoffId) -> bool {
-        self.by_handoff.get_mut(&handoff).is_some_and(|outgoing| !std::mem::replace(&mut outgoing.ended, true))
+        self.by_handoff
+            .get_mut(&handoff)
+            .is_some_and(|outgoing| !std::mem::replace(&mut outgoing.ended, true))
     }
 
     /// The sender is quiet: forgets the handoff and returns its request.

@@ -19,7 +19,7 @@ use world::{Op, World};
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 200,
+        cases: 4_000,
         max_shrink_iters: 1_000,
         failure_persistence: None,
         ..ProptestConfig::default() })]
@@ -27,7 +27,7 @@ proptest! {
     #[test]
     fn everything_ends_and_nothing_is_mixed(
         limits in limits(),
-        blocks in [6_u32..20, 6_u32..20],
+        blocks in [6_u32..16, 6_u32..16],
         ops in prop::collection::vec(op(), 1..160),
     ) {
         let mut world = World::new(limits, blocks);
@@ -41,7 +41,7 @@ proptest! {
 
 fn limits() -> impl Strategy<Value = Limits> {
     let threshold = prop::option::of(1_u32..6);
-    (1_u32..=2, 1_u32..6, 1_u32..16, 2_u32..10, any::<bool>(), threshold).prop_map(
+    (1_u32..=2, 1_u32..6, 1_u32..16, 4_u32..12, any::<bool>(), threshold).prop_map(
         |(block_len, max_num_seqs, budget, max_waiting, prefix_cache, threshold)| Limits {
             block_len: BlockLen::new(1 << block_len).unwrap(),
             max_model_len: TokenCount(28),
@@ -58,8 +58,8 @@ fn op() -> impl Strategy<Value = Op> {
     let worker = || 0_usize..2;
     let which = any::<prop::sample::Index>;
     prop_oneof![
-        12 => (worker(), prompt(), 1_u32..9).prop_map(|(worker, prompt, max)| Op::Whole { worker, prompt, max }),
-        12 => (prompt(), 1_u32..9, any::<bool>())
+        12 => (worker(), prompt(), 1_u32..20).prop_map(|(worker, prompt, max)| Op::Whole { worker, prompt, max }),
+        12 => (prompt(), 1_u32..20, any::<bool>())
             .prop_map(|(prompt, max, in_place)| Op::Split { prompt, max, in_place }),
         30 => worker().prop_map(Op::Begin),
         30 => worker().prop_map(Op::Finish),
@@ -71,7 +71,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => which().prop_map(Op::FailAtPrefill),
         4 => which().prop_map(Op::LateWrite),
         4 => which().prop_map(Op::Settle),
-        4 => which().prop_map(Op::Cancel),
+        2 => which().prop_map(Op::Cancel),
         3 => (worker(), 1_u32..6).prop_map(|(worker, count)| Op::Grow { worker, count }),
         3 => (worker(), 1_u32..6).prop_map(|(worker, count)| Op::Shrink { worker, count }),
     ]
@@ -81,4 +81,41 @@ fn op() -> impl Strategy<Value = Op> {
 fn prompt() -> impl Strategy<Value = Vec<TokenId>> {
     (0_usize..16, prop::collection::vec(0_u32..2, 1..10))
         .prop_map(|(shared, own)| (0..).take(shared).map(|position| position % 3).chain(own).collect())
+}
+
+#[test]
+fn tmp() {
+    let limits = Limits {
+        block_len: BlockLen::new(2).unwrap(),
+        max_model_len: TokenCount(28),
+        max_num_seqs: 1,
+        max_num_batched_tokens: TokenCount(2),
+        max_waiting: 5,
+        prefix_cache: false,
+        long_prefill_threshold: None,
+    };
+    let mut world = World::new(limits, [6, 9]);
+    let split = |prompt: &[u32]| Op::Split { prompt: prompt.to_vec(), max: 1, in_place: false };
+    for op in [
+        split(&[0, 1, 2, 0, 0]),
+        split(&[0]),
+        Op::Grow { worker: 0, count: 1 },
+        split(&[0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0]),
+        split(&[0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 0, 0]),
+        Op::Begin(0),
+        Op::Whole { worker: 1, prompt: vec![0, 1, 2, 0, 0, 0], max: 2 },
+        Op::Shrink { worker: 1, count: 5 },
+        Op::Grow { worker: 1, count: 2 },
+        Op::Begin(1),
+        Op::Finish(1),
+        Op::Begin(1),
+        Op::Finish(1),
+        Op::Begin(1),
+        Op::Finish(1),
+        Op::Begin(1),
+    ] {
+        world.act(op);
+        world.check();
+    }
+    world.drain();
 }
