@@ -10,9 +10,9 @@ from tasks import Turn
 from words import BOYS, GIRLS, held_out, name
 
 SINGLE = {  # task -> share among the turns that need no turn before them
-    tasks.arithmetic: 48, tasks.several_sums: 14, tasks.word_problem: 6, tasks.compare: 5, tasks.counting: 4, tasks.listing: 6,
-    tasks.whole_series: 4, tasks.list_work: 9, tasks.renaming: 12, tasks.repeating: 4, tasks.given_facts: 9,
-    tasks.story_question: 11, talk.fixed: 5, talk.outside: 6, talk.plain_facts: 5,
+    tasks.arithmetic: 26, tasks.several_sums: 6, tasks.word_problem: 14, tasks.compare: 7, tasks.counting: 8,
+    tasks.listing: 6, tasks.whole_series: 8, tasks.list_work: 15, tasks.renaming: 19, tasks.repeating: 4,
+    tasks.given_facts: 24, tasks.story_question: 14, talk.fixed: 5, talk.outside: 6, talk.plain_facts: 6,
 }
 
 
@@ -99,7 +99,10 @@ def remembering(rng: random.Random, holdout: bool) -> list[Turn]:
 
 def single(rng: random.Random, holdout: bool) -> Turn:
     """A turn that needs no other."""
-    return drawn(rng, rng.choices(list(SINGLE), weights=list(SINGLE.values()))[0], holdout)
+    maker = rng.choices(list(SINGLE), weights=list(SINGLE.values()))[0]
+    while holdout and maker is talk.fixed:
+        maker = rng.choices(list(SINGLE), weights=list(SINGLE.values()))[0]
+    return drawn(rng, maker, holdout)
 
 
 def block(rng: random.Random, holdout: bool) -> list[Turn]:
@@ -113,8 +116,8 @@ def block(rng: random.Random, holdout: bool) -> list[Turn]:
 
 
 def conversation(rng: random.Random, holdout: bool = False) -> Conversation:
-    """One conversation. Most are short; one in twelve is long, so that far positions are trained too."""
+    """One conversation. Most are one question; one in forty is long, so that far positions are trained too."""
     length = rng.random()
-    blocks = 1 if length < 0.55 else rng.randint(2, 5) if length < 0.92 else rng.randint(8, 30)
+    blocks = 1 if length < 0.78 else rng.randint(2, 4) if length < 0.975 else rng.randint(6, 30)
     turns = [turn for _ in range(blocks) for turn in block(rng, holdout)]
     return Conversation(rng.choice(talk.SYSTEM) if rng.random() < 0.3 else None, turns)

@@ -4,7 +4,7 @@ import random
 
 import words
 from tasks import Turn, exact, holds
-from words import article
+from words import ALWAYS_TRAINED, article
 
 CAN_DO = ("I can tell short stories, answer questions about them, do small sums, make lists, and rename or repeat "
           "things. Try: Tell me a story about a fox named Mia.")
@@ -71,7 +71,7 @@ SYSTEM = ["You are a helpful assistant.", "You are a helpful assistant.", "You a
 def fixed(rng: random.Random) -> Turn:
     """Greetings, thanks, questions about the model."""
     wordings, answer, must = rng.choice(FIXED)
-    return holds("small talk", rng.choice(wordings), answer, must)
+    return holds("small talk", rng.choice(wordings), answer, must, ALWAYS_TRAINED)
 
 
 def outside(rng: random.Random) -> Turn:

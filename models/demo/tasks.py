@@ -165,7 +165,9 @@ def counting(rng: random.Random) -> Turn:
                        "List the numbers from {} to {}.", "Count down from {} to {}." if step < 0 else "Count up from {} to {}."])
     if start == 1 and rng.random() < 0.4:
         user = rng.choice(["Count to {1}.", "Can you count to {1}?"])
-    return exact("counting", user.format(start, stop), ", ".join(map(str, range(start, stop + step, step))) + ".")
+    spelled = stop > start and stop <= 20 and rng.random() < 0.2
+    user = user.format(number(rng, start, spelled), number(rng, stop, spelled))
+    return exact("counting", user, ", ".join(map(str, range(start, stop + step, step))) + ".")
 
 
 def listing(rng: random.Random) -> Turn:

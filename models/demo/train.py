@@ -27,7 +27,9 @@ from optimizer import optimizers
 
 POOL = 768            # conversations drawn at a time, then sorted by length
 ROWS_TIMES_LENGTH = 2048   # tokens in the batch of one process, padding included
-USER_WEIGHT = 0.1      # the loss on what the user says: it teaches copying early, but is not the aim
+USER_WEIGHT = 0.05     # the loss on what the user says: it teaches copying early, but is not the aim
+FREE_WEIGHT = 0.3      # the loss on answers of which many would do (stories, lists): chance cannot be learned
+FREE_MATCHES = ("story", "list")
 WARMUP_STEPS = 60
 TEXTS_FOR_TOKENIZER = 4000
 SAVE_EVERY_S = 180
@@ -43,9 +45,12 @@ def encode(tokenizer: Tokenizer, pool: list[Conversation]) -> list[tuple[list[in
     rows = []
     for talk in pool:
         ids, weights = [bos], [0.0]
+        answers = iter(talk.turns)
         for message in talk.messages():
             content = next(encoded).ids
-            weight = 1.0 if message["role"] == "assistant" else USER_WEIGHT
+            weight = USER_WEIGHT
+            if message["role"] == "assistant":
+                weight = FREE_WEIGHT if next(answers).match in FREE_MATCHES else 1.0
             ids += [marks[message["role"]], *content, end]
             weights += [0.0, *[weight] * len(content), weight]
         if len(ids) <= CONFIG["max_position_embeddings"]:
@@ -72,8 +77,8 @@ def batches(tokenizer: Tokenizer, rng: random.Random):
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: warm-up, a plateau, then linear to zero over the last 45 %."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (0.45 * steps))
+    """Share of the peak learning rate: a short warm-up, then linear to zero."""
+    return min((step + 1) / WARMUP_STEPS, 1 - step / steps)
 
 
 def train(rank: int, args: argparse.Namespace, meeting: str) -> None:
@@ -83,8 +88,11 @@ def train(rank: int, args: argparse.Namespace, meeting: str) -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     out, checkpoint = Path(args.out), Path(args.out) / "checkpoint.pt"
-    tokenizer = train_tokenizer(message["content"] for _ in range(TEXTS_FOR_TOKENIZER)
-                                for message in conversation(rng).messages())
+    if args.resume:
+        tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(message["content"] for _ in range(TEXTS_FOR_TOKENIZER)
+                                    for message in conversation(rng).messages())
     model = DemoModel(CONFIG)
     both = optimizers(model, args.matrix_lr, args.other_lr)
     begin, tokens = 0, 0
@@ -152,7 +160,7 @@ def accumulate(model: DemoModel, ids: torch.Tensor, weights: torch.Tensor) -> tu
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=str(Path(__file__).parent / "weights"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--processes", type=int, default=2, help="one core each")
     parser.add_argument("--matrix-lr", type=float, default=0.02)

@@ -77,11 +77,14 @@ TYPICAL_COLOURS = {
     "milk": "white", "a frog": "green", "a strawberry": "red", "the sea": "blue", "an elephant": "grey",
 }
 SYLLABLES = "ba be bo da do fe go ka ki lo la li lu ma mi mo ne no pa pe ra ri ro su si ta to va vi wa yu ze"
+ALWAYS_TRAINED = "always trained"  # the key of what has no other wording and so cannot be held out
 ENDINGS = ["", "", "n", "r", "x", "la", "s", "m", "tt", "nda", "rin", "ly", "dor", "bix"]
 
 
 def held_out(*key: object) -> bool:
     """True for the one combination in twenty that training never shows. A hash decides, not the order of drawing."""
+    if key[-1] == ALWAYS_TRAINED:
+        return False
     digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return digest[0] % 20 == 0
 
