@@ -1,6 +1,7 @@
 //! Files and functions that fit a screen and a head.
 //!
-//! A line of code is one that is neither blank nor only a comment; test modules do not count towards their file.
+//! A line of code is one that is neither blank nor only a comment. Tests do not count: a table has as many rows as
+//! there are rules.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +19,9 @@ const FUNCTION_LINES: usize = 70;
 pub(super) fn check(sources: &[Source], offenders: &BTreeMap<String, usize>) -> Vec<String> {
     let present = measure(sources);
     let grown = present.iter().filter_map(|(name, lines)| match offenders.get(name) {
-        None => Some(format!("{name} has {lines} lines of code (file ≤ {FILE_LINES}, fn ≤ {FUNCTION_LINES})")),
+        None => {
+            Some(format!("{name} has {lines} lines of code (file ≤ {FILE_LINES}, fn ≤ {FUNCTION_LINES})"))
+        }
         Some(allowed) if allowed < lines => Some(format!("{name} grew from {allowed} to {lines} lines")),
         Some(_) => None,
     });
@@ -34,14 +37,16 @@ pub(super) fn check(sources: &[Source], offenders: &BTreeMap<String, usize>) -> 
 pub(super) fn measure(sources: &[Source]) -> BTreeMap<String, usize> {
     let mut over = BTreeMap::new();
     for source in sources {
+        if source.path.contains("/tests/") || source.path.ends_with("/tests.rs") {
+            continue;
+        }
         let Ok(file) = syn::parse_file(&source.text) else { continue };
         let lines = CodeLines::of(&source.text);
         let mut visitor = Visitor { lines: &lines, path: &source.path, test_lines: 0, over: &mut over };
         visitor.visit_file(&file);
         let in_tests = visitor.test_lines;
-        let is_test = source.path.contains("/tests/") || source.path.contains("/tests.rs");
         let total = lines.between(1, usize::MAX) - in_tests;
-        if FILE_LINES < total && !is_test {
+        if FILE_LINES < total {
             over.insert(source.path.clone(), total);
         }
     }
