@@ -326,7 +326,6 @@ impl World {
                 scheduler.sequence(*id).unwrap().known().blocks_to_hold(scheduler.limits().block_len);
             assert!(scheduler.ledger().total < needed, "only what cannot fit is refused");
         }
-        eprintln!("W{worker} {plan:?}");
         scheduler.begin(&plan);
         let captures: Vec<Capture> = plan.work.iter().map(|work| self.capture(worker, *work)).collect();
         let mut written = BTreeSet::new();
