@@ -91,6 +91,7 @@ pub(crate) fn boot(
         incoming: BTreeMap::new(),
         counters: Counters::default(),
         draining: false,
+        stuck_since: None,
     };
     driver.shared.publish(EngineStatus::default(), crate::handle::CacheChanges::default());
     Ok((driver, description, endpoint))

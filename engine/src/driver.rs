@@ -7,7 +7,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use tidemill_engine_core::handoff::Cancelled;
 use tidemill_engine_core::plan::{StepPlan, Work};
@@ -46,6 +47,8 @@ pub(crate) struct Driver {
     pub(crate) incoming: BTreeMap<HandoffId, Incoming>,
     pub(crate) counters: Counters,
     pub(crate) draining: bool,
+    /// Since when nothing can go on for want of blocks that are held for peers.
+    pub(crate) stuck_since: Option<Instant>,
 }
 
 /// What the driver keeps of a request beside the scheduler.
@@ -95,10 +98,39 @@ impl Driver {
             }
             self.scheduler.check();
             self.publish();
-            if !self.inbox.wait() {
+            let patience = self.untangle();
+            if !self.inbox.wait(patience) {
                 return;
             }
         }
+    }
+
+    /// Two workers that took two requests in opposite order can wait for each other's blocks for ever. If nothing can go
+    /// on here for want of blocks that are held for peers, and that lasts, one handoff is given up. Returns how long to
+    /// wait before looking again; `None` when nothing is stuck.
+    fn untangle(&mut self) -> Option<Duration> {
+        let stuck = self.scheduler.blocked_by_handoffs();
+        if stuck.is_empty() {
+            self.stuck_since = None;
+            return None;
+        }
+        let waited = self.stuck_since.get_or_insert_with(Instant::now).elapsed();
+        if waited < STUCK_LIMIT {
+            return Some(STUCK_LIMIT - waited);
+        }
+        self.stuck_since = None;
+        let victim = stuck.into_iter().find(|id| {
+            let part = self.requests.get(id).map(|active| active.request.part);
+            matches!(part, Some(Part::PrefillFor(handoff)) if self.outgoing.awaits_reservation(handoff))
+        });
+        if let Some(id) = victim {
+            tracing::warn!(
+                request = id.0,
+                "a handoff is given up: its blocks are needed, and its peer has none"
+            );
+            self.fail(id, Recovery::Reroute, "the two workers waited for each other's blocks".into());
+        }
+        Some(STUCK_LIMIT)
     }
 
     fn obey(&mut self, command: Command) {
@@ -324,15 +356,18 @@ impl Inbox {
         self.seen.pop_front().or_else(|| self.commands.try_recv().ok())
     }
 
-    /// Waits until there is a command. False when none can come any more.
-    fn wait(&mut self) -> bool {
-        if self.seen.is_empty() {
-            match self.commands.recv() {
-                Ok(command) => self.seen.push_back(command),
-                Err(_) => return false,
-            }
+    /// Waits until there is a command, or for `patience`. False when none can come any more.
+    fn wait(&mut self, patience: Option<Duration>) -> bool {
+        if !self.seen.is_empty() {
+            return true;
         }
-        true
+        let received = match patience {
+            None => self.commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(patience) => self.commands.recv_timeout(patience),
+        };
+        let is_open = !matches!(received, Err(RecvTimeoutError::Disconnected));
+        self.seen.extend(received);
+        is_open
     }
 
     /// Looks at what has arrived for reservations; those that `take` takes do not come again.
@@ -377,3 +412,6 @@ fn recovery_of(error: &tidemill_engine_core::scheduler::SubmitError) -> Recovery
         _ => Recovery::GiveUp,
     }
 }
+
+/// Long enough for mere back pressure to pass, short enough for nobody to give up waiting.
+const STUCK_LIMIT: Duration = Duration::from_secs(1);

@@ -146,6 +146,37 @@ fn a_cancelled_request_frees_both_sides_at_every_stage() {
 }
 
 #[test]
+fn two_workers_that_wait_for_each_others_blocks_get_untangled() {
+    let (mut prefill, mut decode) = (config("llama3", Role::Prefill), config("llama3", Role::Decode));
+    for config in [&mut prefill, &mut decode] {
+        config.transport = TransportChoice::Tcp;
+        config.kv_cache_memory = Some(20 * 16 * BYTES_PER_TOKEN); // Room for one of the prompts of fifteen blocks.
+    }
+    let pair = Pair::start(prefill, decode);
+    let handoffs: Vec<HandoffId> = (0..2).map(|_| HandoffId(NEXT.fetch_add(1, Ordering::Relaxed))).collect();
+    // Two prompts of fifteen blocks, of which they share three.
+    let part = |engine: &EngineHandle, other: &EngineHandle, part| {
+        let which = if part_handoff(part) == handoffs[0] { 5 } else { 11 };
+        submit(engine, request(which, part), Some(peer(other)))
+    };
+    // Decode takes the second first, prefill the first.
+    let (_, first) = part(&pair.prefill, &pair.decode, Part::PrefillFor(handoffs[0]));
+    let second_on_decode = part(&pair.decode, &pair.prefill, Part::DecodeFrom(handoffs[1]));
+    let (_, second) = part(&pair.prefill, &pair.decode, Part::PrefillFor(handoffs[1]));
+    let (waits, _waits) = part(&pair.decode, &pair.prefill, Part::DecodeFrom(handoffs[0]));
+    assert!(matches!(first.recv_timeout(LIMIT), Ok(EngineEvent::Token { index: 0, .. })));
+    match first.recv_timeout(LIMIT) {
+        Ok(EngineEvent::Failed { recovery: Recovery::Reroute, .. }) => {}
+        other => panic!("the first is given up, not {other:?}"),
+    }
+    assert_eq!(output(second_on_decode).len(), OUTPUT as usize);
+    assert!(matches!(second.recv_timeout(LIMIT), Ok(EngineEvent::Token { index: 0, .. })));
+    pair.decode.cancel(waits);
+    closes(&pair.prefill);
+    closes(&pair.decode);
+}
+
+#[test]
 fn a_request_that_cannot_be_is_refused_with_its_reason() {
     let engine = start(config("llama3", Role::Hybrid));
     let mut too_long = request(0, Part::Whole);
@@ -169,6 +200,13 @@ fn a_request_that_cannot_be_is_refused_with_its_reason() {
         }
     }
     closes(&engine);
+}
+
+fn part_handoff(part: Part) -> HandoffId {
+    match part {
+        Part::PrefillFor(handoff) | Part::DecodeFrom(handoff) => handoff,
+        Part::Whole => panic!("a whole request has no handoff"),
+    }
 }
 
 struct Pair {

@@ -105,6 +105,11 @@ impl Outgoings {
         }
     }
 
+    /// Whether the peer has not announced where it wants the KV cache.
+    pub(crate) fn awaits_reservation(&self, handoff: HandoffId) -> bool {
+        self.by_handoff.get(&handoff).is_some_and(|outgoing| matches!(outgoing.target, Target::Unknown))
+    }
+
     /// The peer's blocks that a prompt is computed in; `None` when it is computed in own blocks.
     pub(crate) fn blocks_in_place(&self, handoff: HandoffId) -> Option<&[BlockAddress]> {
         match &self.by_handoff.get(&handoff)?.target {
