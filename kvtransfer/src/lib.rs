@@ -2,8 +2,32 @@
 //!
 //! **This crate must never know** a token or the name of a tensor: it sees ranges, epochs and bytes. What is
 //! decided is decided in `tidemill-kvtransfer-proto`; here is the one driver that carries it out.
+//!
+//! An [`Endpoint`] is both sides at once. A handoff, seen from outside:
+//!
+//! ```text
+//! decode engine                 decode endpoint      prefill endpoint                prefill engine
+//!   reserve ───────────────────► Reserve ──────────────►            ◄──────────────── expect
+//!                                                        Reserved ─────────────────►
+//!                                          ◄────── bytes ◄─────────────────────────── push …, or computed in place
+//!                                          ◄───── Commit ◄─────────────────────────── finish
+//!   Committed ◄───────────────── digests match
+//!   adopt ─────────────────────► Adopted ──────────────► Delivered ────────────────►
+//! ```
 #![deny(unsafe_code)]
 
+mod driver;
+mod endpoint;
+pub mod error;
+mod event;
+mod host;
 pub mod shm;
+mod source;
+mod tcp;
+mod verification;
 
+pub use endpoint::{Endpoint, EndpointConfig, EventSink, Timing, TransportChoice};
+pub use event::{
+    HandoffEvent, HandoffStats, Met, Path, PeerAddress, PeerLink, PushWrite, Reserve, Reserved, Source,
+};
 pub use shm::{Access, Region, Slab};

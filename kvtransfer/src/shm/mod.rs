@@ -4,9 +4,14 @@
 //! [`Region`] and [`Slab`].
 #![allow(unsafe_code)]
 
+pub(crate) mod exchange;
 mod mapping;
+mod process;
 mod region;
 mod slab;
+mod transport;
 
+pub(crate) use process::Process;
 pub use region::{Access, Region};
 pub use slab::Slab;
+pub(crate) use transport::SharedMemoryTransport;

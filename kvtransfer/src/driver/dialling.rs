@@ -1,0 +1,330 @@
+//! Handshakes that this side begins.
+
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::Sender;
+use std::time::Instant;
+
+use rustix::event::PollFlags;
+use tidemill_kvtransfer_proto::error::TransferError;
+use tidemill_kvtransfer_proto::message::{Attach, Message, Ready, TransportKind, Welcome};
+
+use super::Driver;
+use super::lobby::{CROSSED, attach_frame, prepare};
+use super::peers::{DataPath, Established, Peer};
+use crate::error::MeetError;
+use crate::event::{Met, PeerAddress};
+use crate::shm::{Access, Process, Region, SharedMemoryTransport, exchange};
+use crate::tcp::{self, Connection, DataConnection, Loss};
+
+/// A handshake that this side began.
+#[derive(Debug)]
+pub(super) struct Dial {
+    stage: Stage,
+    deadline: Instant,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// The control connection is being made.
+    Connecting(TcpStream),
+    /// Hello was said.
+    AwaitingWelcome(Connection),
+    /// This side's arena was passed, the peer's is awaited.
+    AwaitingMemory { control: Connection, welcome: Box<Welcome>, stream: UnixStream },
+    /// The data connection is being made.
+    ConnectingData { control: Connection, welcome: Box<Welcome>, stream: TcpStream, fallback: Option<String> },
+    /// The way for data is there.
+    AwaitingReady(Box<Established>),
+}
+
+/// What a stage leads to.
+enum Step {
+    /// Nothing new.
+    Wait(Stage),
+    /// The next stage.
+    Next(Stage),
+    /// The connection is there.
+    Up(Box<Established>),
+    /// The peer is connecting too, and its attempt counts.
+    Crossed,
+}
+
+impl Dial {
+    pub(super) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    pub(super) fn interests<'a>(&'a self, interest: &mut impl FnMut(BorrowedFd<'a>, PollFlags)) {
+        match &self.stage {
+            Stage::Connecting(stream) => interest(stream.as_fd(), PollFlags::OUT),
+            Stage::AwaitingWelcome(control) => interest(control.fd(), PollFlags::IN),
+            Stage::AwaitingMemory { stream, .. } => interest(stream.as_fd(), PollFlags::IN),
+            Stage::ConnectingData { stream, .. } => interest(stream.as_fd(), PollFlags::OUT),
+            Stage::AwaitingReady(established) => interest(established.connection.fd(), PollFlags::IN),
+        }
+    }
+}
+
+impl Driver {
+    /// Connects to peers, or reports that they are connected.
+    pub(super) fn meet(&mut self, addresses: Vec<PeerAddress>, reply: &Sender<Met>) {
+        for PeerAddress { name, instance, address } in addresses {
+            if instance == self.hello.instance {
+                let (field, reason) = ("instance".to_owned(), "it is this worker itself".to_owned());
+                let outcome = Err(MeetError::Mismatch { field, reason });
+                let _ = reply.send(Met { name, instance, outcome }); // Nobody waits any more.
+                continue;
+            }
+            let now = self.now;
+            let peer = self.peers.entry(instance).or_insert_with(|| Peer::new(name, address, now));
+            peer.address = address;
+            peer.retry_at = now;
+            peer.meets.push(reply.clone());
+            self.answer_meets(instance);
+        }
+    }
+
+    /// Whether a connection to the peer is of use to anybody here.
+    pub(super) fn is_wanted(&self, instance: u64, peer: &Peer) -> bool {
+        // Blocks in quarantine want it too: only a new handshake can prove a living process quiet.
+        !peer.meets.is_empty() || self.incoming.values().any(|it| it.peer == instance && it.wants_link())
+    }
+
+    /// Goes on with all handshakes, and begins those that are wanted.
+    pub(super) fn advance_handshakes(&mut self) {
+        let instances: Vec<u64> = self.peers.keys().copied().collect();
+        for instance in instances {
+            self.advance_inbound(instance);
+            self.advance_dial(instance);
+            let Some(peer) = self.peers.get(&instance) else { continue };
+            let is_away = peer.link.is_none() && peer.dial.is_none() && peer.inbound.is_none();
+            if is_away && peer.retry_at <= self.now && self.is_wanted(instance, peer) {
+                self.dial(instance);
+            }
+        }
+    }
+
+    fn dial(&mut self, instance: u64) {
+        let deadline = self.now + self.config.timing.handshake;
+        let Some(peer) = self.peers.get_mut(&instance) else { return };
+        match tcp::connect(peer.address) {
+            Ok(stream) => peer.dial = Some(Dial { stage: Stage::Connecting(stream), deadline }),
+            Err(error) => self.dial_failed(instance, &unreachable(&error)),
+        }
+    }
+
+    fn advance_dial(&mut self, instance: u64) {
+        let Some(Dial { mut stage, deadline }) = self.peers.get_mut(&instance).and_then(|it| it.dial.take())
+        else {
+            return;
+        };
+        loop {
+            match self.step(instance, stage) {
+                Ok(Step::Next(next)) => stage = next,
+                Ok(Step::Wait(stage)) if self.now < deadline => {
+                    if let Some(peer) = self.peers.get_mut(&instance) {
+                        peer.dial = Some(Dial { stage, deadline });
+                    }
+                    return;
+                }
+                Ok(Step::Wait(_)) => {
+                    let reason = "the handshake took too long".to_owned();
+                    return self.dial_failed(instance, &MeetError::Unreachable { reason });
+                }
+                Ok(Step::Up(established)) => return self.bring_up(instance, *established),
+                Ok(Step::Crossed) => {
+                    // Theirs is under way; ours again only should it come to nothing.
+                    if let Some(peer) = self.peers.get_mut(&instance) {
+                        peer.retry_at = self.now + self.config.timing.handshake;
+                    }
+                    return;
+                }
+                Err(error) => return self.dial_failed(instance, &error),
+            }
+        }
+    }
+
+    /// Does what a stage allows without waiting.
+    fn step(&mut self, instance: u64, stage: Stage) -> Result<Step, MeetError> {
+        match stage {
+            Stage::Connecting(stream) => {
+                if !self.is_ready(stream.as_fd()) {
+                    return Ok(Step::Wait(Stage::Connecting(stream)));
+                }
+                connected(&stream).map_err(|error| unreachable(&error))?;
+                let mut control = Connection::new(stream);
+                say(&mut control, &Message::Hello(self.hello.clone()))?;
+                Ok(Step::Next(Stage::AwaitingWelcome(control)))
+            }
+            Stage::AwaitingWelcome(control) => self.await_welcome(instance, control),
+            Stage::AwaitingMemory { control, welcome, stream } => {
+                if !self.is_ready(stream.as_fd()) {
+                    return Ok(Step::Wait(Stage::AwaitingMemory { control, welcome, stream }));
+                }
+                match receive_memory(&stream, &welcome) {
+                    Ok((region, process)) => {
+                        let path = DataPath::SharedMemory(SharedMemoryTransport::new(region));
+                        self.await_ready(instance, control, *welcome, path, Some(process), None)
+                    }
+                    Err(error) => self.fall_back(instance, control, welcome, &error),
+                }
+            }
+            Stage::ConnectingData { control, welcome, stream, fallback } => {
+                if !self.is_ready(stream.as_fd()) {
+                    return Ok(Step::Wait(Stage::ConnectingData { control, welcome, stream, fallback }));
+                }
+                connected(&stream).map_err(|error| unreachable(&error))?;
+                let attach = Attach { instance: self.hello.instance, token: welcome.token };
+                let sent = io::Write::write(&mut &stream, &attach_frame(attach));
+                sent.map_err(|error| unreachable(&error))?; // A short frame fits an empty buffer whole.
+                let path = DataPath::Tcp(Box::new(DataConnection::new(stream)));
+                self.await_ready(instance, control, *welcome, path, None, fallback)
+            }
+            Stage::AwaitingReady(mut established) => {
+                if !self.is_ready(established.connection.fd()) {
+                    return Ok(Step::Wait(Stage::AwaitingReady(established)));
+                }
+                match established.connection.receive_one().map_err(|loss| lost(&loss))? {
+                    Some(Message::Ready(ready)) => {
+                        established.busy = ready.busy;
+                        Ok(Step::Up(established))
+                    }
+                    Some(_) => Err(odd_message()),
+                    None => Ok(Step::Wait(Stage::AwaitingReady(established))),
+                }
+            }
+        }
+    }
+
+    fn await_welcome(&mut self, instance: u64, mut control: Connection) -> Result<Step, MeetError> {
+        if !self.is_ready(control.fd()) {
+            return Ok(Step::Wait(Stage::AwaitingWelcome(control)));
+        }
+        let welcome = match control.receive_one().map_err(|loss| lost(&loss))? {
+            Some(Message::Welcome(welcome)) => Box::new(welcome),
+            Some(Message::Refuse(refuse)) if refuse.field == CROSSED => return Ok(Step::Crossed),
+            Some(Message::Refuse(refuse)) => {
+                return Err(MeetError::Mismatch { field: refuse.field, reason: refuse.reason });
+            }
+            Some(_) => return Err(odd_message()),
+            None => return Ok(Step::Wait(Stage::AwaitingWelcome(control))),
+        };
+        let theirs = &welcome.hello;
+        if theirs.instance != instance {
+            let reason = format!("{:016x} answers there, not {instance:016x}", theirs.instance);
+            return Err(MeetError::Mismatch { field: "instance".to_owned(), reason });
+        }
+        self.check_hello(theirs)
+            .map_err(|refuse| MeetError::Mismatch { field: refuse.field, reason: refuse.reason })?;
+        match self.hello.offer.common(theirs.offer, self.is_same_host(theirs)) {
+            Some(TransportKind::SharedMemory) => match self.pass_memory(&welcome) {
+                Ok(stream) => Ok(Step::Next(Stage::AwaitingMemory { control, welcome, stream })),
+                Err(error) => self.fall_back(instance, control, welcome, &error),
+            },
+            Some(TransportKind::Tcp) => self.connect_data(instance, control, welcome, None),
+            None => Err(MeetError::Transport { reason: "none that both sides accept".to_owned() }),
+        }
+    }
+
+    fn pass_memory(&self, welcome: &Welcome) -> io::Result<UnixStream> {
+        let stream = exchange::connect(&welcome.hello.memory_socket)?;
+        let attach = Attach { instance: self.hello.instance, token: welcome.token };
+        exchange::send_with_fd(&stream, &attach_frame(attach), self.config.region.fd())?;
+        Ok(stream)
+    }
+
+    /// Takes TCP instead of shared memory, if both sides allow it.
+    fn fall_back(
+        &mut self,
+        instance: u64,
+        control: Connection,
+        welcome: Box<Welcome>,
+        error: &io::Error,
+    ) -> Result<Step, MeetError> {
+        let reason = format!("shared memory: {error}");
+        if self.hello.offer.may_fall_back(welcome.hello.offer) {
+            self.connect_data(instance, control, welcome, Some(reason))
+        } else {
+            Err(MeetError::Transport { reason })
+        }
+    }
+
+    fn connect_data(
+        &mut self,
+        instance: u64,
+        control: Connection,
+        welcome: Box<Welcome>,
+        fallback: Option<String>,
+    ) -> Result<Step, MeetError> {
+        let Some(peer) = self.peers.get(&instance) else { return Ok(Step::Crossed) };
+        let stream = tcp::connect(peer.address).map_err(|error| unreachable(&error))?;
+        Ok(Step::Next(Stage::ConnectingData { control, welcome, stream, fallback }))
+    }
+
+    fn await_ready(
+        &mut self,
+        instance: u64,
+        mut connection: Connection,
+        welcome: Welcome,
+        path: DataPath,
+        process: Option<Process>,
+        fallback: Option<String>,
+    ) -> Result<Step, MeetError> {
+        // A side that dials has no older connection, so this list cannot grow until the new one is up.
+        let busy = self.busy_with(instance);
+        let ready = Ready { transport: path.kind(), fallback: fallback.clone(), busy };
+        say(&mut connection, &Message::Ready(ready))?;
+        let established =
+            Established { connection, path, process, hello: welcome.hello, fallback, busy: Vec::new() };
+        Ok(Step::Next(Stage::AwaitingReady(Box::new(established))))
+    }
+
+    fn dial_failed(&mut self, instance: u64, error: &MeetError) {
+        let Some(peer) = self.peers.get_mut(&instance) else { return };
+        tracing::warn!(peer = peer.name, address = %peer.address, %error, "peer not connected");
+        peer.back_off(self.now);
+        let (name, reason) = (peer.name.clone(), error.to_string());
+        for meet in peer.meets.drain(..) {
+            // Who does not wait any more does not need to know.
+            let _ = meet.send(Met { name: name.clone(), instance, outcome: Err(error.clone()) });
+        }
+        self.fail_unannounced(instance, &TransferError::PeerLost { peer: name, reason });
+    }
+}
+
+fn receive_memory(stream: &UnixStream, welcome: &Welcome) -> io::Result<(std::sync::Arc<Region>, Process)> {
+    let (_, fd) = exchange::receive_with_fd(stream)?.ok_or(io::ErrorKind::WouldBlock)?;
+    let process = Process::at_other_end(stream)?;
+    let len = usize::try_from(welcome.hello.region_bytes).unwrap_or(usize::MAX);
+    Ok((Region::map(fd, len, Access::ReadWrite)?, process))
+}
+
+/// Whether a connect that has come to an end has succeeded.
+fn connected(stream: &TcpStream) -> io::Result<()> {
+    if let Some(error) = stream.take_error()? {
+        return Err(error);
+    }
+    prepare(stream)
+}
+
+fn say(connection: &mut Connection, message: &Message) -> Result<(), MeetError> {
+    connection.send(message).and_then(|()| connection.flush()).map_err(|loss| lost(&loss))
+}
+
+fn lost(loss: &Loss) -> MeetError {
+    match loss {
+        Loss::Codec(error) => MeetError::Mismatch { field: "protocol".to_owned(), reason: error.to_string() },
+        _ => MeetError::Unreachable { reason: loss.to_string() },
+    }
+}
+
+fn odd_message() -> MeetError {
+    MeetError::Unreachable { reason: "the peer broke the protocol of the handshake".to_owned() }
+}
+
+fn unreachable(error: &io::Error) -> MeetError {
+    MeetError::Unreachable { reason: error.to_string() }
+}

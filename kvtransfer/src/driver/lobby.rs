@@ -1,0 +1,307 @@
+//! Who comes in: connections that have yet to say what they are, and handshakes that a peer began.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use rustix::event::PollFlags;
+use tidemill_kvtransfer_proto::codec::{self, encode};
+use tidemill_kvtransfer_proto::message::{
+    Attach, Hello, Message, PROTOCOL, Ready, Refuse, TransportKind, Welcome,
+};
+
+use super::Driver;
+use super::peers::{DataPath, Established, Inbound, Peer};
+use crate::host;
+use crate::shm::{Access, Process, Region, SharedMemoryTransport, exchange};
+use crate::tcp::{Connection, DataConnection, Loss};
+
+/// A TCP connection whose first message has not come.
+#[derive(Debug)]
+pub(super) struct Visitor {
+    connection: Connection,
+    from: SocketAddr,
+    pub(super) deadline: Instant,
+}
+
+/// A local connection over which memory is to be passed.
+#[derive(Debug)]
+pub(super) struct MemoryVisitor {
+    stream: UnixStream,
+    pub(super) deadline: Instant,
+}
+
+impl Driver {
+    /// Names the descriptors of visitors, and of the doors while there is room for more of them.
+    pub(super) fn visitor_interests<'a>(&'a self, interest: &mut impl FnMut(BorrowedFd<'a>, PollFlags)) {
+        if self.lobby.len() < MAX_VISITORS {
+            interest(self.listener.as_fd(), PollFlags::IN);
+        }
+        if let Some(listener) = &self.memory_listener
+            && self.memory_lobby.len() < MAX_VISITORS
+        {
+            interest(listener.as_fd(), PollFlags::IN);
+        }
+        for visitor in &self.lobby {
+            interest(visitor.connection.fd(), PollFlags::IN);
+        }
+        for visitor in &self.memory_lobby {
+            interest(visitor.stream.as_fd(), PollFlags::IN);
+        }
+    }
+
+    /// Lets visitors in and hears what they are.
+    pub(super) fn receive_visitors(&mut self) {
+        self.accept();
+        let (now, visitors) = (self.now, std::mem::take(&mut self.lobby));
+        for mut visitor in visitors {
+            if !self.is_ready(visitor.connection.fd()) {
+                if now < visitor.deadline {
+                    self.lobby.push(visitor);
+                }
+                continue;
+            }
+            match visitor.connection.receive_one() {
+                Ok(Some(Message::Hello(hello))) => self.greet(visitor, hello),
+                Ok(Some(Message::Attach(attach))) => self.attach_data(visitor, attach),
+                Ok(None) => self.lobby.push(visitor),
+                Ok(Some(_)) => {
+                    tracing::warn!(from = %visitor.from, "a connection began with the wrong message")
+                }
+                Err(loss) => {
+                    tracing::warn!(from = %visitor.from, %loss, "a connection ended before it began")
+                }
+            }
+        }
+        for visitor in std::mem::take(&mut self.memory_lobby) {
+            match self.exchange_memory(&visitor) {
+                Ok(true) => {}
+                Ok(false) if now < visitor.deadline => self.memory_lobby.push(visitor),
+                Ok(false) => {}
+                Err(error) => tracing::warn!(%error, "memory was not exchanged"),
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        let deadline = self.now + self.config.timing.handshake;
+        while self.lobby.len() < MAX_VISITORS
+            && let Ok((stream, from)) = self.listener.accept()
+        {
+            match prepare(&stream) {
+                Ok(()) => self.lobby.push(Visitor { connection: Connection::new(stream), from, deadline }),
+                Err(error) => tracing::warn!(%from, %error, "a connection cannot be used"),
+            }
+        }
+        let Some(listener) = &self.memory_listener else { return };
+        while self.memory_lobby.len() < MAX_VISITORS
+            && let Ok((stream, _)) = listener.accept()
+        {
+            if stream.set_nonblocking(true).is_ok() {
+                self.memory_lobby.push(MemoryVisitor { stream, deadline });
+            }
+        }
+    }
+
+    /// First message of a control connection.
+    fn greet(&mut self, visitor: Visitor, hello: Hello) {
+        let Visitor { mut connection, from, .. } = visitor;
+        let instance = hello.instance;
+        if let Err(refuse) = self.check_hello(&hello) {
+            tracing::warn!(peer = hello.name, %from, field = refuse.field, reason = refuse.reason, "peer refused");
+            refuse_visitor(&mut connection, refuse);
+            return;
+        }
+        let address = SocketAddr::new(from.ip(), hello.listen_port);
+        let ours = self.hello.instance;
+        let peer =
+            self.peers.entry(instance).or_insert_with(|| Peer::new(hello.name.clone(), address, self.now));
+        if peer.dial.is_some() && ours < instance {
+            let reason = "this side connects already".to_owned();
+            refuse_visitor(&mut connection, Refuse { field: CROSSED.to_owned(), reason });
+            return;
+        }
+        let Ok(token) = host::token() else { return };
+        let welcome = Message::Welcome(Welcome { hello: self.hello.clone(), token });
+        if let Err(loss) = connection.send(&welcome).and_then(|()| connection.flush()) {
+            tracing::warn!(peer = hello.name, %loss, "handshake failed");
+            return;
+        }
+        // Of two that cross, the one begun by the smaller instance is the one that counts.
+        peer.dial = None;
+        let deadline = self.now + self.config.timing.handshake;
+        peer.inbound =
+            Some(Inbound { connection, hello, token, deadline, memory: None, data: None, ready: None });
+    }
+
+    /// Whether this side can work with whoever says so about itself.
+    pub(super) fn check_hello(&self, theirs: &Hello) -> Result<(), Refuse> {
+        let ours = &self.hello;
+        let refuse = |field: &str, reason: String| Err(Refuse { field: field.to_owned(), reason });
+        if theirs.protocol != PROTOCOL {
+            return refuse("protocol", format!("{PROTOCOL} here, {} at the peer", theirs.protocol));
+        }
+        if theirs.instance == ours.instance {
+            return refuse("instance", "it is this worker itself".to_owned());
+        }
+        if MAX_NAME < theirs.name.len() {
+            return refuse("name", format!("longer than {MAX_NAME} bytes"));
+        }
+        if let (Err(mismatch), Err(_)) =
+            (ours.layout.bridge(&theirs.layout), theirs.layout.bridge(&ours.layout))
+        {
+            return refuse(
+                mismatch.field,
+                format!("{} here, {} at the peer", mismatch.ours, mismatch.theirs),
+            );
+        }
+        if theirs.region_bytes < theirs.layout.block_bytes() as u64 {
+            return refuse("region_bytes", "less than one block".to_owned());
+        }
+        if ours.offer.common(theirs.offer, self.is_same_host(theirs)).is_none() {
+            return refuse("transports", "no way for data that both sides accept".to_owned());
+        }
+        if MAX_PEERS <= self.peers.len() && !self.peers.contains_key(&theirs.instance) {
+            return refuse("peers", format!("{MAX_PEERS} are known already"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_same_host(&self, theirs: &Hello) -> bool {
+        !self.hello.host.is_empty() && self.hello.host == theirs.host
+    }
+
+    fn attach_data(&mut self, visitor: Visitor, attach: Attach) {
+        match self.inbound_of(attach) {
+            Some(inbound) => inbound.data = Some(DataConnection::new(visitor.connection.into_stream())),
+            None => tracing::warn!(from = %visitor.from, "a data connection belongs to no handshake"),
+        }
+    }
+
+    fn inbound_of(&mut self, attach: Attach) -> Option<&mut Inbound> {
+        let inbound = self.peers.get_mut(&attach.instance)?.inbound.as_mut()?;
+        (inbound.token == attach.token).then_some(inbound)
+    }
+
+    /// Takes the peer's arena and gives this side's. False when the peer has said nothing yet.
+    fn exchange_memory(&mut self, visitor: &MemoryVisitor) -> io::Result<bool> {
+        let Some((bytes, fd)) = exchange::receive_with_fd(&visitor.stream)? else { return Ok(false) };
+        let unexpected = || io::Error::new(io::ErrorKind::InvalidData, "no handshake waits for it");
+        let Ok(Some((Message::Attach(attach), _))) = codec::decode(&bytes) else { return Err(unexpected()) };
+        let ours = self.config.region.clone();
+        let inbound = self.inbound_of(attach).ok_or_else(unexpected)?;
+        let process = Process::at_other_end(&visitor.stream)?;
+        let len = usize::try_from(inbound.hello.region_bytes).unwrap_or(usize::MAX);
+        let region = Region::map(fd, len, Access::ReadWrite)?;
+        exchange::send_with_fd(&visitor.stream, &bytes, ours.fd())?;
+        inbound.memory = Some((region, process));
+        Ok(true)
+    }
+
+    /// Goes on with the handshake that a peer began.
+    pub(super) fn advance_inbound(&mut self, instance: u64) {
+        let Some(peer) = self.peers.get_mut(&instance) else { return };
+        let Some(mut inbound) = peer.inbound.take() else { return };
+        if self.is_ready(inbound.connection.fd()) {
+            match inbound.connection.receive_one() {
+                Ok(None) => {}
+                Ok(Some(Message::Ready(ready))) if inbound.ready.is_none() => inbound.ready = Some(ready),
+                Ok(Some(_)) => {
+                    return tracing::warn!(peer = inbound.hello.name, "handshake broken by an odd message");
+                }
+                Err(loss) => return tracing::debug!(peer = inbound.hello.name, %loss, "handshake ended"),
+            }
+        }
+        match inbound.complete() {
+            Ok((connection, hello, ready, path, process)) => {
+                self.welcome_in(instance, connection, hello, ready, path, process);
+            }
+            Err(inbound) if self.now < inbound.deadline => {
+                if let Some(peer) = self.peers.get_mut(&instance) {
+                    peer.inbound = Some(*inbound);
+                }
+            }
+            Err(inbound) => tracing::warn!(peer = inbound.hello.name, "handshake took too long"),
+        }
+    }
+
+    fn welcome_in(
+        &mut self,
+        instance: u64,
+        mut connection: Connection,
+        hello: Hello,
+        ready: Ready,
+        path: DataPath,
+        process: Option<Process>,
+    ) {
+        let best = self.hello.offer.common(hello.offer, self.is_same_host(&hello));
+        let fell_back = path.kind() == TransportKind::Tcp && self.hello.offer.may_fall_back(hello.offer);
+        if best != Some(path.kind()) && !fell_back {
+            return tracing::warn!(
+                peer = hello.name,
+                transport = path.kind().name(),
+                "not an agreed way for data"
+            );
+        }
+        // What this side is busy with is said only when the old connection is dead: nothing that still lies in
+        // its buffers can start anything after that.
+        self.lose(instance, &Loss::Replaced);
+        let busy = self.busy_with(instance);
+        let answer = Message::Ready(Ready { transport: path.kind(), fallback: None, busy });
+        if let Err(loss) = connection.send(&answer).and_then(|()| connection.flush()) {
+            return tracing::warn!(peer = hello.name, %loss, "handshake failed");
+        }
+        let (fallback, busy) = (ready.fallback, ready.busy);
+        self.bring_up(instance, Established { connection, path, process, hello, fallback, busy });
+    }
+}
+
+type Completed = (Connection, Hello, Ready, DataPath, Option<Process>);
+
+impl Inbound {
+    /// Everything the handshake was to bring, or the handshake back while something is missing.
+    fn complete(mut self) -> Result<Completed, Box<Self>> {
+        let path = match self.ready.as_ref().map(|ready| ready.transport) {
+            Some(TransportKind::SharedMemory) => self.memory.take().map(|(region, process)| {
+                (DataPath::SharedMemory(SharedMemoryTransport::new(region)), Some(process))
+            }),
+            Some(TransportKind::Tcp) => self.data.take().map(|data| (DataPath::Tcp(Box::new(data)), None)),
+            None => None,
+        };
+        match (path, self.ready.take()) {
+            (Some((path, process)), Some(ready)) => Ok((self.connection, self.hello, ready, path, process)),
+            (_, ready) => Err(Box::new(Self { ready, ..self })),
+        }
+    }
+}
+
+/// Makes a fresh stream fit for this thread.
+pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    stream.set_nodelay(true)
+}
+
+/// The frame that opens a second connection.
+pub(super) fn attach_frame(attach: Attach) -> Vec<u8> {
+    let mut frame = Vec::new();
+    encode(&Message::Attach(attach), &mut frame).expect("a short message");
+    frame
+}
+
+/// Says why not, as far as the socket takes it at once.
+fn refuse_visitor(connection: &mut Connection, refuse: Refuse) {
+    if let Err(loss) = connection.send(&Message::Refuse(refuse)).and_then(|()| connection.flush()) {
+        tracing::debug!(%loss, "the refusal was not sent");
+    }
+}
+
+/// The field of a refusal that is none: both sides began to connect at the same time.
+pub(super) const CROSSED: &str = "crossed";
+/// Connections that may be undecided.
+const MAX_VISITORS: usize = 256;
+/// Peers that may be known.
+const MAX_PEERS: usize = 4096;
+/// Longest name, in bytes.
+const MAX_NAME: usize = 256;

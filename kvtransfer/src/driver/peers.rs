@@ -1,0 +1,222 @@
+//! What the thread knows of each peer.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use tidemill_kvtransfer_proto::layout::{Bridge, KvLayout, LayoutMismatch};
+use tidemill_kvtransfer_proto::message::{Hello, Ready, TransportKind};
+use tidemill_kvtransfer_proto::transport::{Transport, WriteId};
+use tidemill_kvtransfer_proto::units::HandoffId;
+
+use super::dialling::Dial;
+use crate::event::Met;
+use crate::shm::{Process, Region, SharedMemoryTransport};
+use crate::source::SourceRange;
+use crate::tcp::{Connection, DataConnection};
+use crate::verification::BlockShape;
+
+/// Another worker.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) name: String,
+    pub(super) address: SocketAddr,
+    pub(super) link: Option<Link>,
+    /// A connection that this side is making.
+    pub(super) dial: Option<Dial>,
+    /// A connection that the peer is making.
+    pub(super) inbound: Option<Inbound>,
+    /// The peer's process, while blocks that it can write to may be in quarantine.
+    pub(super) process: Option<Process>,
+    /// Who waits to hear of it.
+    pub(super) meets: Vec<Sender<Met>>,
+    /// Not to be dialled before.
+    pub(super) retry_at: Instant,
+    pub(super) backoff: Duration,
+    /// Since when it has had neither link nor handoffs.
+    pub(super) idle_since: Instant,
+}
+
+/// A connection that the peer is making.
+#[derive(Debug)]
+pub(super) struct Inbound {
+    pub(super) connection: Connection,
+    pub(super) hello: Hello,
+    pub(super) token: u64,
+    pub(super) deadline: Instant,
+    pub(super) memory: Option<(Arc<Region>, Process)>,
+    pub(super) data: Option<DataConnection>,
+    pub(super) ready: Option<Ready>,
+}
+
+/// The outcome of a handshake, from either side.
+#[derive(Debug)]
+pub(super) struct Established {
+    pub(super) connection: Connection,
+    pub(super) path: DataPath,
+    pub(super) process: Option<Process>,
+    pub(super) hello: Hello,
+    pub(super) fallback: Option<String>,
+    /// What the peer cannot yet promise to leave alone.
+    pub(super) busy: Vec<HandoffId>,
+}
+
+/// A connection over which handoffs go.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) connection: Connection,
+    pub(super) path: DataPath,
+    pub(super) layout: Arc<KvLayout>,
+    /// Of the peer's blocks.
+    pub(super) shape: BlockShape,
+    /// How many of them the peer has.
+    pub(super) blocks: u64,
+    /// From this side's layout to the peer's.
+    pub(super) bridge: Result<Bridge, LayoutMismatch>,
+    /// Messages may have come along with the end of the handshake.
+    pub(super) is_fresh: bool,
+    pub(super) last_heard: Instant,
+    pub(super) next_beat: Instant,
+    pub(super) beat_every: Duration,
+    pub(super) beats: u64,
+    pub(super) probe: Probe,
+    /// Handoffs that have writes to post, oldest first.
+    pub(super) posting: VecDeque<HandoffId>,
+    pub(super) writes: BTreeMap<WriteId, HandoffId>,
+    pub(super) ended: Ended,
+}
+
+/// Measures the way for data, once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Probe {
+    /// Under way since then.
+    Running(Instant),
+    /// Bytes per second; zero when it was not answered.
+    Done(f64),
+}
+
+/// The way for data.
+#[derive(Debug)]
+pub(super) enum DataPath {
+    SharedMemory(SharedMemoryTransport),
+    Tcp(Box<DataConnection>),
+}
+
+/// The last handoffs that ended on a link: a message about one of them comes too late, or twice.
+#[derive(Debug, Default)]
+pub(super) struct Ended {
+    order: VecDeque<HandoffId>,
+    set: BTreeSet<HandoffId>,
+}
+
+impl Peer {
+    pub(super) fn new(name: String, address: SocketAddr, now: Instant) -> Self {
+        Self {
+            name,
+            address,
+            link: None,
+            dial: None,
+            inbound: None,
+            process: None,
+            meets: Vec::new(),
+            retry_at: now,
+            backoff: FIRST_BACKOFF,
+            idle_since: now,
+        }
+    }
+
+    /// Names the descriptors to wait for.
+    pub(super) fn interests<'a>(&'a self, interest: &mut impl FnMut(BorrowedFd<'a>, PollFlags)) {
+        let flags = |wants_write| if wants_write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        if let Some(link) = &self.link {
+            interest(link.connection.fd(), flags(link.connection.wants_write()));
+            if let DataPath::Tcp(data) = &link.path {
+                interest(data.fd(), flags(data.wants_write()));
+            }
+        }
+        if let Some(dial) = &self.dial {
+            dial.interests(interest);
+        }
+        if let Some(inbound) = &self.inbound {
+            interest(inbound.connection.fd(), flags(inbound.connection.wants_write()));
+        }
+        if let Some(process) = &self.process {
+            interest(process.fd(), PollFlags::IN);
+        }
+    }
+
+    /// Whether its transport moves bytes when polled, without anybody saying that it is time.
+    pub(super) fn has_copies_to_make(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| match &link.path {
+            DataPath::SharedMemory(transport) => transport.has_work() || !link.posting.is_empty(),
+            DataPath::Tcp(_) => false,
+        })
+    }
+
+    /// When something about it is due.
+    pub(super) fn next_clock(&self, lease: Duration, is_wanted: impl FnOnce() -> bool) -> Option<Instant> {
+        let link = self.link.as_ref().map(|link| link.next_beat.min(link.last_heard + lease));
+        let dial = self.dial.as_ref().map(Dial::deadline);
+        let inbound = self.inbound.as_ref().map(|inbound| inbound.deadline);
+        let is_away = link.is_none() && dial.is_none() && inbound.is_none();
+        let retry = (is_away && is_wanted()).then_some(self.retry_at);
+        [link, dial, inbound, retry].into_iter().flatten().min()
+    }
+
+    /// Waits longer before each further attempt.
+    pub(super) fn back_off(&mut self, now: Instant) {
+        self.retry_at = now + self.backoff;
+        self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
+    }
+}
+
+impl DataPath {
+    pub(super) fn kind(&self) -> TransportKind {
+        match self {
+            Self::SharedMemory(_) => TransportKind::SharedMemory,
+            Self::Tcp(_) => TransportKind::Tcp,
+        }
+    }
+
+    pub(super) fn transport(&mut self) -> &mut dyn Transport<Source = SourceRange> {
+        match self {
+            Self::SharedMemory(transport) => transport,
+            Self::Tcp(data) => &mut **data,
+        }
+    }
+
+    /// Nothing more is written; every write completes.
+    pub(super) fn sever(&mut self) {
+        match self {
+            Self::SharedMemory(transport) => transport.sever(),
+            Self::Tcp(data) => data.sever(),
+        }
+    }
+}
+
+impl Ended {
+    pub(super) fn insert(&mut self, handoff: HandoffId) {
+        if !self.set.insert(handoff) {
+            return;
+        }
+        self.order.push_back(handoff);
+        if MAX_ENDED < self.order.len()
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.set.remove(&oldest);
+        }
+    }
+
+    pub(super) fn contains(&self, handoff: HandoffId) -> bool {
+        self.set.contains(&handoff)
+    }
+}
+
+pub(super) const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const LONGEST_BACKOFF: Duration = Duration::from_millis(500);
+/// More than can be under way on one link at a time.
+const MAX_ENDED: usize = 4096;

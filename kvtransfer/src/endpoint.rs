@@ -1,0 +1,266 @@
+//! What the engine holds of the transfer machinery: a way to give it orders.
+//!
+//! One thread per endpoint owns every connection and every state; the methods here only leave a message for it.
+//! They can be called from any thread, also from the event callback, and none but [`Endpoint::meet`] waits.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use tidemill_kvtransfer_proto::digest::Coverage;
+use tidemill_kvtransfer_proto::layout::KvLayout;
+use tidemill_kvtransfer_proto::units::HandoffId;
+
+use crate::driver::Driver;
+use crate::error::{EndpointError, MeetError};
+use crate::event::{HandoffEvent, Met, PeerAddress, PeerLink, PushWrite, Reserve};
+use crate::shm::Region;
+
+/// Which ways for data a pair may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TransportChoice {
+    /// Shared memory between processes of one host, otherwise TCP.
+    #[default]
+    Auto,
+    /// Shared memory; TCP, with a warning, where it cannot be had.
+    SharedMemory,
+    /// TCP only.
+    Tcp,
+}
+
+/// Intervals of the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// After how much silence a peer counts as lost.
+    pub lease: Duration,
+    /// How often this side speaks when it has nothing to say; a fraction of the peer's lease if that is less.
+    pub heartbeat: Duration,
+    /// How long a peer's reservation may wait for this engine to expect it.
+    pub patience: Duration,
+    /// How long a handshake may take.
+    pub handshake: Duration,
+}
+
+/// Everything an endpoint is started with.
+#[derive(Clone, Debug)]
+pub struct EndpointConfig {
+    /// Name in logs and in peers' logs.
+    pub name: String,
+    /// A number that no other start of any worker has.
+    pub instance: u64,
+    /// Meaning of the bytes of a block.
+    pub layout: KvLayout,
+    /// The block arena: block `b` starts at `b * layout.block_bytes()`.
+    pub region: Arc<Region>,
+    /// Where peers connect; port 0 picks one.
+    pub listen: SocketAddr,
+    /// Which ways for data are acceptable.
+    pub transport: TransportChoice,
+    /// Whether a pair for which the preferred way cannot be had is not connected at all. `SharedMemory` then
+    /// excludes TCP, and `Auto` excludes it between processes of one host.
+    pub require: bool,
+    /// Whether prompts may be computed right in the blocks of a peer on this host, when layouts are equal.
+    pub in_place: bool,
+    /// How much of each block the digests must cover that this side verifies, as decode side.
+    pub coverage: Coverage,
+    /// Intervals.
+    pub timing: Timing,
+}
+
+/// Hands KV blocks over to peers and takes them from peers. Dropping it says goodbye and ends its thread.
+pub struct Endpoint {
+    address: SocketAddr,
+    commands: Sender<Command>,
+    wake: Arc<OwnedFd>,
+    links: Arc<LinkTable>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Receives the events. Called on the endpoint's thread: it must not block.
+pub type EventSink = Box<dyn FnMut(HandoffEvent) + Send>;
+
+/// Orders to the endpoint's thread. There are at most a few for each handoff that the engine has under way, and
+/// the engine bounds those.
+pub(crate) enum Command {
+    Meet { peers: Vec<PeerAddress>, reply: Sender<Met> },
+    Reserve(Reserve),
+    Adopt(HandoffId),
+    Refuse(HandoffId, String),
+    Cancel(HandoffId),
+    Expect { handoff: HandoffId, peer_instance: u64, patience: Duration },
+    Push(HandoffId, Vec<PushWrite>),
+    Finish(HandoffId, Vec<u8>),
+    Abandon(HandoffId, String),
+    Stop,
+}
+
+/// Which peers are connected and how, for questions that cannot wait for the endpoint's thread.
+#[derive(Debug, Default)]
+pub(crate) struct LinkTable(Mutex<BTreeMap<u64, LinkEntry>>);
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LinkEntry {
+    pub(crate) link: PeerLink,
+    pub(crate) in_place: bool,
+}
+
+impl Endpoint {
+    /// Listens, and starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// [`EndpointError`] says what could not be had.
+    pub fn start(config: EndpointConfig, events: EventSink) -> Result<Self, EndpointError> {
+        let (commands, inbox) = mpsc::channel();
+        let links = Arc::new(LinkTable::default());
+        let name = format!("kv-{}", config.name);
+        let driver = Driver::new(config, events, inbox, Arc::clone(&links))?;
+        let (address, wake) = (driver.address(), driver.wake());
+        let thread = thread::Builder::new()
+            .name(name)
+            .spawn(move || driver.run())
+            .map_err(|source| EndpointError::System { operation: "start a thread", source })?;
+        Ok(Self { address, commands, wake, links, thread: Some(thread) })
+    }
+
+    /// Where peers connect.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Connects to peers, all at once, and waits until each is connected or has failed, but not longer than
+    /// `timeout`. Peers that are connected already are only reported. For any thread but the engine's.
+    pub fn meet(&self, peers: Vec<PeerAddress>, timeout: Duration) -> Vec<Met> {
+        let deadline = Instant::now() + timeout;
+        let mut outcomes: Vec<Met> = peers
+            .iter()
+            .map(|peer| Met {
+                name: peer.name.clone(),
+                instance: peer.instance,
+                outcome: Err(MeetError::TimedOut),
+            })
+            .collect();
+        let mut missing = outcomes.len();
+        let (reply, replies) = mpsc::channel();
+        self.order(Command::Meet { peers, reply });
+        while 0 < missing
+            && let Ok(met) = replies.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+        {
+            for outcome in outcomes.iter_mut().filter(|it| it.instance == met.instance) {
+                outcome.outcome = met.outcome.clone();
+                missing -= 1;
+            }
+        }
+        outcomes
+    }
+
+    /// The connection to a peer, if there is one now.
+    pub fn link(&self, peer_instance: u64) -> Option<PeerLink> {
+        self.links.get(peer_instance).map(|entry| entry.link)
+    }
+
+    /// Whether a handoff to that peer would be computed in place, should it begin now.
+    pub fn reaches_in_place(&self, peer_instance: u64) -> bool {
+        self.links.get(peer_instance).is_some_and(|entry| entry.in_place)
+    }
+
+    /// Decode side: announces blocks to the worker that computes the prompt.
+    pub fn reserve(&self, reserve: Reserve) {
+        self.order(Command::Reserve(reserve));
+    }
+
+    /// Decode side: the engine took the committed blocks over. They are its own from now on.
+    pub fn adopt(&self, handoff: HandoffId) {
+        self.order(Command::Adopt(handoff));
+    }
+
+    /// Decode side: the engine cannot use the committed blocks. `Released` follows.
+    pub fn refuse(&self, handoff: HandoffId, reason: String) {
+        self.order(Command::Refuse(handoff, reason));
+    }
+
+    /// Decode side: the engine does not want the handoff any more. `Released` follows.
+    pub fn cancel(&self, handoff: HandoffId) {
+        self.order(Command::Cancel(handoff));
+    }
+
+    /// Prefill side: the peer's reservation for this handoff is welcome, whether it has come or comes within
+    /// `patience`.
+    pub fn expect(&self, handoff: HandoffId, peer_instance: u64, patience: Duration) {
+        self.order(Command::Expect { handoff, peer_instance, patience });
+    }
+
+    /// Prefill side: writes into blocks that the peer reserved. Writes for a handoff that has failed meanwhile
+    /// are dropped.
+    pub fn push(&self, handoff: HandoffId, writes: Vec<PushWrite>) {
+        self.order(Command::Push(handoff, writes));
+    }
+
+    /// Prefill side: the prompt is computed and everything was pushed. When all writes have completed, the peer
+    /// gets the commit with this payload.
+    pub fn finish(&self, handoff: HandoffId, payload: Vec<u8>) {
+        self.order(Command::Finish(handoff, payload));
+    }
+
+    /// Prefill side: the engine gave up, or stopped because it was asked to. It touches neither the source nor
+    /// the peer's blocks any more. `SendFailed` follows.
+    pub fn abandon(&self, handoff: HandoffId, reason: String) {
+        self.order(Command::Abandon(handoff, reason));
+    }
+
+    fn order(&self, command: Command) {
+        if self.commands.send(command).is_err() {
+            tracing::error!("the transfer thread is gone");
+            return;
+        }
+        // Fails only when the counter would overflow, and then the thread is awake anyway.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+impl LinkTable {
+    pub(crate) fn get(&self, instance: u64) -> Option<LinkEntry> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&instance).copied()
+    }
+
+    pub(crate) fn set(&self, instance: u64, entry: Option<LinkEntry>) {
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match entry {
+            Some(entry) => table.insert(instance, entry),
+            None => table.remove(&instance),
+        };
+    }
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            lease: Duration::from_millis(500),
+            heartbeat: Duration::from_millis(100),
+            patience: Duration::from_secs(30),
+            handshake: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.order(Command::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the transfer thread panicked");
+        }
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Endpoint({})", self.address)
+    }
+}

@@ -1,0 +1,67 @@
+//! Why an endpoint did not start, and why a peer cannot be reached.
+//!
+//! What goes wrong with a single handoff is [`tidemill_kvtransfer_proto::error::TransferError`].
+
+use std::io;
+use std::net::SocketAddr;
+
+/// An endpoint that did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EndpointError {
+    /// The address is taken, or not this machine's.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// The address asked for.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Something that every process should be able to get.
+    #[error("cannot {operation}")]
+    System {
+        /// What was attempted, as a verb phrase.
+        operation: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The region is smaller than one block of the layout.
+    #[error("a region of {region_bytes} bytes holds no block of {block_bytes} bytes")]
+    Region {
+        /// Size of the region.
+        region_bytes: usize,
+        /// Size of a block.
+        block_bytes: usize,
+    },
+}
+
+/// A peer with which no connection came about.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MeetError {
+    /// Nobody answers there, or the connection broke.
+    #[error("cannot be reached: {reason}")]
+    Unreachable {
+        /// How it showed.
+        reason: String,
+    },
+    /// The two do not fit together: no later attempt can succeed.
+    #[error("does not fit: {field}: {reason}")]
+    Mismatch {
+        /// The field of the handshake in which they differ.
+        field: String,
+        /// In which way.
+        reason: String,
+    },
+    /// The way for data that is required cannot be set up.
+    #[error("no way for data: {reason}")]
+    Transport {
+        /// What was tried and how it failed.
+        reason: String,
+    },
+    /// Nothing was decided within the time given.
+    #[error("not connected in time")]
+    TimedOut,
+}

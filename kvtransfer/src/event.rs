@@ -1,0 +1,205 @@
+//! What an endpoint is asked for, and what it reports.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemill_kvtransfer_proto::error::TransferError;
+use tidemill_kvtransfer_proto::layout::{Bridge, KvLayout};
+use tidemill_kvtransfer_proto::message::TransportKind;
+use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
+
+use crate::error::MeetError;
+use crate::shm::{Region, Slab};
+
+/// Another worker, as the router tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerAddress {
+    /// Its name, for logs.
+    pub name: String,
+    /// Its instance number.
+    pub instance: u64,
+    /// Where it takes handoffs.
+    pub address: SocketAddr,
+}
+
+/// What became of [`meet`](crate::Endpoint::meet)ing a peer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Met {
+    /// Its name.
+    pub name: String,
+    /// Its instance number.
+    pub instance: u64,
+    /// The connection, or why there is none.
+    pub outcome: Result<PeerLink, MeetError>,
+}
+
+/// A connection to a peer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PeerLink {
+    /// The way for data.
+    pub transport: TransportKind,
+    /// What a short probe of it measured, in bytes per second; zero when the probe was not answered.
+    pub bytes_per_second: f64,
+}
+
+/// Decode side: blocks for the KV of a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reserve {
+    /// Which handoff.
+    pub handoff: HandoffId,
+    /// Instance number of the worker that computes the prompt.
+    pub peer_instance: u64,
+    /// Tokens of the sequence whose KV is needed, those in `cached` included.
+    pub tokens: TokenCount,
+    /// Index in the sequence of the block that `targets[0]` will hold. With `targets` it makes just the blocks
+    /// that hold `tokens`.
+    pub first_block: u32,
+    /// Blocks here that hold the sequence's first tokens already, for a peer that computes in place.
+    pub cached: Vec<BlockRef>,
+    /// Blocks to be filled, in order of the sequence. From now until adoption or
+    /// [`HandoffEvent::Released`] they are the endpoint's.
+    pub targets: Vec<BlockRef>,
+}
+
+/// Prefill side: one write into a block that the peer reserved. All offsets and lengths are multiples of one
+/// layer of the peer's layout (`strides().layer`), and each layer of each target is written exactly once.
+#[derive(Clone, Debug)]
+pub struct PushWrite {
+    /// Position of the block among [`Reserved::targets`].
+    pub target_index: u32,
+    /// Offset in that block.
+    pub offset: usize,
+    /// Length in bytes.
+    pub len: usize,
+    /// Where the bytes are, in the peer's layout.
+    pub source: Source,
+}
+
+/// Where the bytes of a write are. They must not change until the handoff ends.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// In the endpoint's own region.
+    Region {
+        /// Offset of the first byte.
+        offset: usize,
+    },
+    /// In staging memory, from that offset on.
+    Slab(Arc<Slab>, usize),
+}
+
+/// Prefill side: a peer's reservation.
+#[derive(Clone, Debug)]
+pub struct Reserved {
+    /// Which handoff.
+    pub handoff: HandoffId,
+    /// Who reserved.
+    pub peer_instance: u64,
+    /// The peer's layout.
+    pub layout: Arc<KvLayout>,
+    /// How blocks of this worker become blocks of the peer.
+    pub bridge: Bridge,
+    /// Tokens of the sequence whose KV the peer needs, those it has included.
+    pub tokens: TokenCount,
+    /// Index in the sequence of the block that `targets[0]` will hold.
+    pub first_block: u32,
+    /// Blocks of the peer that hold the sequence's first tokens already.
+    pub cached: Vec<BlockRef>,
+    /// Blocks of the peer to be filled.
+    pub targets: Vec<BlockRef>,
+    /// How to fill them.
+    pub path: Path,
+}
+
+/// How the blocks of a peer are filled.
+#[derive(Clone, Debug)]
+pub enum Path {
+    /// By computing in them: this is the peer's arena, block `b` at `b * layout.block_bytes()`. `targets` may be
+    /// written and `cached` read until `finish` or `abandon`, and not after. There is nothing to push. Pushing
+    /// is allowed all the same, for instance when the prompt was computed before the reservation came.
+    InPlace(Arc<Region>),
+    /// By pushing.
+    Write,
+}
+
+/// What a handoff took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HandoffStats {
+    /// Bytes written.
+    pub bytes: u64,
+    /// Writes posted, after neighbours were joined. Zero when everything was computed in place.
+    pub writes: u64,
+    /// From `finish` to the peer's adoption.
+    pub took: Duration,
+}
+
+/// What happens to handoffs and peers. Delivered on the endpoint's own thread: a receiver passes it on and
+/// returns.
+///
+/// Prefill side: every handoff that was expected ends with exactly one `Delivered` or `SendFailed`. Decode side:
+/// every reservation ends with adoption or with exactly one `Released`, whatever else is reported before.
+#[derive(Clone, Debug)]
+pub enum HandoffEvent {
+    /// Prefill side: an expected handoff may begin.
+    Reserved(Reserved),
+    /// Prefill side: the peer took over; the source blocks are free.
+    Delivered {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// What it took.
+        stats: HandoffStats,
+    },
+    /// Prefill side: the handoff failed, and nothing reads the source or touches the peer's blocks any more.
+    SendFailed {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// Why.
+        error: TransferError,
+    },
+    /// Prefill side: the peer does not want it any more, or is gone. Stop, then call `abandon`; `SendFailed`
+    /// follows.
+    CancelWanted {
+        /// Which handoff.
+        handoff: HandoffId,
+    },
+    /// Decode side: all bytes are there, of the right epoch and digest. Answer with `adopt` or `refuse`.
+    /// May still come after `cancel` was called, and is then of no consequence.
+    Committed {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// As reserved.
+        tokens: TokenCount,
+        /// What the peer sent along.
+        payload: Vec<u8>,
+    },
+    /// Decode side: the KV will not come. The blocks are not free before `Released`.
+    ReserveFailed {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// Why.
+        error: TransferError,
+    },
+    /// Decode side: nothing can write to the blocks any more; they may go back to the pool.
+    Released {
+        /// Which handoff.
+        handoff: HandoffId,
+    },
+    /// A peer can be handed to, and can hand over.
+    PeerUp {
+        /// Its name.
+        name: String,
+        /// Its instance number.
+        instance: u64,
+        /// The connection.
+        link: PeerLink,
+    },
+    /// The connection to a peer is gone. Its handoffs report for themselves.
+    PeerDown {
+        /// Its name.
+        name: String,
+        /// Its instance number.
+        instance: u64,
+        /// How it showed.
+        reason: String,
+    },
+}

@@ -1,0 +1,94 @@
+//! Writes into the mapped arena of a peer on the same host: copies, made by the thread that polls.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, Transport, WriteFault, WriteId};
+
+use super::Region;
+use crate::source::SourceRange;
+
+/// The sending end. The receiver does not look at writes: the protocol alone keeps them out of blocks that were
+/// given to somebody else, which is why a reservation is released only when this side is proven quiet.
+#[derive(Debug)]
+pub(crate) struct SharedMemoryTransport {
+    target: Arc<Region>,
+    queue: VecDeque<Copy>,
+    severed: Vec<Completion>,
+}
+
+#[derive(Debug)]
+struct Copy {
+    id: WriteId,
+    source: SourceRange,
+    target: RemoteRange,
+    done: usize,
+}
+
+impl SharedMemoryTransport {
+    /// Writes go to `target`, the peer's arena.
+    pub(crate) fn new(target: Arc<Region>) -> Self {
+        Self { target, queue: VecDeque::new(), severed: Vec::new() }
+    }
+
+    /// The peer's arena.
+    pub(crate) fn arena(&self) -> &Arc<Region> {
+        &self.target
+    }
+
+    /// Stops writing: every queued write completes as severed.
+    pub(crate) fn sever(&mut self) {
+        let queue = std::mem::take(&mut self.queue);
+        let outcome = Err(WriteFault::Severed);
+        self.severed.extend(queue.into_iter().map(|copy| Completion { id: copy.id, outcome }));
+    }
+
+    /// Whether polling would move bytes.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Copies at most `budget` bytes of the write in front. `None` while it is not done.
+    fn advance(&self, copy: &mut Copy, budget: &mut usize) -> Option<Result<(), WriteFault>> {
+        let inside = usize::try_from(copy.target.offset)
+            .ok()
+            .filter(|&offset| self.target.contains(offset, copy.source.len()));
+        let Some(offset) = inside else { return Some(Err(WriteFault::Outside)) };
+        let len = (copy.source.len() - copy.done).min(*budget);
+        copy.source.copy_to(copy.done, &self.target, offset + copy.done, len);
+        copy.done += len;
+        *budget -= len;
+        (copy.done == copy.source.len()).then_some(Ok(()))
+    }
+}
+
+impl Transport for SharedMemoryTransport {
+    type Source = SourceRange;
+
+    fn post_write(&mut self, id: WriteId, source: SourceRange, target: RemoteRange) -> Post {
+        assert_eq!(source.len(), target.len as usize, "the whole of the source is written");
+        if self.queue.len() == QUEUE {
+            return Post::QueueFull;
+        }
+        self.queue.push_back(Copy { id, source, target, done: 0 });
+        Post::Accepted
+    }
+
+    fn poll(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.severed);
+        let mut budget = BYTES_PER_POLL;
+        while 0 < budget
+            && let Some(mut copy) = self.queue.pop_front()
+        {
+            match self.advance(&mut copy, &mut budget) {
+                Some(outcome) => done.push(Completion { id: copy.id, outcome }),
+                None => self.queue.push_front(copy),
+            }
+        }
+    }
+}
+
+/// Writes that may be queued.
+const QUEUE: usize = 4096;
+/// A quarter of a millisecond of copying: what another peer may have to wait.
+const BYTES_PER_POLL: usize = 2 << 20;
