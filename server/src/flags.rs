@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, CommandFactory};
 
 mod engine;
 mod front;
@@ -15,10 +15,7 @@ mod values;
 
 pub(crate) use engine::{DeploymentFlags, EngineFlags, ModelFlags, RoleOverrides};
 pub(crate) use front::{FrontFlags, LogFlags};
-pub(crate) use values::{
-    AxisOrderName, ByteSize, CoreList, DigestName, FaultPoint, KvCacheDtype, LoadFormatName, LogFormat, RoleName,
-    TransportName,
-};
+pub(crate) use values::{CoreList, LoadFormatName, LogFormat, RoleName, typed};
 
 /// Everything that can be typed.
 #[derive(Debug, Parser)]
@@ -53,6 +50,8 @@ pub(crate) enum Command {
     /// Run the front end alone, over workers that run elsewhere
     #[command(after_help = ROUTE_EXAMPLES)]
     Route(Box<RouteFlags>),
+    /// Talk to a model in the terminal, over any OpenAI-compatible URL
+    Chat(crate::chat::ChatFlags),
     /// Say what this machine offers and what Tidemill would use
     Doctor(DoctorFlags),
     /// Print a completion script for a shell
@@ -61,6 +60,11 @@ pub(crate) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+/// Prints the completion script for `shell`.
+pub(crate) fn print_completions(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut Cli::command(), "tidemill", &mut std::io::stdout());
 }
 
 /// `tidemill serve`.

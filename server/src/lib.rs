@@ -8,29 +8,49 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::flags::Cli;
+use crate::flags::{Cli, Command};
 
 mod admission;
 mod chat;
 mod chat_template;
 mod convert;
+mod doctor;
 mod flags;
+mod front;
 mod generation;
 mod http;
 mod logging;
 mod metrics;
+mod model_source;
 mod openai;
 mod proto;
+mod report;
+mod route;
 mod router;
+mod serve;
 mod shutdown;
 mod tokenizer;
 mod worker;
 mod worker_link;
+mod worker_process;
 
 /// Runs the program as the command line says.
 pub fn main() -> ExitCode {
-    let _ = Cli::parse();
-    ExitCode::SUCCESS
+    let outcome = match Cli::parse().command {
+        Command::Serve(flags) => serve::run(&flags),
+        Command::Worker(flags) => worker_process::run(&flags),
+        Command::Route(flags) => route::run(&flags),
+        Command::Chat(flags) => chat::run(&flags),
+        Command::Doctor(flags) => doctor::run(&flags),
+        Command::Completions { shell } => {
+            flags::print_completions(shell);
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
 /// Version and build, as `--version` and `/version` say.

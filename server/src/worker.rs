@@ -49,6 +49,11 @@ impl WorkerService {
         Self { engine, introduction, feed, links, require_transport }
     }
 
+    /// The engine's status, for who waits for it to be idle.
+    pub(crate) fn feed(&self) -> StatusFeed {
+        self.feed.clone()
+    }
+
     /// The same as a tonic service.
     pub(crate) fn into_server(self) -> WorkerServer<Self> {
         WorkerServer::new(self)

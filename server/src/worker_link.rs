@@ -37,6 +37,9 @@ pub(crate) enum LinkError {
     /// The worker speaks another version of the protocol, or nonsense.
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    /// Nothing was heard for too long.
+    #[error("the worker is silent")]
+    Silent,
     /// A call that should go on has ended.
     #[error("the worker ended the call")]
     Ended,

@@ -1,0 +1,413 @@
+//! What the router knows of its workers, and the tasks that keep it up to date.
+//!
+//! One task per worker connects, introduces it to its peers, and follows its statuses. A worker that is silent for
+//! [`SILENCE`] is lost, as one whose connection breaks: its streams end at once, and the task starts over. A worker that
+//! comes back is another worker, since its instance number is new.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt;
+use tidemill_engine::handle::{EngineStatus, Peer, PeerLink, Role};
+use tidemill_engine_core::routing::{self, Availability, ClusterView, WorkerView};
+use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen};
+use tokio::sync::{Notify, watch};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::journey::Instance;
+use crate::convert::{Introduction, WorkerStatus};
+use crate::metrics::{Metrics, WorkerStatusSnapshot};
+use crate::openai::{ClusterHealth, Serving, WorkerHealth};
+use crate::worker_link::{LinkError, WorkerLink};
+
+/// The workers.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    slots: Mutex<Vec<SlotState>>,
+    /// Somebody came, went, or changed.
+    changed: Notify,
+    draining: CancellationToken,
+    metrics: Arc<Metrics>,
+    /// Whether a prefill and a decode worker that are not linked make the cluster unready.
+    require_links: bool,
+}
+
+/// A place for a worker, filled by one start of it after another.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    /// Name, until the worker tells its own.
+    pub(crate) name: String,
+    /// Role, until the worker tells its own.
+    pub(crate) role: Role,
+    /// Where it is reached now; `None` while it is not running.
+    pub(crate) address: watch::Receiver<Option<String>>,
+}
+
+#[derive(Debug)]
+struct SlotState {
+    name: String,
+    role: Role,
+    live: Option<Live>,
+    /// Why it is not there, for people.
+    trouble: String,
+}
+
+/// A worker that answers.
+#[derive(Clone, Debug)]
+struct Live {
+    link: WorkerLink,
+    introduction: Introduction,
+    status: EngineStatus,
+    cached: BTreeSet<u64>,
+    links: Vec<PeerLink>,
+    /// Whether its peers have been introduced.
+    is_introduced: bool,
+    lost: CancellationToken,
+}
+
+/// What a request needs of a worker.
+#[derive(Clone, Debug)]
+pub(super) struct Reach {
+    pub(super) link: WorkerLink,
+    pub(super) peer: Peer,
+    pub(super) lost: CancellationToken,
+}
+
+impl Cluster {
+    /// Starts to follow the workers. Needs a running tokio runtime.
+    pub(crate) fn follow(slots: Vec<Slot>, metrics: Arc<Metrics>, require_links: bool) -> Arc<Self> {
+        let states = slots
+            .iter()
+            .map(|slot| SlotState {
+                name: slot.name.clone(),
+                role: slot.role,
+                live: None,
+                trouble: "has not started yet".into(),
+            })
+            .collect();
+        let cluster = Arc::new(Self {
+            slots: Mutex::new(states),
+            changed: Notify::new(),
+            draining: CancellationToken::new(),
+            metrics,
+            require_links,
+        });
+        for (index, slot) in slots.into_iter().enumerate() {
+            tokio::spawn(Arc::clone(&cluster).keep(index, slot.address));
+        }
+        cluster
+    }
+
+    /// Refuses new requests from now on and makes the workers do so; returns when they have nothing left to do.
+    pub(crate) async fn drain(&self) {
+        self.draining.cancel();
+        let links: Vec<WorkerLink> = self.lock().iter().filter_map(|slot| Some(slot.live.as_ref()?.link.clone())).collect();
+        // A worker that is gone has nothing left to do either.
+        futures::future::join_all(links.iter().map(WorkerLink::drain)).await;
+    }
+
+    /// Waits until every worker is there and introduced. For use at the start.
+    pub(crate) async fn all_up(&self) {
+        self.wait_until(|slots| slots.iter().all(|slot| slot.live.as_ref().is_some_and(|live| live.is_introduced)))
+            .await;
+    }
+
+    /// Waits for a change of any kind, but not longer than `limit`. False when there was none.
+    pub(super) async fn change(&self, limit: Duration) -> bool {
+        timeout(limit, self.changed.notified()).await.is_ok()
+    }
+
+    /// How the workers are, for probes.
+    pub(crate) fn health(&self) -> ClusterHealth {
+        let slots = self.lock();
+        let workers = slots
+            .iter()
+            .map(|slot| WorkerHealth { name: slot.name.clone(), role: role_name(slot.role), alive: slot.live.is_some() })
+            .collect();
+        let serving = slots.iter().filter_map(|slot| slot.live.as_ref()).filter(|live| live.is_introduced);
+        let max_model_len = serving.map(|live| live.introduction.engine.max_model_len).min();
+        let serving = match max_model_len {
+            _ if self.draining.is_cancelled() => Serving::No { reason: "shutting down".into() },
+            Some(_) if self.require_links && let Some(pair) = unlinked_pair(&slots) => {
+                Serving::No { reason: format!("{pair} have no connection of the required kind") }
+            }
+            Some(max_model_len) => Serving::Yes { max_model_len },
+            None => {
+                let troubles: Vec<String> =
+                    slots.iter().map(|slot| format!("{} {}", slot.name, slot.trouble)).collect();
+                Serving::No { reason: troubles.join("; ") }
+            }
+        };
+        ClusterHealth { workers, serving }
+    }
+
+    /// What routing decides on.
+    pub(super) fn view(&self) -> ClusterView {
+        let slots = self.lock();
+        ClusterView { workers: slots.iter().map(SlotState::view).collect() }
+    }
+
+    /// How to speak to a worker; `None` when it is gone.
+    pub(super) fn reach(&self, instance: Instance) -> Option<Reach> {
+        self.lock().iter().filter_map(|slot| slot.live.as_ref()).find(|live| live.instance() == instance.0).map(|live| {
+            Reach { link: live.link.clone(), peer: live.peer(), lost: live.lost.clone() }
+        })
+    }
+
+    /// Keeps one slot filled for as long as there is an address for it, now or later.
+    async fn keep(self: Arc<Self>, index: usize, mut address: watch::Receiver<Option<String>>) {
+        let mut pause = RECONNECT_FIRST;
+        loop {
+            let Some(place) = address.borrow_and_update().clone() else {
+                if address.changed().await.is_err() {
+                    return;
+                }
+                pause = RECONNECT_FIRST;
+                continue;
+            };
+            let trouble = tokio::select! {
+                trouble = self.serve_slot(index, &place) => trouble,
+                _ = address.changed() => continue,
+            };
+            let was_live = self.lose(index, &trouble);
+            if was_live {
+                pause = RECONNECT_FIRST;
+            }
+            // A new address is worth an attempt at once.
+            let _ = timeout(pause, address.changed()).await;
+            pause = (pause * 2).min(RECONNECT_LAST);
+        }
+    }
+
+    /// Connects to a worker and follows it until it is lost. Returns why.
+    async fn serve_slot(&self, index: usize, address: &str) -> LinkError {
+        match self.try_serve_slot(index, address).await {
+            Ok(()) => LinkError::Ended,
+            Err(error) => error,
+        }
+    }
+
+    async fn try_serve_slot(&self, index: usize, address: &str) -> Result<(), LinkError> {
+        let (link, introduction) = WorkerLink::connect(address).await?;
+        let mut statuses = link.watch().await?;
+        let engine = introduction.engine.clone();
+        self.refuse_other_model(index, &introduction);
+        let lost = CancellationToken::new();
+        let live = Live {
+            link: link.clone(),
+            introduction,
+            status: EngineStatus::default(),
+            cached: BTreeSet::new(),
+            links: Vec::new(),
+            is_introduced: false,
+            lost,
+        };
+        {
+            let mut slots = self.lock();
+            slots[index].name = engine.name.clone();
+            slots[index].role = engine.role;
+            slots[index].live = Some(live);
+        }
+        let mut first = true;
+        loop {
+            let status = timeout(SILENCE, statuses.next()).await.map_err(|_| LinkError::Silent)?;
+            let status = status.ok_or(LinkError::Ended)??;
+            if first {
+                self.metrics.record_cache_config(&engine.name, engine.block_len, status.engine.ledger.total);
+            }
+            self.take_status(index, status);
+            if std::mem::take(&mut first) {
+                self.introduce(index, &link).await;
+                tracing::info!(worker = %engine.name, device = %engine.device, "worker is ready");
+            }
+        }
+    }
+
+    /// Makes the handshakes between a worker and those that are there already, before the first request needs them.
+    async fn introduce(&self, index: usize, link: &WorkerLink) {
+        let peers: Vec<Peer> = {
+            let slots = self.lock();
+            let others = slots.iter().enumerate().filter(|(other, _)| *other != index);
+            others.filter_map(|(_, slot)| Some(slot.live.as_ref()?.peer())).collect()
+        };
+        if !peers.is_empty()
+            && let Err(error) = link.meet_peers(&peers).await
+        {
+            tracing::warn!(%error, "a worker could not be introduced to its peers");
+        }
+        let mut slots = self.lock();
+        if let Some(live) = &mut slots[index].live {
+            live.is_introduced = true;
+        }
+        drop(slots);
+        self.changed.notify_waiters();
+    }
+
+    fn take_status(&self, index: usize, status: WorkerStatus) {
+        let mut slots = self.lock();
+        let Some(live) = &mut slots[index].live else { return };
+        live.status = status.engine;
+        if status.cache_reset {
+            live.cached.clear();
+        }
+        live.links = status.links;
+        live.cached.extend(status.cache_added);
+        for hash in &status.cache_removed {
+            live.cached.remove(hash);
+        }
+        let engine = &live.introduction.engine;
+        self.metrics.record_worker_status(&WorkerStatusSnapshot {
+            worker: &engine.name,
+            role: engine.role,
+            instance: engine.instance,
+            running: live.status.running,
+            waiting: live.status.waiting,
+            ledger: live.status.ledger,
+            counters: live.status.counters,
+        });
+        drop(slots);
+        self.changed.notify_waiters();
+    }
+
+    /// Two models behind one name would answer as the dice fall.
+    fn refuse_other_model(&self, index: usize, introduction: &Introduction) {
+        let slots = self.lock();
+        let other = slots.iter().enumerate().filter(|(other, _)| *other != index).find_map(|(_, slot)| {
+            slot.live.as_ref().filter(|live| live.introduction.engine.fingerprint != introduction.engine.fingerprint)
+        });
+        if let Some(other) = other {
+            tracing::error!(
+                worker = %introduction.engine.name,
+                other = %other.introduction.engine.name,
+                "two workers serve different models: their handoffs will be refused"
+            );
+        }
+    }
+
+    /// Marks a worker as gone and ends its streams. True when it was there.
+    fn lose(&self, index: usize, trouble: &LinkError) -> bool {
+        let mut slots = self.lock();
+        let slot = &mut slots[index];
+        slot.trouble = format!("is not there: {trouble}");
+        let Some(live) = slot.live.take() else {
+            tracing::debug!(worker = %slot.name, %trouble, "no connection yet");
+            return false;
+        };
+        live.lost.cancel();
+        if !self.draining.is_cancelled() {
+            tracing::warn!(worker = %slot.name, %trouble, "worker is lost");
+        }
+        self.metrics.record_worker_down(&slot.name, slot.role);
+        drop(slots);
+        self.changed.notify_waiters();
+        true
+    }
+
+    async fn wait_until(&self, holds: impl Fn(&[SlotState]) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            if holds(&self.lock()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Values are replaced whole, so that what a panic left behind is sound.
+    fn lock(&self) -> MutexGuard<'_, Vec<SlotState>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Live {
+    fn instance(&self) -> u64 {
+        self.introduction.engine.instance
+    }
+
+    fn peer(&self) -> Peer {
+        let engine = &self.introduction.engine;
+        Peer { name: engine.name.clone(), instance: engine.instance, address: engine.handoff_address }
+    }
+}
+
+impl SlotState {
+    fn view(&self) -> WorkerView {
+        let Some(live) = &self.live else {
+            return WorkerView {
+                instance: 0,
+                role: routing_role(self.role),
+                availability: Availability::Down,
+                running: 0,
+                waiting: 0,
+                max_num_seqs: 0,
+                queued_tokens: 0,
+                free: BlockCount(0),
+                total: BlockCount(0),
+                block_len: ANY_BLOCK_LEN,
+                cached: BTreeSet::new(),
+            };
+        };
+        let (engine, status) = (&live.introduction.engine, &live.status);
+        WorkerView {
+            instance: engine.instance,
+            role: routing_role(engine.role),
+            availability: match (live.is_introduced, status.draining) {
+                (false, _) => Availability::Down,
+                (true, true) => Availability::Draining,
+                (true, false) => Availability::Serving,
+            },
+            running: status.running,
+            waiting: status.waiting,
+            max_num_seqs: engine.max_num_seqs,
+            queued_tokens: 0,
+            free: BlockCount(status.ledger.free + status.ledger.cached),
+            total: BlockCount(status.ledger.total),
+            block_len: BlockLen::new(engine.block_len).unwrap_or(ANY_BLOCK_LEN),
+            cached: live.cached.clone(),
+        }
+    }
+}
+
+/// A prefill and a decode worker that are there, but cannot hand over to each other.
+fn unlinked_pair(slots: &[SlotState]) -> Option<String> {
+    let live = |role: Role| slots.iter().filter(move |slot| slot.role == role).filter_map(|slot| slot.live.as_ref());
+    let linked = |from: &Live, to: &Live| {
+        let name = &to.introduction.engine.name;
+        from.links.iter().any(|link| link.name == *name && link.transport.is_ok())
+    };
+    let pairs = live(Role::Prefill).flat_map(|prefill| live(Role::Decode).map(move |decode| (prefill, decode)));
+    pairs
+        .filter(|(prefill, decode)| !linked(prefill, decode) && !linked(decode, prefill))
+        .map(|(prefill, decode)| {
+            format!("{} and {}", prefill.introduction.engine.name, decode.introduction.engine.name)
+        })
+        .next()
+}
+
+fn routing_role(role: Role) -> routing::Role {
+    match role {
+        Role::Prefill => routing::Role::Prefill,
+        Role::Decode => routing::Role::Decode,
+        Role::Hybrid => routing::Role::Hybrid,
+    }
+}
+
+const fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Prefill => "prefill",
+        Role::Decode => "decode",
+        Role::Hybrid => "hybrid",
+    }
+}
+
+/// Four missed heartbeats.
+const SILENCE: Duration = Duration::from_secs(1);
+const RECONNECT_FIRST: Duration = Duration::from_millis(20);
+const RECONNECT_LAST: Duration = Duration::from_secs(1);
+/// Stands for the block length of a worker that is not there.
+const ANY_BLOCK_LEN: BlockLen = match BlockLen::new(16) {
+    Some(block_len) => block_len,
+    None => panic!("16 is a power of two"),
+};

@@ -1,0 +1,236 @@
+//! Carries out what a [`Journey`] decides: opens streams to workers, waits, and tells the client.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt, TryStreamExt};
+use tidemill_engine::handle::EngineEvent;
+use tidemill_engine_core::request::{Part, Request, RequestId};
+use tidemill_engine_core::routing::{self, AloneReason, NoRoute, RouteRequest};
+use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
+use tokio::sync::mpsc::Sender;
+use tokio::time::{Instant, sleep_until};
+
+use super::Router;
+use super::cluster::Reach;
+use super::journey::{Action, Happening, Instance, Journey, Route, Side};
+use crate::convert::Assignment;
+use crate::generation::{Generation, GenerationEvent};
+use crate::openai::Serving;
+use crate::worker_link::LinkError;
+
+type Events = Pin<Box<dyn Stream<Item = Result<EngineEvent, LinkError>> + Send>>;
+
+/// The driver of one request.
+struct Drive {
+    router: Arc<Router>,
+    generation: Generation,
+    journey: Journey,
+    client: Sender<GenerationEvent>,
+    streams: Vec<(Side, Events)>,
+    /// One per attempt.
+    handoff: HandoffId,
+    /// Why the attempt under way is not split.
+    fallback: &'static str,
+    adoption: Option<Instant>,
+}
+
+/// Runs one request to its end, or until the client is gone.
+pub(super) async fn drive(router: Arc<Router>, generation: Generation, client: Sender<GenerationEvent>) {
+    let room = match router.cluster.health().serving {
+        Serving::Yes { max_model_len } => max_model_len.saturating_sub(length(&generation)),
+        Serving::No { .. } => u32::MAX,
+    };
+    let journey = Journey::new(generation.stop.clone(), room);
+    let handoff = HandoffId(router.number());
+    let streams = Vec::new();
+    let hung_up = client.clone();
+    let drive = Drive { router, generation, journey, client, streams, handoff, fallback: "", adoption: None };
+    tokio::select! {
+        () = drive.run() => {}
+        // Dropping the driver drops its streams, which cancels the request on both sides.
+        () = hung_up.closed() => {}
+    }
+}
+
+impl Drive {
+    async fn run(mut self) {
+        let mut actions = self.journey.begin();
+        loop {
+            let mut happenings = Vec::new();
+            for action in actions {
+                happenings.extend(self.act(action).await);
+            }
+            if self.journey.is_over() {
+                return;
+            }
+            if happenings.is_empty() {
+                happenings.push(self.next().await);
+            }
+            actions = happenings.into_iter().flat_map(|happening| self.journey.on(happening)).collect();
+        }
+    }
+
+    /// Does one thing. What comes of it at once is returned.
+    async fn act(&mut self, action: Action) -> Option<Happening> {
+        match action {
+            Action::FindRoute { excluded, wait } => return Some(self.find_route(&excluded, wait).await),
+            Action::Start { side, worker, peer } => return self.start(side, worker, peer),
+            Action::Stop(side) => self.streams.retain(|(other, _)| *other != side),
+            Action::Release(side) => self.release(side),
+            Action::AwaitAdoption => self.adoption = Some(Instant::now() + ADOPTION_LIMIT),
+            Action::Emit(event) => {
+                // Fails when the client is gone, and then this task is about to be dropped.
+                let _ = self.client.send(event).await;
+            }
+            Action::Fallback { reason, detail } => {
+                tracing::warn!(reason, detail, "fallback");
+                self.router.metrics.record_fallback(reason);
+                self.fallback = reason;
+            }
+        }
+        None
+    }
+
+    /// Asks the pure router until it has an answer, or waiting is over.
+    async fn find_route(&mut self, excluded: &[Instance], wait: bool) -> Happening {
+        self.handoff = HandoffId(self.router.number());
+        self.fallback = "";
+        self.adoption = None;
+        let tokens = self.tokens();
+        let excluded: Vec<u64> = excluded.iter().map(|instance| instance.0).collect();
+        let turn = self.router.turn.fetch_add(1, Ordering::Relaxed);
+        let deadline = Instant::now() + if wait { ROUTE_LIMIT } else { Duration::ZERO };
+        loop {
+            let view = self.router.cluster.view();
+            let request = RouteRequest { tokens: &tokens, excluded: &excluded, turn };
+            let instance = |index: routing::WorkerIndex| Instance(view.workers[index.0].instance);
+            let why = match routing::route(&view, self.router.policy, request) {
+                routing::Route::Split { prefill, decode } => {
+                    let (prefill, decode) = (instance(prefill), instance(decode));
+                    return Happening::Routed(Route::Split { prefill, decode });
+                }
+                routing::Route::Alone { worker, reason } => {
+                    let fallback = match reason {
+                        AloneReason::Hybrid | AloneReason::Cheaper => None,
+                        AloneReason::PrefillUnavailable | AloneReason::DecodeUnavailable => Some(reason.as_str()),
+                    };
+                    return Happening::Routed(Route::Whole { worker: instance(worker), fallback });
+                }
+                routing::Route::None(why) => why,
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if why == NoRoute::NeverFits || left.is_zero() || !self.router.cluster.change(left).await {
+                return Happening::Unroutable(words(why).to_owned());
+            }
+        }
+    }
+
+    /// Opens a stream; a worker that is gone by now counts as lost.
+    fn start(&mut self, side: Side, worker: Instance, peer: Option<Instance>) -> Option<Happening> {
+        let lost = |what: &str| Some(Happening::Lost(side, format!("the {what} is gone")));
+        let Some(Reach { link, lost: gone, .. }) = self.router.cluster.reach(worker) else { return lost("worker") };
+        let peer = match peer {
+            None => None,
+            Some(peer) => match self.router.cluster.reach(peer) {
+                Some(reach) => Some(reach.peer),
+                None => return lost("peer"),
+            },
+        };
+        let part = match side {
+            Side::Prefill => Part::PrefillFor(self.handoff),
+            Side::Decode => Part::DecodeFrom(self.handoff),
+            Side::Alone => Part::Whole,
+        };
+        let assignment = Assignment { request: self.request(part), peer, reason: self.fallback.to_owned() };
+        let events = futures::stream::once(async move { link.generate(&assignment).await }).try_flatten();
+        let events = events.take_until(gone.cancelled_owned());
+        self.streams.push((side, Box::pin(events)));
+        None
+    }
+
+    fn release(&mut self, side: Side) {
+        if let Some(place) = self.streams.iter().position(|(other, _)| *other == side) {
+            let (_, mut events) = self.streams.swap_remove(place);
+            tokio::spawn(async move { while events.next().await.is_some() {} });
+        }
+    }
+
+    /// The next thing that a worker says, or fails to say.
+    async fn next(&mut self) -> Happening {
+        let overdue = self.adoption;
+        let alarm = async {
+            match overdue {
+                Some(moment) => sleep_until(moment).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            (side, event) = next_event(&mut self.streams) => match event {
+                Some(Ok(event)) => Happening::From(side, event),
+                Some(Err(error)) => Happening::Lost(side, error.to_string()),
+                None => Happening::Lost(side, "the worker is gone".into()),
+            },
+            () = alarm => {
+                self.adoption = None;
+                Happening::AdoptionOverdue
+            }
+        }
+    }
+
+    fn tokens(&self) -> Vec<u32> {
+        self.generation.prompt.iter().chain(self.journey.emitted()).copied().collect()
+    }
+
+    fn request(&self, part: Part) -> Request {
+        let mut sampling = self.generation.sampling.clone();
+        sampling.prompt_logprobs = sampling.prompt_logprobs.filter(|_| self.journey.owes_prompt_logprobs());
+        Request {
+            id: RequestId(self.router.number()),
+            tokens: self.tokens(),
+            prompt_len: TokenCount(length(&self.generation)),
+            sampling,
+            stop: self.generation.stop.clone(),
+            part,
+        }
+    }
+}
+
+/// The next event of any stream. A stream that ends, or fails, is removed.
+async fn next_event(streams: &mut Vec<(Side, Events)>) -> (Side, Option<Result<EngineEvent, LinkError>>) {
+    std::future::poll_fn(|context| {
+        for index in 0..streams.len() {
+            let (side, events) = &mut streams[index];
+            let side = *side;
+            if let Poll::Ready(event) = events.poll_next_unpin(context) {
+                if !matches!(event, Some(Ok(_))) {
+                    drop(streams.remove(index));
+                }
+                return Poll::Ready((side, event));
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+fn length(generation: &Generation) -> u32 {
+    u32::try_from(generation.prompt.len()).expect("the front end bounds prompts by the model's length")
+}
+
+const fn words(why: NoRoute) -> &'static str {
+    match why {
+        NoRoute::AllDown => "no worker answers",
+        NoRoute::AllDraining => "all workers are shutting down",
+        NoRoute::AllExcluded => "every worker has failed this request",
+        NoRoute::NeverFits => "no worker has a KV cache for so many tokens",
+    }
+}
+
+/// How long a request waits for a worker to come back. `serve` restarts one within a second or two.
+const ROUTE_LIMIT: Duration = Duration::from_secs(10);
+/// How long decode may take to show that it has the KV cache after the prefill worker's stream broke.
+const ADOPTION_LIMIT: Duration = Duration::from_millis(500);

@@ -1,0 +1,94 @@
+//! `tidemill serve`: front end and workers of one machine.
+
+mod placement;
+mod supervisor;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use indicatif::MultiProgress;
+
+use crate::flags::{RoleName, ServeFlags, typed};
+use crate::front::{self, Front};
+use crate::logging;
+use crate::metrics::Metrics;
+use crate::model_source::{self, ResolvedModel};
+use crate::router::Cluster;
+use crate::shutdown::Signals;
+use placement::{Placement, place};
+use supervisor::{Supervisor, WorkerPlan};
+
+/// Runs front end and workers until told to end.
+pub(crate) fn run(flags: &ServeFlags) -> anyhow::Result<ExitCode> {
+    let bars = MultiProgress::new();
+    logging::start(&flags.log, &bars)?;
+    let model = model_source::resolve(&flags.model, &bars)?;
+    let text = front::load_text(&model)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(serve(flags, &model, text, &bars))
+}
+
+async fn serve(
+    flags: &ServeFlags,
+    model: &ResolvedModel,
+    text: crate::openai::ModelText,
+    bars: &MultiProgress,
+) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::new()?;
+    let names = front::served_names(&flags.model, model);
+    let metrics = Arc::new(Metrics::new(&names[0]));
+    let plans: Vec<WorkerPlan> =
+        place(flags)?.into_iter().map(|placement| plan(flags, model, placement)).collect::<anyhow::Result<_>>()?;
+    let (supervisor, slots) = Supervisor::start(plans, bars, &metrics);
+    let cluster = Cluster::follow(slots, Arc::clone(&metrics), flags.engine.require_transport);
+    let front = Front::start(&flags.front, names, text, &cluster, metrics).await?;
+    tracing::info!(address = %front.address, "front end listens; workers are loading");
+    let up = tokio::select! {
+        () = cluster.all_up() => Ok(true),
+        failed = supervisor.first_failure() => Err(failed),
+        _ = signals.next() => Ok(false),
+    };
+    if matches!(up, Ok(true)) {
+        front.print_banner(&words(flags));
+        front.until_told(&mut signals, &cluster, flags.front.shutdown_timeout).await;
+    }
+    front.close().await;
+    supervisor.stop().await;
+    up.map(|_| ExitCode::SUCCESS)
+}
+
+/// The command line of one worker.
+fn plan(flags: &ServeFlags, model: &ResolvedModel, placement: Placement) -> anyhow::Result<WorkerPlan> {
+    let Placement { name, role, cores } = placement;
+    let mut arguments: Vec<String> =
+        ["worker", "--role", &typed(role), "--name", &name, "--supervised"].map(str::to_owned).into();
+    if !cores.is_empty() {
+        let cores: Vec<String> = cores.iter().map(usize::to_string).collect();
+        arguments.extend(["--cores".to_owned(), cores.join(",")]);
+    }
+    arguments.extend(["--log-level".into(), flags.log.log_level.clone()]);
+    arguments.extend(["--log-format".into(), typed(flags.log.log_format)]);
+    arguments.extend(flags.engine.for_role(role, &flags.overrides).to_arguments());
+    if let tidemill_engine::handle::ModelSource::Folder(folder) = &model.source {
+        let folder = folder.canonicalize()?;
+        let folder = folder.into_os_string().into_string();
+        arguments.push(folder.map_err(|_| anyhow::anyhow!("the model's path is not UTF-8"))?);
+    }
+    Ok(WorkerPlan { name, role: role.role(), arguments })
+}
+
+fn words(flags: &ServeFlags) -> String {
+    if flags.deployment.colocated {
+        return "one hybrid worker".into();
+    }
+    format!("{} prefill and {} decode workers", flags.deployment.prefill, flags.deployment.decode)
+}
+
+/// The roles that are served, in the order of their names.
+fn roles(flags: &ServeFlags) -> Vec<(RoleName, u32)> {
+    if flags.deployment.colocated {
+        vec![(RoleName::Hybrid, 1)]
+    } else {
+        vec![(RoleName::Prefill, flags.deployment.prefill), (RoleName::Decode, flags.deployment.decode)]
+    }
+}

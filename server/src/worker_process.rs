@@ -1,0 +1,146 @@
+//! `tidemill worker`: one engine behind gRPC, alone or under `tidemill serve`.
+//!
+//! A supervised worker reports on stdout and lives exactly as long as its parent holds its stdin open, so that no worker
+//! outlives a front end that was killed.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use indicatif::MultiProgress;
+use tidemill_engine::engine::EngineHandle;
+use tidemill_engine::handle::{EngineConfig, LoadFormat, LoadProgress};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::flags::{LoadFormatName, WorkerFlags, typed};
+use crate::logging;
+use crate::model_source::{self, ResolvedModel};
+use crate::report::Report;
+use crate::shutdown::Signals;
+use crate::worker::{StatusFeed, WorkerService};
+
+/// Runs a worker until it is told to end.
+pub(crate) fn run(flags: &WorkerFlags) -> anyhow::Result<ExitCode> {
+    let bars = MultiProgress::new();
+    logging::start(&flags.log, &bars)?;
+    let model = model_source::resolve(&flags.model, &bars)?;
+    let mut progress = ProgressReport { supervised: flags.supervised, stage: "" };
+    let engine = EngineHandle::start(engine_config(flags, &model), &mut |step| progress.report(step))
+        .context("the worker cannot start")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let served = runtime.block_on(serve(flags, &model.name, engine));
+    // Nothing that still waits matters any more.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    served
+}
+
+async fn serve(flags: &WorkerFlags, model: &str, engine: EngineHandle) -> anyhow::Result<ExitCode> {
+    let listener =
+        TcpListener::bind(flags.listen).await.with_context(|| format!("cannot listen on {}", flags.listen))?;
+    let address = listener.local_addr()?;
+    let service = WorkerService::new(engine.clone(), model, flags.engine.require_transport);
+    let feed = service.feed();
+    let closed = CancellationToken::new();
+    let server = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .add_service(service.into_server())
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), closed.clone().cancelled_owned());
+    let server = tokio::spawn(server);
+    if flags.supervised {
+        Report::Ready { address }.print();
+    }
+    let description = engine.describe();
+    tracing::info!(worker = %description.name, %address, handoff = %description.handoff_address, "listening");
+    let code = tokio::select! {
+        code = until_told(flags, &engine, &feed) => code?,
+        () = until_dead(&engine) => {
+            tracing::error!("the engine has stopped");
+            ExitCode::FAILURE
+        }
+        ended = server => {
+            ended??;
+            ExitCode::FAILURE
+        }
+    };
+    closed.cancel();
+    engine.shutdown();
+    Ok(code)
+}
+
+/// Waits for the end: a signal, or the parent's end.
+async fn until_told(flags: &WorkerFlags, engine: &EngineHandle, feed: &StatusFeed) -> anyhow::Result<ExitCode> {
+    if flags.supervised {
+        // The parent drains this worker by gRPC and then lets go of its stdin.
+        let mut rest = Vec::new();
+        let _ = tokio::io::stdin().read_to_end(&mut rest).await;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut signals = Signals::new()?;
+    let signal = signals.next().await;
+    tracing::info!(signal, limit_s = flags.shutdown_timeout.as_secs(), "draining");
+    engine.drain();
+    tokio::select! {
+        () = feed.idle() => {}
+        () = tokio::time::sleep(flags.shutdown_timeout) => tracing::warn!("requests were cut off"),
+        _ = signals.next() => tracing::warn!("requests were cut off"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn until_dead(engine: &EngineHandle) {
+    let mut look = tokio::time::interval(Duration::from_millis(50));
+    while engine.is_alive() {
+        look.tick().await;
+    }
+}
+
+fn engine_config(flags: &WorkerFlags, model: &ResolvedModel) -> EngineConfig {
+    let engine = &flags.engine;
+    let default_name = || format!("{}-{}", typed(flags.role), std::process::id());
+    EngineConfig {
+        name: flags.name.clone().unwrap_or_else(default_name),
+        role: flags.role.role(),
+        model: model.source.clone(),
+        load_format: match engine.load_format {
+            LoadFormatName::Safetensors => LoadFormat::Safetensors,
+            LoadFormatName::Dummy => LoadFormat::Dummy { seed: engine.seed },
+        },
+        max_model_len: engine.max_model_len,
+        max_num_seqs: engine.max_num_seqs,
+        max_num_batched_tokens: engine.max_num_batched_tokens.max(engine.max_num_seqs),
+        max_waiting: engine.max_queue,
+        kv_cache_memory: engine.kv_cache_memory.map(|size| size.0),
+        kv_cache_dtype: engine.kv_cache_dtype.dtype(),
+        block_len: engine.block_size,
+        axis_order: engine.axis_order.order(),
+        prefix_cache: !engine.no_enable_prefix_caching,
+        cores: flags.cores.as_ref().map(|cores| cores.0.clone()).unwrap_or_default(),
+        threads: engine.threads.map(|threads| threads as usize),
+        handoff_listen: flags.handoff_listen,
+        transport: engine.transport.choice(),
+        require_transport: engine.require_transport,
+        digest: engine.digest.coverage(),
+        in_place: !engine.no_in_place,
+        fault: engine.fault_point.as_ref().map(|point| point.0.clone()),
+    }
+}
+
+/// Passes progress on: to the parent, or to the log when a stage begins.
+struct ProgressReport {
+    supervised: bool,
+    stage: &'static str,
+}
+
+impl ProgressReport {
+    fn report(&mut self, LoadProgress { stage, done, total }: LoadProgress) {
+        if self.supervised {
+            Report::Progress { stage: stage.to_owned(), done, total }.print();
+        } else if self.stage != stage {
+            tracing::info!(stage, total, "starting");
+        }
+        self.stage = stage;
+    }
+}
