@@ -16,6 +16,8 @@
 //! ```
 #![deny(unsafe_code)]
 
+#[cfg(test)]
+mod conformance;
 mod driver;
 mod endpoint;
 pub mod error;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tidemill_kvtransfer_proto::coalesce::{Span, coalesce};
 use tidemill_kvtransfer_proto::digest::granule_digest;
 use tidemill_kvtransfer_proto::sender::SenderEvent;
-use tidemill_kvtransfer_proto::transport::{Post, RemoteRange, WriteId, stamp};
+use tidemill_kvtransfer_proto::transport::{Post, RemoteRange, WriteFault, WriteId, stamp};
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, HandoffId};
 
 use super::Driver;
@@ -14,6 +14,7 @@ use super::prefilling::Outgoing;
 use crate::event::{PushWrite, Source};
 use crate::shm::Region;
 use crate::source::{Memory, SourceRange};
+use crate::tcp::Loss;
 use crate::verification::granule;
 
 impl Driver {
@@ -79,13 +80,22 @@ impl Driver {
         let Some(link) = self.link_mut(instance) else { return };
         let mut done = Vec::new();
         link.path.transport().poll(&mut done);
-        for completion in done {
-            let Some(handoff) = self.link_mut(instance).and_then(|link| link.writes.remove(&completion.id))
-            else {
-                continue;
-            };
-            if let Err(fault) = completion.outcome {
-                self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason: fault.to_string() });
+        let settled: Vec<(HandoffId, Result<(), WriteFault>)> = done
+            .into_iter()
+            .filter_map(|completion| Some((link.writes.remove(&completion.id)?, completion.outcome)))
+            .collect();
+        if settled.iter().any(|(_, outcome)| *outcome == Err(WriteFault::Severed)) {
+            // First, so that the handoffs learn of the loss and not of a write that failed.
+            self.lose(instance, &Loss::Closed);
+        }
+        for (handoff, outcome) in settled {
+            match outcome {
+                Ok(()) | Err(WriteFault::Severed) => {}
+                // The peer's news of the cancel is on its way, on another socket.
+                Err(WriteFault::NotExpected) => self.apply_to_sender(handoff, SenderEvent::Cancelled),
+                Err(fault @ (WriteFault::Outside | WriteFault::Stale)) => {
+                    self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason: fault.to_string() });
+                }
             }
             self.apply_to_sender(handoff, SenderEvent::Settled { writes: 1 });
         }

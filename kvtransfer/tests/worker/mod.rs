@@ -1,0 +1,261 @@
+//! A worker without a model: an endpoint, blocks, and an engine that fills them with numbers which only their
+//! handoff could have made.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
+
+use tidemill_kvtransfer::{
+    Endpoint, EndpointConfig, HandoffEvent, Met, Path, PeerAddress, PushWrite, Region, Reserve, Reserved,
+    Slab, Source, Timing, TransportChoice,
+};
+use tidemill_kvtransfer_proto::digest::Coverage;
+use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
+use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
+
+/// Far more than anything here takes; a test that gets there has failed.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) struct Worker {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) region: Arc<Region>,
+    pub(crate) layout: KvLayout,
+    pub(crate) name: String,
+    pub(crate) instance: u64,
+    events: Receiver<HandoffEvent>,
+    /// Blocks nobody has, with the epoch in which they were last given out.
+    free: Vec<BlockRef>,
+    lent: BTreeMap<HandoffId, Vec<BlockRef>>,
+    pub(crate) blocks: u32,
+}
+
+/// How the workers of a test are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    InPlace,
+    SharedMemory,
+    Tcp,
+}
+
+pub(crate) const WAYS: [Way; 3] = [Way::InPlace, Way::SharedMemory, Way::Tcp];
+
+pub(crate) fn layout() -> KvLayout {
+    KvLayout {
+        model: "numbers".into(),
+        layers: 3,
+        kv_heads: 2,
+        heads: HeadRange { first: 0, count: 2 },
+        head_size: 16,
+        dtype: KvDtype::Bf16,
+        block_len: BlockLen::new(16).expect("a power of two"),
+        order: AxisOrder::TokenHead,
+    }
+}
+
+pub(crate) fn config(name: &str, instance: u64, way: Way, blocks: u32) -> EndpointConfig {
+    let layout = layout();
+    let region = Region::new(name, layout.block_bytes() * blocks as usize).expect("memory");
+    EndpointConfig {
+        name: name.into(),
+        instance,
+        layout,
+        region,
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        transport: if way == Way::Tcp { TransportChoice::Tcp } else { TransportChoice::SharedMemory },
+        require: true,
+        in_place: way == Way::InPlace,
+        coverage: Coverage::Full,
+        // Tests share few cores: a lease that is never at stake, unless the test is about leases.
+        timing: Timing { lease: Duration::from_secs(10), ..Timing::default() },
+    }
+}
+
+impl Worker {
+    pub(crate) fn start(config: EndpointConfig) -> Self {
+        let (sender, events) = channel();
+        let (region, layout) = (Arc::clone(&config.region), config.layout.clone());
+        let (name, instance) = (config.name.clone(), config.instance);
+        // A test that has seen enough drops its end.
+        let sink = Box::new(move |event| drop(sender.send(event)));
+        let endpoint = Endpoint::start(config, sink).expect("an endpoint starts");
+        let blocks = u32::try_from(region.len() / layout.block_bytes()).expect("few blocks");
+        let free = (0..blocks).map(|it| BlockRef { block: BlockId(it), epoch: Epoch(0) }).collect();
+        let lent = BTreeMap::new();
+        Self { endpoint, region, layout, name, instance, events, free, lent, blocks }
+    }
+
+    pub(crate) fn address(&self) -> PeerAddress {
+        let (name, instance, address) = (self.name.clone(), self.instance, self.endpoint.address());
+        PeerAddress { name, instance, address }
+    }
+
+    /// Connects to `other`.
+    pub(crate) fn meet(&self, other: PeerAddress) {
+        let met = self.endpoint.meet(vec![other], PATIENCE);
+        assert!(matches!(met[..], [Met { outcome: Ok(_), .. }]), "{met:?}");
+    }
+
+    /// The next event that is not about peers.
+    pub(crate) fn event(&self) -> HandoffEvent {
+        loop {
+            match self.events.recv_timeout(PATIENCE) {
+                Ok(HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. }) => {}
+                Ok(event) => return event,
+                Err(RecvTimeoutError::Timeout) => panic!("{}: nothing happens", self.name),
+                Err(RecvTimeoutError::Disconnected) => panic!("{}: the endpoint is gone", self.name),
+            }
+        }
+    }
+
+    pub(crate) fn peer_event(&self) -> HandoffEvent {
+        loop {
+            let event = self.events.recv_timeout(PATIENCE).expect("something happens");
+            if matches!(event, HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. }) {
+                return event;
+            }
+        }
+    }
+
+    /// The next event in one word, with a word for the error.
+    pub(crate) fn news(&mut self) -> String {
+        match self.event() {
+            HandoffEvent::Reserved(_) => "reserved".into(),
+            HandoffEvent::Delivered { .. } => "delivered".into(),
+            HandoffEvent::SendFailed { error, .. } => format!("send-failed:{}", word(&error)),
+            HandoffEvent::CancelWanted { .. } => "cancel-wanted".into(),
+            HandoffEvent::Committed { .. } => "committed".into(),
+            HandoffEvent::ReserveFailed { error, .. } => format!("reserve-failed:{}", word(&error)),
+            HandoffEvent::Released { handoff } => {
+                self.take_back(handoff);
+                "released".into()
+            }
+            HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } => unreachable!("left out"),
+        }
+    }
+
+    pub(crate) fn expect_reserved(&self) -> Reserved {
+        match self.event() {
+            HandoffEvent::Reserved(reserved) => reserved,
+            other => panic!("{}: not reserved but {other:?}", self.name),
+        }
+    }
+
+    /// Lends blocks for a prompt of `blocks` blocks.
+    pub(crate) fn lend(&mut self, handoff: HandoffId, blocks: usize) -> Vec<BlockRef> {
+        let at = self.free.len() - blocks;
+        let mut targets = self.free.split_off(at);
+        for target in &mut targets {
+            target.epoch.0 += 1;
+        }
+        self.lent.insert(handoff, targets.clone());
+        targets
+    }
+
+    pub(crate) fn take_back(&mut self, handoff: HandoffId) -> Vec<BlockRef> {
+        let targets = self.lent.remove(&handoff).expect("released or adopted once");
+        // To the other end of the list, so that blocks do not stay in order.
+        self.free.splice(0..0, targets.iter().copied());
+        targets
+    }
+
+    pub(crate) fn reserve(&mut self, handoff: HandoffId, peer_instance: u64, blocks: usize) {
+        let targets = self.lend(handoff, blocks);
+        // The last block is not full: one token less.
+        let tokens = TokenCount(blocks as u32 * self.layout.block_len.tokens() - 1);
+        self.endpoint.reserve(Reserve {
+            handoff,
+            peer_instance,
+            tokens,
+            first_block: 0,
+            cached: vec![],
+            targets,
+        });
+    }
+
+    /// Takes committed blocks over, looks at every byte, and gives them back.
+    pub(crate) fn adopt_and_check(&mut self, handoff: HandoffId) {
+        self.endpoint.adopt(handoff);
+        let targets = self.take_back(handoff);
+        for (index, target) in targets.iter().enumerate() {
+            let expected = content(handoff, index, &self.layout);
+            assert!(self.read(*target) == expected, "{handoff}: block {index} holds foreign bytes");
+        }
+    }
+
+    pub(crate) fn read(&self, block: BlockRef) -> Vec<u8> {
+        let mut bytes = vec![0; self.layout.block_bytes()];
+        self.region.read(block.block.0 as usize * bytes.len(), &mut bytes);
+        bytes
+    }
+
+    /// What an engine does about a reservation, layer by layer.
+    pub(crate) fn fill(&self, reserved: &Reserved, layers: std::ops::Range<usize>) {
+        let granule = self.layout.strides().layer;
+        let bytes = self.layout.block_bytes();
+        match &reserved.path {
+            Path::InPlace(arena) => {
+                for (index, target) in reserved.targets.iter().enumerate() {
+                    let content = content(reserved.handoff, index, &self.layout);
+                    let (from, to) = (layers.start * granule, layers.end * granule);
+                    arena.write(target.block.0 as usize * bytes + from, &content[from..to]);
+                }
+            }
+            Path::Write => {
+                let mut slab = Slab::new(reserved.targets.len() * bytes).expect("memory");
+                for index in 0..reserved.targets.len() {
+                    let content = content(reserved.handoff, index, &self.layout);
+                    slab.as_mut_slice()[index * bytes..(index + 1) * bytes].copy_from_slice(&content);
+                }
+                let slab = Arc::new(slab);
+                let write = |index: usize| PushWrite {
+                    target_index: index as u32,
+                    offset: layers.start * granule,
+                    len: layers.len() * granule,
+                    source: Source::Slab(Arc::clone(&slab), index * bytes + layers.start * granule),
+                };
+                let writes = (0..reserved.targets.len()).map(write).collect();
+                self.endpoint.push(reserved.handoff, writes);
+            }
+        }
+    }
+
+    pub(crate) fn fill_all(&self, reserved: &Reserved) {
+        for layer in 0..usize::from(self.layout.layers) {
+            self.fill(reserved, layer..layer + 1);
+        }
+    }
+
+    /// Every block is where it should be.
+    pub(crate) fn assert_nothing_leaked(&self) {
+        assert!(self.lent.is_empty(), "{}: lent are {:?}", self.name, self.lent.keys());
+        let blocks: BTreeSet<BlockId> = self.free.iter().map(|it| it.block).collect();
+        assert_eq!(blocks.len(), self.blocks as usize, "{}: free + lent = total", self.name);
+    }
+}
+
+/// Bytes of one block that only this handoff has at this place.
+pub(crate) fn content(handoff: HandoffId, index: usize, layout: &KvLayout) -> Vec<u8> {
+    let mut state = handoff.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (index as u64) << 17;
+    let mut bytes = vec![0; layout.block_bytes()];
+    for byte in &mut bytes {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *byte = (state >> 56) as u8;
+    }
+    bytes
+}
+
+fn word(error: &tidemill_kvtransfer_proto::error::TransferError) -> String {
+    let text = format!("{error:?}");
+    text.split([' ', '(', '{']).next().unwrap_or_default().to_lowercase()
+}
+
+/// Two connected workers: prefill and decode.
+pub(crate) fn pair(way: Way) -> (Worker, Worker) {
+    let prefill = Worker::start(config("prefill", 1, way, 4));
+    let decode = Worker::start(config("decode", 2, way, 32));
+    prefill.meet(decode.address());
+    (prefill, decode)
+}
