@@ -62,6 +62,17 @@ pub(crate) struct WorkerStatus {
     pub(crate) cache_removed: Vec<u64>,
     /// Connections to peers.
     pub(crate) links: Vec<PeerLink>,
+    /// What was measured since the last status.
+    pub(crate) samples: Vec<Sample>,
+}
+
+/// One measured value.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Sample {
+    /// What was measured, as the protocol names it.
+    pub(crate) name: String,
+    /// How much it was.
+    pub(crate) value: f64,
 }
 
 pub(crate) fn assignment_to_wire(assignment: &Assignment) -> proto::GenerateRequest {
@@ -346,7 +357,11 @@ pub(crate) fn status_to_wire(status: &WorkerStatus) -> proto::Status {
         cache_added: status.cache_added.clone(),
         cache_removed: status.cache_removed.clone(),
         links: status.links.iter().map(link_to_wire).collect(),
-        samples: Vec::new(),
+        samples: status
+            .samples
+            .iter()
+            .map(|sample| proto::Sample { name: sample.name.clone(), value: sample.value })
+            .collect(),
     }
 }
 
@@ -363,6 +378,11 @@ pub(crate) fn status_from_wire(wire: proto::Status) -> WorkerStatus {
         cache_added: wire.cache_added,
         cache_removed: wire.cache_removed,
         links: wire.links.into_iter().map(link_from_wire).collect(),
+        samples: wire
+            .samples
+            .into_iter()
+            .map(|sample| Sample { name: sample.name, value: sample.value })
+            .collect(),
     }
 }
 
@@ -523,7 +543,12 @@ mod tests {
                 running: 1,
                 waiting: 2,
                 ledger: Ledger { total: 21, free: 1, cached: 2, held: 3, reserved: 4, quarantined: 11 },
-                counters: Counters { steps: 1, handoff_seconds: 0.5, handoff_refusals: 3, ..Counters::default() },
+                counters: Counters {
+                    steps: 1,
+                    handoff_seconds: 0.5,
+                    handoff_refusals: 3,
+                    ..Counters::default()
+                },
             },
             cache_reset: true,
             cache_added: vec![u64::MAX],
@@ -532,6 +557,7 @@ mod tests {
                 PeerLink { name: "a".into(), transport: Ok("shm".into()), bytes_per_second: 2.0 },
                 PeerLink { name: "b".into(), transport: Err("refused".into()), bytes_per_second: 0.0 },
             ],
+            samples: vec![Sample { name: "handoff_seconds".into(), value: 0.5 }],
         };
         assert_eq!(status_from_wire(status_to_wire(&sent)), sent);
     }

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, CommandFactory};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod engine;
 mod front;
@@ -55,7 +55,9 @@ pub(crate) enum Command {
     /// Say what this machine offers and what Tidemill would use
     Doctor(DoctorFlags),
     /// Print a completion script for a shell
-    #[command(after_help = "Example:\n  tidemill completions bash > ~/.local/share/bash-completion/completions/tidemill")]
+    #[command(
+        after_help = "Example:\n  tidemill completions bash > ~/.local/share/bash-completion/completions/tidemill"
+    )]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
@@ -120,7 +122,13 @@ pub(crate) struct WorkerFlags {
 #[derive(Args, Debug)]
 pub(crate) struct RouteFlags {
     /// Workers, as host:port, comma-separated
-    #[arg(long, env = "TIDEMILL_WORKERS", value_name = "HOST:PORT,…", value_delimiter = ',', required = true)]
+    #[arg(
+        long,
+        env = "TIDEMILL_WORKERS",
+        value_name = "HOST:PORT,…",
+        value_delimiter = ',',
+        required = true
+    )]
     pub(crate) workers: Vec<String>,
     #[command(flatten)]
     pub(crate) model: ModelFlags,
@@ -203,7 +211,8 @@ mod tests {
     fn every_flag_has_its_environment_twin_and_help() {
         for command in Cli::command().get_subcommands() {
             for argument in command.get_arguments() {
-                let Some(long) = argument.get_long().filter(|&long| long != "help" && long != "version") else {
+                let Some(long) = argument.get_long().filter(|&long| long != "help" && long != "version")
+                else {
                     continue;
                 };
                 let twin = format!("TIDEMILL_{}", long.replace('-', "_").to_uppercase());
@@ -231,9 +240,13 @@ mod tests {
             Command::Serve(serve) => serve.front.is_open(),
             other => panic!("serve was parsed as {other:?}"),
         };
-        for (host, open) in
-            [("127.0.0.1", false), ("localhost", false), ("::1", false), ("0.0.0.0", true), ("10.0.0.1", true)]
-        {
+        for (host, open) in [
+            ("127.0.0.1", false),
+            ("localhost", false),
+            ("::1", false),
+            ("0.0.0.0", true),
+            ("10.0.0.1", true),
+        ] {
             assert_eq!(is_open(host), open, "{host}");
         }
     }

@@ -39,11 +39,11 @@ impl Front {
         metrics: Arc<Metrics>,
     ) -> anyhow::Result<Self> {
         let api_keys = api_keys(flags)?;
-        let listener = TcpListener::bind((flags.host.as_str(), flags.port))
-            .await
-            .with_context(|| format!("cannot listen on {}:{} (--port 0 picks a free port)", flags.host, flags.port))?;
+        let listener = TcpListener::bind((flags.host.as_str(), flags.port)).await.with_context(|| {
+            format!("cannot listen on {}:{} (--port 0 picks a free port)", flags.host, flags.port)
+        })?;
         let address = listener.local_addr()?;
-        if !address.ip().is_loopback() && api_keys.is_empty() {
+        if flags.is_open() && api_keys.is_empty() {
             tracing::warn!(%address, "anybody who reaches this address can use it: set --api-key");
         }
         let config = AppConfig {
@@ -88,7 +88,11 @@ impl Front {
     /// Waits for a signal; then refuses what is new and lets what runs finish, within `limit` or until a second signal.
     pub(crate) async fn until_told(&self, signals: &mut Signals, cluster: &Cluster, limit: Duration) {
         let signal = signals.next().await;
-        tracing::info!(signal, limit_s = limit.as_secs(), "finishing what runs; a second signal ends at once");
+        tracing::info!(
+            signal,
+            limit_s = limit.as_secs(),
+            "finishing what runs; a second signal ends at once"
+        );
         tokio::select! {
             () = cluster.drain() => {}
             () = tokio::time::sleep(limit) => tracing::warn!("requests were cut off"),
@@ -105,7 +109,11 @@ impl Front {
 
 /// Names in the API: what flags say, or the model's own.
 pub(crate) fn served_names(flags: &ModelFlags, model: &ResolvedModel) -> Vec<String> {
-    if flags.served_model_name.is_empty() { vec![model.name.clone()] } else { flags.served_model_name.clone() }
+    if flags.served_model_name.is_empty() {
+        vec![model.name.clone()]
+    } else {
+        flags.served_model_name.clone()
+    }
 }
 
 /// Reads tokenizer and chat template.
@@ -116,7 +124,8 @@ pub(crate) fn load_text(model: &ResolvedModel) -> anyhow::Result<ModelText> {
 fn api_keys(flags: &FrontFlags) -> anyhow::Result<Vec<String>> {
     let mut keys = flags.api_key.clone();
     if let Some(path) = &flags.api_key_file {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         keys.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned));
         anyhow::ensure!(!keys.is_empty(), "{} has no key in it", path.display());
     }

@@ -33,10 +33,14 @@ pub(crate) enum ModelSourceError {
     #[error("{0} has no config.json: give the folder of a model in the Hugging Face format")]
     NoModel(PathBuf),
     /// The hub does not know it.
-    #[error("the hub has no model `{id}` at revision `{revision}`: check the spelling, or set HF_TOKEN if it is private")]
+    #[error(
+        "the hub has no model `{id}` at revision `{revision}`: check the spelling, or set HF_TOKEN if it is private"
+    )]
     Unknown { id: String, revision: String },
     /// The hub does not give it to everybody.
-    #[error("`{id}` is gated: accept its terms on the hub's page and set HF_TOKEN to a token of that account")]
+    #[error(
+        "`{id}` is gated: accept its terms on the hub's page and set HF_TOKEN to a token of that account"
+    )]
     Gated { id: String },
     /// Nothing may be downloaded, and it is not there.
     #[error("`{id}` is not in the cache ({}), and offline mode forbids to download it", cache.display())]
@@ -83,10 +87,14 @@ struct Hub {
 }
 
 impl Hub {
-    #[expect(clippy::disallowed_methods, reason = "HF_* variables are the hub's convention, not flags of ours")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "HF_* variables are the hub's convention, not flags of ours"
+    )]
     fn from_environment(offline: bool) -> Self {
         let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let forbidden = set("HF_HUB_OFFLINE").is_some_and(|value| !["0", "false", "no", "off"].contains(&value.as_str()));
+        let forbidden =
+            set("HF_HUB_OFFLINE").is_some_and(|value| !["0", "false", "no", "off"].contains(&value.as_str()));
         let cache = Cache::from_env();
         Self {
             endpoint: set("HF_ENDPOINT"),
@@ -108,7 +116,8 @@ impl Hub {
             return Ok(parent(&config));
         }
         let explain = |error: &ApiError| explain(id, revision, error);
-        let mut builder = ApiBuilder::from_cache(self.cache.clone()).with_progress(false).with_token(self.token.clone());
+        let mut builder =
+            ApiBuilder::from_cache(self.cache.clone()).with_progress(false).with_token(self.token.clone());
         if let Some(endpoint) = &self.endpoint {
             builder = builder.with_endpoint(endpoint.clone());
         }
@@ -144,8 +153,9 @@ struct Bar {
 impl Bar {
     fn new(id: &str, file: &str, bars: &MultiProgress) -> Self {
         let bar = bars.add(ProgressBar::new(0));
-        let style = ProgressStyle::with_template("{msg:<32!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-            .expect("the template is well formed");
+        let style =
+            ProgressStyle::with_template("{msg:<32!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+                .expect("the template is well formed");
         bar.set_style(style);
         bar.set_message(file.to_owned());
         Self { bar, label: format!("{id}/{file}") }
@@ -325,11 +335,14 @@ mod tests {
 
     fn reply(request: &str, files: &BTreeMap<&'static str, &'static str>) -> Vec<u8> {
         let path = request.split(' ').nth(1).unwrap_or("");
-        let range = request.lines().find_map(|line| line.to_ascii_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
+        let range = request
+            .lines()
+            .find_map(|line| line.to_ascii_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
         let (status, body) = if path.contains("o/gated") {
             ("403 Forbidden", String::new())
         } else if path.starts_with("/api/models/o/m/") || path == "/api/models/o/m" {
-            let siblings: Vec<String> = files.keys().map(|name| format!("{{\"rfilename\": \"{name}\"}}")).collect();
+            let siblings: Vec<String> =
+                files.keys().map(|name| format!("{{\"rfilename\": \"{name}\"}}")).collect();
             ("200 OK", format!("{{\"sha\": \"abc\", \"siblings\": [{}]}}", siblings.join(",")))
         } else if let Some(body) = path.strip_prefix("/o/m/resolve/main/").and_then(|name| files.get(name)) {
             ("206 Partial Content", (*body).to_owned())
@@ -340,7 +353,9 @@ mod tests {
         let (first, last) = range
             .as_deref()
             .and_then(|range| range.split_once('-'))
-            .and_then(|(first, last)| Some((first.parse().ok()?, last.parse().unwrap_or(total).min(total.saturating_sub(1)))))
+            .and_then(|(first, last)| {
+                Some((first.parse().ok()?, last.parse().unwrap_or(total).min(total.saturating_sub(1))))
+            })
             .unwrap_or((0_usize, total.saturating_sub(1)));
         let part = body.as_bytes().get(first..(last + 1).min(total)).unwrap_or_default();
         let head = format!(

@@ -25,7 +25,8 @@ pub(crate) fn run(flags: &RouteFlags) -> anyhow::Result<ExitCode> {
     runtime.block_on(async {
         let mut signals = Signals::new()?;
         let metrics = std::sync::Arc::new(Metrics::new(&names[0]));
-        let (slots, addresses): (Vec<Slot>, Vec<_>) = flags.workers.iter().map(|address| slot(address)).unzip();
+        let (slots, addresses): (Vec<Slot>, Vec<_>) =
+            flags.workers.iter().map(|address| slot(address)).unzip();
         let cluster = Cluster::follow(slots, std::sync::Arc::clone(&metrics), flags.require_transport);
         let front = Front::start(&flags.front, names, text, &cluster, metrics).await?;
         let told = tokio::select! {
@@ -34,7 +35,7 @@ pub(crate) fn run(flags: &RouteFlags) -> anyhow::Result<ExitCode> {
         };
         if !told {
             front.print_banner(&format!("{} workers", flags.workers.len()));
-            // The workers are not ours to end: only what this front end sent them is finished.
+            // The workers are not ours to drain or end: only what this front end sent them is finished.
             front.until_told(&mut signals, &cluster, flags.front.shutdown_timeout).await;
         }
         front.close().await;

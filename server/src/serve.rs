@@ -37,8 +37,10 @@ async fn serve(
     let mut signals = Signals::new()?;
     let names = front::served_names(&flags.model, model);
     let metrics = Arc::new(Metrics::new(&names[0]));
-    let plans: Vec<WorkerPlan> =
-        place(flags)?.into_iter().map(|placement| plan(flags, model, placement)).collect::<anyhow::Result<_>>()?;
+    let plans: Vec<WorkerPlan> = place(flags)?
+        .into_iter()
+        .map(|placement| plan(flags, model, placement))
+        .collect::<anyhow::Result<_>>()?;
     let (supervisor, slots) = Supervisor::start(plans, bars, &metrics);
     let cluster = Cluster::follow(slots, Arc::clone(&metrics), flags.engine.require_transport);
     let front = Front::start(&flags.front, names, text, &cluster, metrics).await?;

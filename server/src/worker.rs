@@ -19,6 +19,7 @@ use crate::proto;
 use crate::proto::worker_server::{Worker, WorkerServer};
 
 mod feed;
+mod samples;
 
 pub(crate) use feed::StatusFeed;
 
@@ -71,7 +72,9 @@ impl WorkerService {
             Err(error) if self.require_transport => {
                 tracing::error!(%worker, %peer, %error, "no link, and --require-transport is set");
             }
-            Err(error) => tracing::warn!(%worker, %peer, %error, "no link: requests will not be split over this pair"),
+            Err(error) => {
+                tracing::warn!(%worker, %peer, %error, "no link: requests will not be split over this pair")
+            }
         }
     }
 }
@@ -81,7 +84,10 @@ impl Worker for WorkerService {
     type GenerateStream = Events;
     type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::Status, Status>> + Send>>;
 
-    async fn describe(&self, _: Request<proto::DescribeRequest>) -> Result<Response<proto::Description>, Status> {
+    async fn describe(
+        &self,
+        _: Request<proto::DescribeRequest>,
+    ) -> Result<Response<proto::Description>, Status> {
         Ok(Response::new(convert::introduction_to_wire(&self.introduction)))
     }
 

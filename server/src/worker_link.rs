@@ -62,7 +62,8 @@ impl WorkerLink {
         let mut client = WorkerClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let description = client.describe(timed(proto::DescribeRequest {}, CALL_TIMEOUT)).await.map_err(boxed)?;
+        let description =
+            client.describe(timed(proto::DescribeRequest {}, CALL_TIMEOUT)).await.map_err(boxed)?;
         let introduction = convert::introduction_from_wire(description.into_inner())?;
         Ok((Self { client }, introduction))
     }
@@ -76,7 +77,8 @@ impl WorkerLink {
         &self,
     ) -> Result<impl Stream<Item = Result<WorkerStatus, LinkError>> + Unpin + use<>, LinkError> {
         let statuses = self.client.clone().watch(proto::WatchRequest {}).await.map_err(boxed)?.into_inner();
-        Ok(statuses.map(|status| status.map(convert::status_from_wire).map_err(|status| boxed(status).into())))
+        Ok(statuses
+            .map(|status| status.map(convert::status_from_wire).map_err(|status| boxed(status).into())))
     }
 
     /// Runs a request there. Dropping the stream cancels it.
@@ -102,16 +104,6 @@ impl WorkerLink {
         let request = proto::Peers { peers: peers.iter().map(convert::peer_to_wire).collect() };
         let met = self.client.clone().meet_peers(timed(request, MEET_TIMEOUT)).await.map_err(boxed)?;
         Ok(met.into_inner().links.into_iter().map(convert::link_from_wire).collect())
-    }
-
-    /// Makes the worker refuse new requests, and returns when it is idle.
-    ///
-    /// # Errors
-    ///
-    /// [`LinkError`] when the call fails.
-    pub(crate) async fn drain(&self) -> Result<(), LinkError> {
-        self.client.clone().drain(proto::DrainRequest {}).await.map_err(boxed)?;
-        Ok(())
     }
 }
 

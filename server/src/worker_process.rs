@@ -26,6 +26,7 @@ use crate::worker::{StatusFeed, WorkerService};
 pub(crate) fn run(flags: &WorkerFlags) -> anyhow::Result<ExitCode> {
     let bars = MultiProgress::new();
     logging::start(&flags.log, &bars)?;
+    set_process_name(&typed(flags.role));
     let model = model_source::resolve(&flags.model, &bars)?;
     let mut progress = ProgressReport { supervised: flags.supervised, stage: "" };
     let engine = EngineHandle::start(engine_config(flags, &model), &mut |step| progress.report(step))
@@ -38,14 +39,18 @@ pub(crate) fn run(flags: &WorkerFlags) -> anyhow::Result<ExitCode> {
 }
 
 async fn serve(flags: &WorkerFlags, model: &str, engine: EngineHandle) -> anyhow::Result<ExitCode> {
-    let listener =
-        TcpListener::bind(flags.listen).await.with_context(|| format!("cannot listen on {}", flags.listen))?;
+    let listener = TcpListener::bind(flags.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", flags.listen))?;
     let address = listener.local_addr()?;
     let service = WorkerService::new(engine.clone(), model, flags.engine.require_transport);
     let feed = service.feed();
     let closed = CancellationToken::new();
     let server = tonic::transport::Server::builder()
         .tcp_nodelay(true)
+        // Clients that leave reset their streams, in crowds when a load test ends; the default of twenty would take
+        // that for an attack and close the connection on everybody.
+        .http2_max_pending_accept_reset_streams(Some(RESETS_AT_ONCE))
         .add_service(service.into_server())
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), closed.clone().cancelled_owned());
     let server = tokio::spawn(server);
@@ -71,7 +76,11 @@ async fn serve(flags: &WorkerFlags, model: &str, engine: EngineHandle) -> anyhow
 }
 
 /// Waits for the end: a signal, or the parent's end.
-async fn until_told(flags: &WorkerFlags, engine: &EngineHandle, feed: &StatusFeed) -> anyhow::Result<ExitCode> {
+async fn until_told(
+    flags: &WorkerFlags,
+    engine: &EngineHandle,
+    feed: &StatusFeed,
+) -> anyhow::Result<ExitCode> {
     if flags.supervised {
         // The parent drains this worker by gRPC and then lets go of its stdin.
         let mut rest = Vec::new();
@@ -88,6 +97,13 @@ async fn until_told(flags: &WorkerFlags, engine: &EngineHandle, feed: &StatusFee
         _ = signals.next() => tracing::warn!("requests were cut off"),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Shows the role in `top` and in the kernel's messages; the arguments show it in `ps`.
+fn set_process_name(role: &str) {
+    let name = std::ffi::CString::new(format!("tide {role}")).expect("a role's name has no zero byte");
+    // Not worth failing for.
+    let _ = rustix::thread::set_name(&name);
 }
 
 async fn until_dead(engine: &EngineHandle) {
@@ -144,3 +160,6 @@ impl ProgressReport {
         self.stage = stage;
     }
 }
+
+/// Streams that may be reset before they were looked at.
+const RESETS_AT_ONCE: usize = 4096;

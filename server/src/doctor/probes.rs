@@ -32,7 +32,11 @@ fn instructions() -> Finding {
         Finding::good("instructions", known.join(" "))
     } else {
         let hint = "without AVX2, FMA and F16C the portable kernels are used, which are several times slower";
-        Finding::limited("instructions", if known.is_empty() { "none of use".into() } else { known.join(" ") }, hint)
+        Finding::limited(
+            "instructions",
+            if known.is_empty() { "none of use".into() } else { known.join(" ") },
+            hint,
+        )
     }
 }
 
@@ -40,7 +44,9 @@ fn cores() -> Finding {
     let usable = thread::available_parallelism().map_or(1, usize::from);
     let nodes = count("/sys/devices/system/node", "node");
     match (usable, nodes) {
-        (1, _) => Finding::limited("cores", "1", "prefill and decode share it; --colocated is the better choice"),
+        (1, _) => {
+            Finding::limited("cores", "1", "prefill and decode share it; --colocated is the better choice")
+        }
         (_, 0 | 1) => Finding::good("cores", format!("{usable}")),
         _ => Finding::good("cores", format!("{usable} on {nodes} NUMA nodes")),
     }
@@ -131,8 +137,12 @@ fn rdma() -> Finding {
 
 fn would_use() -> Finding {
     let usable = thread::available_parallelism().map_or(1, usize::from);
-    let split = if usable < 2 { "both workers on one core" } else { "prefill and decode on cores of their own" };
-    Finding::good("would use", format!("cpu kernels, {split}, handoff in place by shared memory, TCP between machines"))
+    let split =
+        if usable < 2 { "both workers on one core" } else { "prefill and decode on cores of their own" };
+    Finding::good(
+        "would use",
+        format!("cpu kernels, {split}, handoff in place by shared memory, TCP between machines"),
+    )
 }
 
 /// The value of `name: value` or `name : value` in a file of such lines.
@@ -146,7 +156,8 @@ fn read(path: &str) -> String {
 }
 
 fn names(folder: &str) -> Vec<String> {
-    let entries = fs::read_dir(folder).map(|entries| entries.flatten().collect()).unwrap_or_else(|_| Vec::new());
+    let entries =
+        fs::read_dir(folder).map(|entries| entries.flatten().collect()).unwrap_or_else(|_| Vec::new());
     let mut names: Vec<String> =
         entries.iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
@@ -155,7 +166,8 @@ fn names(folder: &str) -> Vec<String> {
 
 fn count(folder: &str, prefix: &str) -> usize {
     let numbered = |name: &&String| {
-        name.strip_prefix(prefix).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|it| it.is_ascii_digit()))
+        name.strip_prefix(prefix)
+            .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|it| it.is_ascii_digit()))
     };
     names(folder).iter().filter(numbered).count()
 }
@@ -167,17 +179,8 @@ fn size(bytes: u64) -> String {
 }
 
 /// What the kernels use now or will.
-const INSTRUCTIONS: [&str; 9] = [
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_vnni",
-    "avx512_fp16",
-    "amx_bf16",
-    "amx_int8",
-];
+const INSTRUCTIONS: [&str; 9] =
+    ["avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8"];
 const LIBRARY_FOLDERS: [&str; 5] =
     ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib"];
 const ENOUGH_FILES: u64 = 4096;

@@ -3,7 +3,8 @@
 use clap::Args;
 
 use super::values::{
-    AxisOrderName, ByteSize, CoreList, DigestName, FaultPoint, KvCacheDtype, LoadFormatName, RoleName, TransportName, typed,
+    AxisOrderName, ByteSize, CoreList, DigestName, FaultPoint, KvCacheDtype, LoadFormatName, RoleName,
+    TransportName, typed,
 };
 
 /// Which model, and what of it.
@@ -245,13 +246,32 @@ mod tests {
     #[test]
     fn a_worker_gets_the_flags_of_its_role() {
         let typed = [
-            "tidemill", "serve", "--block-size", "32", "--decode-block-size", "64", "--decode-kv-cache-dtype", "int8",
-            "--prefill-axis-order", "head-token", "--kv-cache-memory", "1GiB", "--decode-kv-cache-memory", "3MiB",
-            "--no-enable-prefix-caching", "--max-model-len", "99", "--digest", "full", "--transport", "tcp",
+            "tidemill",
+            "serve",
+            "--block-size",
+            "32",
+            "--decode-block-size",
+            "64",
+            "--decode-kv-cache-dtype",
+            "int8",
+            "--prefill-axis-order",
+            "head-token",
+            "--kv-cache-memory",
+            "1GiB",
+            "--decode-kv-cache-memory",
+            "3MiB",
+            "--no-enable-prefix-caching",
+            "--max-model-len",
+            "99",
+            "--digest",
+            "full",
+            "--transport",
+            "tcp",
         ];
         let Command::Serve(serve) = Cli::parse_from(typed).command else { panic!("typed serve") };
         let parsed = |role: RoleName| {
-            let mut arguments = vec!["tidemill".to_owned(), "worker".into(), "--role".into(), super::typed(role)];
+            let mut arguments =
+                vec!["tidemill".to_owned(), "worker".into(), "--role".into(), super::typed(role)];
             arguments.extend(serve.engine.for_role(role, &serve.overrides).to_arguments());
             match Cli::parse_from(arguments).command {
                 Command::Worker(worker) => worker.engine,
@@ -261,7 +281,10 @@ mod tests {
         let (prefill, decode) = (parsed(RoleName::Prefill), parsed(RoleName::Decode));
         assert_eq!((prefill.block_size, decode.block_size), (32, 64));
         assert_eq!((prefill.kv_cache_dtype, decode.kv_cache_dtype), (KvCacheDtype::Auto, KvCacheDtype::Int8));
-        assert_eq!((prefill.axis_order, decode.axis_order), (AxisOrderName::HeadToken, AxisOrderName::TokenHead));
+        assert_eq!(
+            (prefill.axis_order, decode.axis_order),
+            (AxisOrderName::HeadToken, AxisOrderName::TokenHead)
+        );
         assert_eq!(prefill.kv_cache_memory, Some(ByteSize(1 << 30)));
         assert_eq!(decode.kv_cache_memory, Some(ByteSize(3 << 20)));
         assert!(prefill.no_enable_prefix_caching && decode.no_enable_prefix_caching);

@@ -186,7 +186,8 @@ impl FromStr for FaultPoint {
 
 impl fmt::Display for FaultPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, _) = FAULT_STAGES.iter().find(|(_, stage)| *stage == self.0.stage).expect("all are listed");
+        let (name, _) =
+            FAULT_STAGES.iter().find(|(_, stage)| *stage == self.0.stage).expect("all are listed");
         write!(f, "{name}={}", self.0.trigger.display())
     }
 }

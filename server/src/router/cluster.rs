@@ -29,6 +29,8 @@ pub(crate) struct Cluster {
     /// Somebody came, went, or changed.
     changed: Notify,
     draining: CancellationToken,
+    /// Requests that are being served.
+    in_flight: watch::Sender<usize>,
     metrics: Arc<Metrics>,
     /// Whether a prefill and a decode worker that are not linked make the cluster unready.
     require_links: bool,
@@ -67,6 +69,10 @@ struct Live {
     lost: CancellationToken,
 }
 
+/// A request in flight.
+#[derive(Debug)]
+pub(super) struct InFlight(Arc<Cluster>);
+
 /// What a request needs of a worker.
 #[derive(Clone, Debug)]
 pub(super) struct Reach {
@@ -91,6 +97,7 @@ impl Cluster {
             slots: Mutex::new(states),
             changed: Notify::new(),
             draining: CancellationToken::new(),
+            in_flight: watch::Sender::new(0),
             metrics,
             require_links,
         });
@@ -100,23 +107,31 @@ impl Cluster {
         cluster
     }
 
-    /// Refuses new requests from now on and makes the workers do so; returns when they have nothing left to do.
+    /// Refuses new requests from now on; returns when none is in flight. The workers are not told: they may serve
+    /// others too, and a request that has to be replayed now still can be.
     pub(crate) async fn drain(&self) {
         self.draining.cancel();
-        let links: Vec<WorkerLink> = self.lock().iter().filter_map(|slot| Some(slot.live.as_ref()?.link.clone())).collect();
-        // A worker that is gone has nothing left to do either.
-        futures::future::join_all(links.iter().map(WorkerLink::drain)).await;
+        let mut in_flight = self.in_flight.subscribe();
+        let _ = in_flight.wait_for(|count| *count == 0).await; // Cannot fail: the sender is ours.
     }
 
     /// Waits until every worker is there and introduced. For use at the start.
     pub(crate) async fn all_up(&self) {
-        self.wait_until(|slots| slots.iter().all(|slot| slot.live.as_ref().is_some_and(|live| live.is_introduced)))
-            .await;
+        self.wait_until(|slots| {
+            slots.iter().all(|slot| slot.live.as_ref().is_some_and(|live| live.is_introduced))
+        })
+        .await;
     }
 
-    /// Waits for a change of any kind, but not longer than `limit`. False when there was none.
-    pub(super) async fn change(&self, limit: Duration) -> bool {
-        timeout(limit, self.changed.notified()).await.is_ok()
+    /// Waits for a change of any kind, but not longer than `limit`.
+    pub(super) async fn change(&self, limit: Duration) {
+        let _ = timeout(limit, self.changed.notified()).await;
+    }
+
+    /// Counts a request as in flight until the guard is dropped.
+    pub(super) fn in_flight(self: &Arc<Self>) -> InFlight {
+        self.in_flight.send_modify(|count| *count += 1);
+        InFlight(Arc::clone(self))
     }
 
     /// How the workers are, for probes.
@@ -124,13 +139,20 @@ impl Cluster {
         let slots = self.lock();
         let workers = slots
             .iter()
-            .map(|slot| WorkerHealth { name: slot.name.clone(), role: role_name(slot.role), alive: slot.live.is_some() })
+            .map(|slot| WorkerHealth {
+                name: slot.name.clone(),
+                role: role_name(slot.role),
+                alive: slot.live.is_some(),
+            })
             .collect();
         let serving = slots.iter().filter_map(|slot| slot.live.as_ref()).filter(|live| live.is_introduced);
         let max_model_len = serving.map(|live| live.introduction.engine.max_model_len).min();
         let serving = match max_model_len {
             _ if self.draining.is_cancelled() => Serving::No { reason: "shutting down".into() },
-            Some(_) if self.require_links && let Some(pair) = unlinked_pair(&slots) => {
+            Some(_)
+                if self.require_links
+                    && let Some(pair) = unlinked_pair(&slots) =>
+            {
                 Serving::No { reason: format!("{pair} have no connection of the required kind") }
             }
             Some(max_model_len) => Serving::Yes { max_model_len },
@@ -151,9 +173,11 @@ impl Cluster {
 
     /// How to speak to a worker; `None` when it is gone.
     pub(super) fn reach(&self, instance: Instance) -> Option<Reach> {
-        self.lock().iter().filter_map(|slot| slot.live.as_ref()).find(|live| live.instance() == instance.0).map(|live| {
-            Reach { link: live.link.clone(), peer: live.peer(), lost: live.lost.clone() }
-        })
+        self.lock()
+            .iter()
+            .filter_map(|slot| slot.live.as_ref())
+            .find(|live| live.instance() == instance.0)
+            .map(|live| Reach { link: live.link.clone(), peer: live.peer(), lost: live.lost.clone() })
     }
 
     /// Keeps one slot filled for as long as there is an address for it, now or later.
@@ -232,13 +256,17 @@ impl Cluster {
             let others = slots.iter().enumerate().filter(|(other, _)| *other != index);
             others.filter_map(|(_, slot)| Some(slot.live.as_ref()?.peer())).collect()
         };
-        if !peers.is_empty()
-            && let Err(error) = link.meet_peers(&peers).await
-        {
-            tracing::warn!(%error, "a worker could not be introduced to its peers");
-        }
+        let links = match peers.is_empty() {
+            true => Vec::new(),
+            false => link.meet_peers(&peers).await.unwrap_or_else(|error| {
+                tracing::warn!(%error, "a worker could not be introduced to its peers");
+                Vec::new()
+            }),
+        };
         let mut slots = self.lock();
         if let Some(live) = &mut slots[index].live {
+            // Its next status says the same, but comes later.
+            live.links = links;
             live.is_introduced = true;
         }
         drop(slots);
@@ -267,6 +295,9 @@ impl Cluster {
             ledger: live.status.ledger,
             counters: live.status.counters,
         });
+        for sample in &status.samples {
+            self.metrics.record_sample(&engine.name, &sample.name, sample.value);
+        }
         drop(slots);
         self.changed.notify_waiters();
     }
@@ -275,7 +306,9 @@ impl Cluster {
     fn refuse_other_model(&self, index: usize, introduction: &Introduction) {
         let slots = self.lock();
         let other = slots.iter().enumerate().filter(|(other, _)| *other != index).find_map(|(_, slot)| {
-            slot.live.as_ref().filter(|live| live.introduction.engine.fingerprint != introduction.engine.fingerprint)
+            slot.live
+                .as_ref()
+                .filter(|live| live.introduction.engine.fingerprint != introduction.engine.fingerprint)
         });
         if let Some(other) = other {
             tracing::error!(
@@ -332,6 +365,12 @@ impl Live {
     }
 }
 
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.send_modify(|count| *count -= 1);
+    }
+}
+
 impl SlotState {
     fn view(&self) -> WorkerView {
         let Some(live) = &self.live else {
@@ -372,12 +411,14 @@ impl SlotState {
 
 /// A prefill and a decode worker that are there, but cannot hand over to each other.
 fn unlinked_pair(slots: &[SlotState]) -> Option<String> {
-    let live = |role: Role| slots.iter().filter(move |slot| slot.role == role).filter_map(|slot| slot.live.as_ref());
+    let live =
+        |role: Role| slots.iter().filter(move |slot| slot.role == role).filter_map(|slot| slot.live.as_ref());
     let linked = |from: &Live, to: &Live| {
         let name = &to.introduction.engine.name;
         from.links.iter().any(|link| link.name == *name && link.transport.is_ok())
     };
-    let pairs = live(Role::Prefill).flat_map(|prefill| live(Role::Decode).map(move |decode| (prefill, decode)));
+    let pairs =
+        live(Role::Prefill).flat_map(|prefill| live(Role::Decode).map(move |decode| (prefill, decode)));
     pairs
         .filter(|(prefill, decode)| !linked(prefill, decode) && !linked(decode, prefill))
         .map(|(prefill, decode)| {

@@ -12,7 +12,7 @@ use tidemill_engine_core::request::{Part, Request, RequestId};
 use tidemill_engine_core::routing::{self, AloneReason, NoRoute, RouteRequest};
 use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 use tokio::sync::mpsc::Sender;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::Router;
 use super::cluster::Reach;
@@ -20,6 +20,7 @@ use super::journey::{Action, Happening, Instance, Journey, Route, Side};
 use crate::convert::Assignment;
 use crate::generation::{Generation, GenerationEvent};
 use crate::openai::Serving;
+use crate::worker::is_last;
 use crate::worker_link::LinkError;
 
 type Events = Pin<Box<dyn Stream<Item = Result<EngineEvent, LinkError>> + Send>>;
@@ -44,6 +45,7 @@ pub(super) async fn drive(router: Arc<Router>, generation: Generation, client: S
         Serving::Yes { max_model_len } => max_model_len.saturating_sub(length(&generation)),
         Serving::No { .. } => u32::MAX,
     };
+    let _in_flight = router.cluster.in_flight();
     let journey = Journey::new(generation.stop.clone(), room);
     let handoff = HandoffId(router.number());
     let streams = Vec::new();
@@ -103,10 +105,14 @@ impl Drive {
         let tokens = self.tokens();
         let excluded: Vec<u64> = excluded.iter().map(|instance| instance.0).collect();
         let turn = self.router.turn.fetch_add(1, Ordering::Relaxed);
-        let deadline = Instant::now() + if wait { ROUTE_LIMIT } else { Duration::ZERO };
+        let started = Instant::now();
+        let deadline = started + if wait { ROUTE_LIMIT } else { Duration::ZERO };
         loop {
             let view = self.router.cluster.view();
-            let request = RouteRequest { tokens: &tokens, excluded: &excluded, turn };
+            // A worker that failed once may still be the only one there is.
+            let forgiven = wait && FORGIVE_AFTER <= started.elapsed();
+            let excluded = if forgiven { &[] } else { excluded.as_slice() };
+            let request = RouteRequest { tokens: &tokens, excluded, turn };
             let instance = |index: routing::WorkerIndex| Instance(view.workers[index.0].instance);
             let why = match routing::route(&view, self.router.policy, request) {
                 routing::Route::Split { prefill, decode } => {
@@ -116,23 +122,28 @@ impl Drive {
                 routing::Route::Alone { worker, reason } => {
                     let fallback = match reason {
                         AloneReason::Hybrid | AloneReason::Cheaper => None,
-                        AloneReason::PrefillUnavailable | AloneReason::DecodeUnavailable => Some(reason.as_str()),
+                        AloneReason::PrefillUnavailable | AloneReason::DecodeUnavailable => {
+                            Some(reason.as_str())
+                        }
                     };
                     return Happening::Routed(Route::Whole { worker: instance(worker), fallback });
                 }
                 routing::Route::None(why) => why,
             };
             let left = deadline.saturating_duration_since(Instant::now());
-            if why == NoRoute::NeverFits || left.is_zero() || !self.router.cluster.change(left).await {
+            if why == NoRoute::NeverFits || left.is_zero() {
                 return Happening::Unroutable(words(why).to_owned());
             }
+            self.router.cluster.change(if forgiven { left } else { left.min(FORGIVE_AFTER) }).await;
         }
     }
 
     /// Opens a stream; a worker that is gone by now counts as lost.
     fn start(&mut self, side: Side, worker: Instance, peer: Option<Instance>) -> Option<Happening> {
         let lost = |what: &str| Some(Happening::Lost(side, format!("the {what} is gone")));
-        let Some(Reach { link, lost: gone, .. }) = self.router.cluster.reach(worker) else { return lost("worker") };
+        let Some(Reach { link, lost: gone, .. }) = self.router.cluster.reach(worker) else {
+            return lost("worker");
+        };
         let peer = match peer {
             None => None,
             Some(peer) => match self.router.cluster.reach(peer) {
@@ -155,13 +166,16 @@ impl Drive {
     fn release(&mut self, side: Side) {
         if let Some(place) = self.streams.iter().position(|(other, _)| *other == side) {
             let (_, mut events) = self.streams.swap_remove(place);
-            tokio::spawn(async move { while events.next().await.is_some() {} });
+            tokio::spawn(timeout(RELEASE_LIMIT, async move { while events.next().await.is_some() {} }));
         }
     }
 
     /// The next thing that a worker says, or fails to say.
     async fn next(&mut self) -> Happening {
         let overdue = self.adoption;
+        if self.streams.is_empty() && overdue.is_none() {
+            return Happening::Exhausted;
+        }
         let alarm = async {
             match overdue {
                 Some(moment) => sleep_until(moment).await,
@@ -199,14 +213,16 @@ impl Drive {
     }
 }
 
-/// The next event of any stream. A stream that ends, or fails, is removed.
+/// The next event of any stream. A stream that has said its last word, ends, or fails, is removed: what the end of the
+/// connection looks like after that is of no interest to this attempt or the next one.
 async fn next_event(streams: &mut Vec<(Side, Events)>) -> (Side, Option<Result<EngineEvent, LinkError>>) {
     std::future::poll_fn(|context| {
         for index in 0..streams.len() {
             let (side, events) = &mut streams[index];
             let side = *side;
             if let Poll::Ready(event) = events.poll_next_unpin(context) {
-                if !matches!(event, Some(Ok(_))) {
+                let goes_on = matches!(&event, Some(Ok(event)) if !is_last(event));
+                if !goes_on {
                     drop(streams.remove(index));
                 }
                 return Poll::Ready((side, event));
@@ -232,5 +248,9 @@ const fn words(why: NoRoute) -> &'static str {
 
 /// How long a request waits for a worker to come back. `serve` restarts one within a second or two.
 const ROUTE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a worker that failed a request is not given it again although there is no other.
+const FORGIVE_AFTER: Duration = Duration::from_millis(300);
+/// How long a stream that has nothing more to say may take to end.
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 /// How long decode may take to show that it has the KV cache after the prefill worker's stream broke.
 const ADOPTION_LIMIT: Duration = Duration::from_millis(500);

@@ -59,6 +59,8 @@ pub(crate) enum Happening {
     Lost(Side, String),
     /// The time that [`Action::AwaitAdoption`] allowed is over.
     AdoptionOverdue,
+    /// All streams have ended, and yet the request has not: a worker left something out.
+    Exhausted,
 }
 
 /// What the driver must do.
@@ -180,7 +182,8 @@ impl Journey {
         matches!(self.stage, Stage::Over)
     }
 
-    /// Takes in what happened and says what to do. Happenings of streams that were stopped must not be passed on.
+    /// Takes in what happened and says what to do. Happenings of streams that were stopped, or have said their last
+    /// word, must not be passed on.
     pub(crate) fn on(&mut self, happening: Happening) -> Vec<Action> {
         let mut actions = Vec::new();
         match happening {
@@ -190,6 +193,7 @@ impl Journey {
             Happening::From(side, event) => self.said(side, event, &mut actions),
             Happening::Lost(side, why) => self.lost(side, &why, &mut actions),
             Happening::AdoptionOverdue => self.adoption_overdue(&mut actions),
+            Happening::Exhausted => self.exhausted(&mut actions),
         }
         actions
     }
@@ -362,6 +366,14 @@ impl Journey {
             let prefill = split.prefill;
             self.retry(prefill, false, "prefill-lost", "decode did not take over in time".into(), actions);
         }
+    }
+
+    fn exhausted(&mut self, actions: &mut Vec<Action>) {
+        let (Stage::Split(Split { decode: culprit, .. }) | Stage::Alone(culprit)) = self.stage else {
+            return;
+        };
+        let detail = "all streams ended before the request did".into();
+        self.retry(culprit, false, "stream-incomplete", detail, actions);
     }
 
     /// Gives up this attempt, because of `culprit`, and begins the next one from the tokens that have left.

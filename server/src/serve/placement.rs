@@ -38,7 +38,11 @@ pub(super) fn place(flags: &ServeFlags) -> anyhow::Result<Vec<Placement>> {
         for number in 0..count {
             let general = shares.next().expect("one share for each worker");
             let cores = own.as_mut().and_then(Iterator::next).unwrap_or(general);
-            placements.push(Placement { name: format!("{}-{number}", crate::flags::typed(role)), role, cores });
+            placements.push(Placement {
+                name: format!("{}-{number}", crate::flags::typed(role)),
+                role,
+                cores,
+            });
         }
     }
     Ok(placements)
@@ -48,7 +52,9 @@ pub(super) fn place(flags: &ServeFlags) -> anyhow::Result<Vec<Placement>> {
 /// than shares, cores are used in turn.
 fn share(cores: &[usize], count: usize) -> Vec<Vec<usize>> {
     if cores.len() < count {
-        return (0..count).map(|number| cores.get(number % cores.len().max(1)).copied().into_iter().collect()).collect();
+        return (0..count)
+            .map(|number| cores.get(number % cores.len().max(1)).copied().into_iter().collect())
+            .collect();
     }
     let (each, more) = (cores.len() / count, cores.len() % count);
     let mut rest = cores;

@@ -49,7 +49,11 @@ struct Keeper {
 
 impl Supervisor {
     /// Starts all workers. Returns where they will be found.
-    pub(super) fn start(plans: Vec<WorkerPlan>, bars: &MultiProgress, metrics: &Arc<Metrics>) -> (Self, Vec<Slot>) {
+    pub(super) fn start(
+        plans: Vec<WorkerPlan>,
+        bars: &MultiProgress,
+        metrics: &Arc<Metrics>,
+    ) -> (Self, Vec<Slot>) {
         let stopped = CancellationToken::new();
         let (failures, failed) = mpsc::channel(plans.len().max(1));
         let (tasks, slots) = plans
@@ -129,7 +133,9 @@ impl Keeper {
                     tracing::info!(worker = %self.plan.name, %address, pid = life.id(), "worker serves");
                     self.address.send_replace(Some(address.to_string()));
                 }
-                Ok(Report::Progress { stage: new, done, total }) => self.show(&bar, &mut stage, new, done, total),
+                Ok(Report::Progress { stage: new, done, total }) => {
+                    self.show(&bar, &mut stage, new, done, total)
+                }
                 Err(_) => tracing::info!(worker = %self.plan.name, "{line}"),
             }
         }

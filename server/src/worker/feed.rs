@@ -14,6 +14,7 @@ use tidemill_engine::handle::PeerLink;
 use tokio::sync::{Notify, broadcast};
 use tonic::Status;
 
+use super::samples::Samples;
 use crate::convert::{self, WorkerStatus};
 use crate::proto;
 
@@ -21,6 +22,7 @@ use crate::proto;
 #[derive(Clone, Debug)]
 pub(crate) struct StatusFeed {
     engine: EngineHandle,
+    samples: Arc<Samples>,
     state: Arc<Mutex<State>>,
 }
 
@@ -38,12 +40,16 @@ impl StatusFeed {
     /// Follows `engine` until it stops. Needs a running tokio runtime.
     pub(crate) fn start(engine: EngineHandle, links: Arc<Mutex<Vec<PeerLink>>>) -> Self {
         let changed = Arc::new(Notify::new());
-        let listener = Arc::clone(&changed);
-        engine.watch(Box::new(move |_| listener.notify_one()));
+        let samples = Arc::new(Samples::default());
+        let (listener, collector) = (Arc::clone(&changed), Arc::clone(&samples));
+        engine.watch(Box::new(move |status| {
+            collector.add(&status.counters);
+            listener.notify_one();
+        }));
         let (watchers, _) = broadcast::channel(STATUSES_KEPT);
         let latest = WorkerStatus { engine: engine.status(), ..WorkerStatus::default() };
         let state = State { latest, cached: BTreeSet::new(), watchers: Some(watchers) };
-        let feed = Self { engine, state: Arc::new(Mutex::new(state)) };
+        let feed = Self { engine, samples, state: Arc::new(Mutex::new(state)) };
         tokio::spawn(feed.clone().follow(changed, links));
         feed
     }
@@ -103,6 +109,7 @@ impl StatusFeed {
         let status = WorkerStatus {
             cache_added: changes.added,
             cache_removed: changes.removed,
+            samples: self.samples.take(),
             ..state.latest.clone()
         };
         if let Some(watchers) = &state.watchers {

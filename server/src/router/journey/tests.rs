@@ -36,6 +36,7 @@ fn journeys() {
         ("decode lost mid-stream: replay what has left",     "split p0 p-over d1 d-lost split34 p2 d3",    "start-d2 start-p1 =0 =1 count:decode-lost find-2 start-d4 start-p3 =2 =3"),
         ("the only worker lost mid-stream",                  "whole a0 a-lost whole a1 a-end",             "start-a2 =0 count:worker-lost find-2 start-a2 =1 end"),
         ("tokens ahead of a gap are computed again",         "split p0 p-over d1 d3 d-lost whole a2 a3",   "start-d2 start-p1 =0 =1 count:decode-lost find-2 start-a2 =2 =3"),
+        ("a token that never comes is computed again",       "split d1 d-end p-over exhausted whole a0 a1", "start-d2 start-p1 count:stream-incomplete find-2 start-a2 =0 =1"),
         ("lost after the last token: it had ended",          "whole a0 a1 a2 a3 a4 a5 a-lost",             "start-a2 =0 =1 =2 =3 =4 =5 count:worker-lost end"),
         ("lost after the stop token: it had ended",          "whole stop0 a-lost",                         "start-a2 =0 count:worker-lost end"),
 
@@ -94,6 +95,7 @@ fn happening(word: &str) -> Happening {
         }
         "none" => return Happening::Unroutable("none".into()),
         "overdue" => return Happening::AdoptionOverdue,
+        "exhausted" => return Happening::Exhausted,
         "stop0" => {
             return Happening::From(Side::Alone, EngineEvent::Token { id: 99, index: 0, logprobs: None });
         }

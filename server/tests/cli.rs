@@ -1,0 +1,119 @@
+//! What the binary says to a person at a terminal, without serving anything.
+
+use std::process::{Command, Output, Stdio};
+
+fn tidemill(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+    // Settings of whoever runs the tests are not ours.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("TIDEMILL_") {
+            command.env_remove(name);
+        }
+    }
+    command.args(arguments).stdin(Stdio::null()).output().expect("the binary starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("the program speaks UTF-8")
+}
+
+#[test]
+fn the_version_says_how_it_was_built() {
+    for arguments in [["--version"].as_slice(), &["serve", "--version"]] {
+        let output = tidemill(arguments);
+        assert!(output.status.success(), "{arguments:?}");
+        let said = text(&output.stdout);
+        assert!(said.starts_with("tidemill"), "{said}");
+        assert!(said.contains(env!("CARGO_PKG_VERSION")) && said.contains('('), "{said}");
+    }
+}
+
+#[test]
+fn help_teaches() {
+    let help = |arguments: &[&str]| text(&tidemill(arguments).stdout);
+    let top = help(&["--help"]);
+    for command in ["serve", "worker", "route", "chat", "doctor", "completions"] {
+        assert!(top.contains(command), "the overview names {command}:\n{top}");
+    }
+    let serve = help(&["serve", "--help"]);
+    for part in
+        ["Model:", "Workers:", "Engine:", "HTTP:", "Logs:", "--max-model-len", "TIDEMILL_PORT", "Examples:"]
+    {
+        assert!(serve.contains(part), "`serve --help` has {part}:\n{serve}");
+    }
+    for hidden in ["--fault-point", "--supervised"] {
+        assert!(
+            !serve.contains(hidden) && !help(&["worker", "--help"]).contains(hidden),
+            "{hidden} is not for people"
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused_with_the_reason() {
+    #[rustfmt::skip]
+    let rows: [(&str, &[&str], &str); 12] = [
+        ("an unknown flag",             &["serve", "--max-modle-len", "5"],             "--max-model-len"),
+        ("no such command",             &["serf"],                                      "serve"),
+        ("no workers at all",           &["serve", "--prefill", "0"],                   "--prefill"),
+        ("more workers than sensible",  &["serve", "--decode", "1000"],                 "--decode"),
+        ("half a token per block",      &["serve", "--block-size", "12"],               "1, 2, 4"),
+        ("memory in parsecs",           &["serve", "--kv-cache-memory", "2parsecs"],    "2GiB"),
+        ("a core that is no number",    &["serve", "--cores", "a-b"],                   "core number"),
+        ("a missing key file",          &["serve", "--api-key-file", "/nowhere/key"],   "/nowhere/key"),
+        ("cores and threads",           &["serve", "--cores", "0", "--threads", "1"],   "cannot be used with"),
+        ("a worker without a role",     &["worker"],                                    "--role"),
+        ("a router without workers",    &["route"],                                     "--workers"),
+        ("a model that is not there",   &["serve", "./no/such/folder"],                 "no/such/folder"),
+    ];
+    for (name, arguments, expected) in rows {
+        let output = tidemill(arguments);
+        assert!(!output.status.success(), "{name} is refused");
+        let said = text(&output.stderr);
+        assert!(said.starts_with("error:"), "{name}: {said}");
+        assert!(said.contains(expected), "{name}: `{expected}` is missing in {said}");
+    }
+}
+
+#[test]
+fn a_folder_without_a_model_is_named() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().to_str().expect("UTF-8");
+    let output = tidemill(&["serve", path]);
+    assert!(!output.status.success());
+    let said = text(&output.stderr);
+    assert!(said.contains(path) && said.contains("config.json"), "{said}");
+}
+
+#[test]
+fn a_model_that_is_not_cached_is_not_found_offline() {
+    let home = tempfile::tempdir().expect("a temporary folder");
+    let output = Command::new(env!("CARGO_BIN_EXE_tidemill"))
+        .args(["serve", "nobody/nothing", "--offline"])
+        .env("HF_HOME", home.path())
+        .output()
+        .expect("the binary starts");
+    assert!(!output.status.success());
+    let said = text(&output.stderr);
+    assert!(said.contains("nobody/nothing") && said.contains("cache"), "{said}");
+}
+
+#[test]
+fn completions_complete() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = tidemill(&["completions", shell]);
+        assert!(output.status.success(), "{shell}");
+        assert!(text(&output.stdout).contains("max-model-len"), "{shell} knows the flags");
+    }
+}
+
+#[test]
+fn the_doctor_reports_in_both_forms() {
+    let plain = tidemill(&["doctor"]);
+    assert!(plain.status.success(), "{}", text(&plain.stderr));
+    assert!(!plain.stdout.is_empty());
+    let json = tidemill(&["doctor", "--json"]);
+    assert!(json.status.success());
+    let report: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    assert!(report["findings"].as_array().is_some_and(|findings| !findings.is_empty()), "{report}");
+}
