@@ -25,6 +25,7 @@ use crate::handle::{
     CacheChanges, Counters, EngineEvent, EngineStatus, EventSink, Fault, FaultStage, Recovery,
 };
 use crate::memory::Arena;
+use crate::roles::FirstToken;
 use crate::roles::decode::Incoming;
 use crate::roles::prefill::{Announced, Origin, Outgoings};
 use crate::runner::{Batch, BatchSequence, LogitsWanted, Runner};
@@ -56,7 +57,7 @@ pub(crate) struct Active {
     pub(crate) request: RequestParts,
     pub(crate) events: EventSink,
     /// Log-probabilities of the prompt so far, when asked for.
-    prompt_logprobs: Vec<Logprobs>,
+    pub(crate) prompt_logprobs: Vec<Logprobs>,
 }
 
 /// The fields of a request that the scheduler does not hand back.
@@ -299,21 +300,20 @@ impl Driver {
         let Outcome::Token { request, token, index, finish, cached } = outcome else { return };
         let Some(active) = self.requests.get_mut(&request) else { return };
         self.counters.generation_tokens += 1;
-        if !active.prompt_logprobs.is_empty() {
-            (active.events)(EngineEvent::PromptLogprobs(std::mem::take(&mut active.prompt_logprobs)));
+        let prompt_logprobs = std::mem::take(&mut active.prompt_logprobs);
+        if !prompt_logprobs.is_empty() {
+            (active.events)(EngineEvent::PromptLogprobs(prompt_logprobs.clone()));
         }
         (active.events)(EngineEvent::Token { id: token, index, logprobs: logprobs.clone() });
         let part = active.request.part;
         if let Some(reason) = finish {
             (active.events)(EngineEvent::Finished { reason, cached_tokens: cached.0 });
             self.requests.remove(&request);
-            if let Part::PrefillFor(handoff) = part
-                && self.outgoing.give_up(handoff)
-            {
-                self.endpoint.abandon(handoff, "the request ended with its first token".into());
-            }
-        } else if let Part::PrefillFor(handoff) = part {
-            self.prefill_computed(handoff, token, logprobs, cached);
+        }
+        if let Part::PrefillFor(handoff) = part {
+            // Also when the first token is the last: decode comes to the same end, and both sides need no third way out.
+            let cached_tokens = cached.0;
+            self.prefill_computed(handoff, FirstToken { id: token, logprobs, prompt_logprobs, cached_tokens });
         }
     }
 

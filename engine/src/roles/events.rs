@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tidemill_engine_core::handoff::Cancelled;
 use tidemill_engine_core::plan::StepPlan;
-use tidemill_engine_core::request::{Logprobs, Part, Request, RequestId, TokenId};
+use tidemill_engine_core::request::{Part, Request, RequestId};
 use tidemill_engine_core::scheduler::SubmitError;
 use tidemill_engine_core::sequence::{Sequence, Stage};
 use tidemill_kvtransfer::{HandoffEvent, HandoffStats, Reserve, Reserved};
@@ -114,14 +114,7 @@ impl Driver {
     }
 
     /// Prefill: the prompt is in the cache and the first token known.
-    pub(crate) fn prefill_computed(
-        &mut self,
-        handoff: HandoffId,
-        id: TokenId,
-        logprobs: Option<Logprobs>,
-        cached: TokenCount,
-    ) {
-        let first_token = FirstToken { id, logprobs, cached_tokens: cached.0 };
+    pub(crate) fn prefill_computed(&mut self, handoff: HandoffId, first_token: FirstToken) {
         self.outgoing.computed(handoff, first_token);
         self.commit_if_complete(handoff);
     }
@@ -211,6 +204,7 @@ impl Driver {
                 self.incoming.remove(&handoff);
                 if let Some(active) = self.requests.get_mut(&request) {
                     active.request.part = Part::Whole;
+                    active.prompt_logprobs = first.prompt_logprobs;
                 }
                 self.endpoint.adopt(handoff);
                 self.deliver(outcome, first.logprobs);
