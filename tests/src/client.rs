@@ -67,7 +67,7 @@ impl Client {
         &self,
         path: &str,
         body: &Value,
-    ) -> (u16, impl futures::Stream<Item = Value> + Unpin) {
+    ) -> (u16, impl futures::Stream<Item = Value> + Unpin + use<>) {
         let response = self
             .http
             .post(format!("{}{path}", self.base))
@@ -140,6 +140,9 @@ impl Client {
             metrics.iter().filter(|(key, _)| matches(key)).map(|(_, value)| value).sum()
         };
         let busy = ["held", "reserved", "quarantined"].map(|state| sum("tidemill_blocks", state));
+        if 0.0 < busy.iter().sum::<f64>() {
+            eprintln!("busy: {busy:?} {:?}", metrics.iter().filter(|(key, value)| key.starts_with("tidemill_blocks") && **value != 0.0).collect::<Vec<_>>());
+        }
         let unused = sum("tidemill_blocks", "free") + sum("tidemill_blocks", "cached");
         busy == [0.0; 3]
             && 0.0 < unused
