@@ -16,9 +16,7 @@ use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
 
 use crate::driver::{Driver, Inbox};
 use crate::engine::{Command, EngineError, Shared};
-use crate::handle::{
-    Counters, Description, DigestCoverage, EngineConfig, EngineStatus, LoadProgress, TransportChoice,
-};
+use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, LoadProgress, TransportChoice};
 use crate::memory::{Arena, available_bytes};
 use crate::models::Model;
 use crate::roles::prefill::Outgoings;
@@ -76,7 +74,7 @@ pub(crate) fn boot(
         device: cpu.describe(),
         max_num_seqs: config.max_num_seqs,
     };
-    let driver = Driver {
+    let mut driver = Driver {
         scheduler: Scheduler::new(limits, blocks),
         sampler: Sampler::new(model.spec.vocab_size),
         runner,
@@ -93,7 +91,8 @@ pub(crate) fn boot(
         draining: false,
         stuck_since: None,
     };
-    driver.shared.publish(EngineStatus::default(), crate::handle::CacheChanges::default());
+    // Whoever asks right after the start gets the real numbers of blocks.
+    driver.publish();
     Ok((driver, description, endpoint))
 }
 

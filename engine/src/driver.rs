@@ -310,10 +310,17 @@ impl Driver {
             (active.events)(EngineEvent::Finished { reason, cached_tokens: cached.0 });
             self.requests.remove(&request);
         }
-        if let Part::PrefillFor(handoff) = part {
-            // Also when the first token is the last: decode comes to the same end, and both sides need no third way out.
+        let Part::PrefillFor(handoff) = part else { return };
+        if finish.is_some() && self.outgoing.awaits_reservation(handoff) {
+            // Decode has not asked for it yet, and has no reason to any more.
+            self.outgoing.give_up(handoff);
+            self.endpoint.abandon(handoff, "the request ended with its first token".into());
+        } else {
             let cached_tokens = cached.0;
-            self.prefill_computed(handoff, FirstToken { id: token, logprobs, prompt_logprobs, cached_tokens });
+            self.prefill_computed(
+                handoff,
+                FirstToken { id: token, logprobs, prompt_logprobs, cached_tokens },
+            );
         }
     }
 
@@ -324,7 +331,8 @@ impl Driver {
         self.stop(id, active.request.part);
     }
 
-    fn publish(&mut self) {
+    /// Publishes where things stand.
+    pub(crate) fn publish(&mut self) {
         let counts = self.scheduler.counts();
         let core = self.scheduler.counters();
         self.counters.prefix_queries = core.prefix_queries;

@@ -140,9 +140,6 @@ impl Client {
             metrics.iter().filter(|(key, _)| matches(key)).map(|(_, value)| value).sum()
         };
         let busy = ["held", "reserved", "quarantined"].map(|state| sum("tidemill_blocks", state));
-        if 0.0 < busy.iter().sum::<f64>() {
-            eprintln!("busy: {busy:?} {:?}", metrics.iter().filter(|(key, value)| key.starts_with("tidemill_blocks") && **value != 0.0).collect::<Vec<_>>());
-        }
         let unused = sum("tidemill_blocks", "free") + sum("tidemill_blocks", "cached");
         busy == [0.0; 3]
             && 0.0 < unused

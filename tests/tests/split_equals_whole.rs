@@ -41,7 +41,8 @@ async fn family_is_equal(model: &str) {
         assert!(handoffs > 0.0, "{model}, {split}: nothing was handed over\n{}", deployment.log());
         let fallbacks = deployment.client.metric("tidemill_fallbacks_total", "").await;
         assert!(fallbacks == 0.0, "{model}, {split}: {fallbacks} fallbacks\n{}", deployment.log());
-        eventually("the ledger closes", LIMIT, || deployment.client.is_idle()).await;
+        eventually(&format!("{model}, {split}: the ledger closes"), LIMIT, || deployment.client.is_idle())
+            .await;
     }
 }
 
