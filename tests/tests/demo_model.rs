@@ -37,7 +37,7 @@ async fn right_answers(client: &Client, variant: &str) -> usize {
             _ => answer.contains(expected),
         };
         if !is_right {
-            println!("{variant}: {}: expected {expected:?}, got {answer:?}", question["name"]);
+            eprintln!("{variant}: {}: expected {expected:?}, got {answer:?}", question["name"]);
         }
         right += usize::from(is_right);
     }

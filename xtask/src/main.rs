@@ -13,8 +13,8 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["tidy"] => report(xtask::tidy::check(&xtask::root())),
-        ["tidy", "--shrink"] => report(xtask::tidy::shrink(&xtask::root())),
+        ["tidy"] => report(&xtask::tidy::check(&xtask::root())),
+        ["tidy", "--shrink"] => report(&xtask::tidy::shrink(&xtask::root())),
         _ => {
             eprintln!("{USAGE}");
             ExitCode::from(2)
@@ -22,8 +22,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn report(findings: Vec<String>) -> ExitCode {
-    for finding in &findings {
+fn report(findings: &[String]) -> ExitCode {
+    for finding in findings {
         eprintln!("tidy: {finding}");
     }
     if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
