@@ -72,3 +72,6 @@ impl Generator for SharedRouter {
 
 /// A client that reads slowly holds this many events of its own request and nobody else's.
 const EVENTS_AHEAD: usize = 256;
+
+#[cfg(test)]
+mod tests;

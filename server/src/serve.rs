@@ -13,6 +13,7 @@ use crate::front::{self, Front};
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::model_source::{self, ResolvedModel};
+use crate::openai::Serving;
 use crate::router::Cluster;
 use crate::shutdown::Signals;
 use placement::{Placement, place};
@@ -46,7 +47,10 @@ async fn serve(
     let front = Front::start(&flags.front, names, text, &cluster, metrics).await?;
     tracing::info!(address = %front.address, "front end listens; workers are loading");
     let up = tokio::select! {
-        () = cluster.all_up() => Ok(true),
+        () = cluster.all_up() => match cluster.health().serving {
+            Serving::Yes { .. } => Ok(true),
+            Serving::No { reason } => Err(anyhow::anyhow!(reason)),
+        },
         failed = supervisor.first_failure() => Err(failed),
         _ = signals.next() => Ok(false),
     };

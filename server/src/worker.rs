@@ -182,3 +182,6 @@ pub(crate) fn is_last(event: &EngineEvent) -> bool {
 fn refused(invalid: &Invalid) -> Status {
     Status::invalid_argument(invalid.to_string())
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -248,7 +248,7 @@ impl DigestName {
 }
 
 /// The name of a value as it is typed.
-pub(crate) fn typed<T: ValueEnum>(value: T) -> String {
+pub(crate) fn typed<T: ValueEnum + Copy>(value: T) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).expect("no value is hidden")
 }
 

@@ -262,7 +262,7 @@ impl Journey {
                 }
                 _ => self.finish(side, reason, cached_tokens, actions),
             },
-            EngineEvent::Failed { recovery, message } => self.failed(side, recovery, message, actions),
+            EngineEvent::Failed { recovery, message } => self.failed(side, recovery, &message, actions),
         }
     }
 
@@ -303,9 +303,9 @@ impl Journey {
         }
     }
 
-    fn failed(&mut self, side: Side, recovery: Recovery, message: String, actions: &mut Vec<Action>) {
+    fn failed(&mut self, side: Side, recovery: Recovery, message: &str, actions: &mut Vec<Action>) {
         if recovery == Recovery::GiveUp {
-            return self.end(GenerationEvent::Failed(GenerationError::Internal(message)), actions);
+            return self.end(GenerationEvent::Failed(GenerationError::Internal(message.to_owned())), actions);
         }
         let full = recovery == Recovery::Later;
         match (&mut self.stage, side) {
@@ -344,15 +344,15 @@ impl Journey {
             (Stage::Split(split), Side::Prefill) => {
                 split.prefill_leg = Leg::Done;
                 let prefill = split.prefill;
-                self.retry(prefill, false, "prefill-lost", why.to_owned(), actions);
+                self.retry(prefill, false, "prefill-lost", why, actions);
             }
             (Stage::Split(split), Side::Decode) => {
                 let decode = split.decode;
-                self.retry(decode, false, "decode-lost", why.to_owned(), actions);
+                self.retry(decode, false, "decode-lost", why, actions);
             }
             (Stage::Alone(worker), Side::Alone) => {
                 let worker = *worker;
-                self.retry(worker, false, "worker-lost", why.to_owned(), actions);
+                self.retry(worker, false, "worker-lost", why, actions);
             }
             (Stage::Alone(_), _) | (Stage::Split(_), Side::Alone) | (Stage::Routing | Stage::Over, _) => {}
         }
@@ -364,7 +364,7 @@ impl Journey {
             && !split.adopted
         {
             let prefill = split.prefill;
-            self.retry(prefill, false, "prefill-lost", "decode did not take over in time".into(), actions);
+            self.retry(prefill, false, "prefill-lost", "decode did not take over in time", actions);
         }
     }
 
@@ -372,7 +372,7 @@ impl Journey {
         let (Stage::Split(Split { decode: culprit, .. }) | Stage::Alone(culprit)) = self.stage else {
             return;
         };
-        let detail = "all streams ended before the request did".into();
+        let detail = "all streams ended before the request did";
         self.retry(culprit, false, "stream-incomplete", detail, actions);
     }
 
@@ -382,10 +382,10 @@ impl Journey {
         culprit: Instance,
         full: bool,
         reason: &'static str,
-        detail: String,
+        detail: &str,
         actions: &mut Vec<Action>,
     ) {
-        actions.push(Action::Fallback { reason, detail: detail.clone() });
+        actions.push(Action::Fallback { reason, detail: detail.to_owned() });
         self.stop_streams(culprit, actions);
         self.ahead.clear();
         if let Some(reason) = self.ended_unsaid() {

@@ -78,8 +78,9 @@ mod tests {
 
     #[test]
     fn cores_are_shared_out() {
+        type Row = (&'static str, &'static [usize], usize, &'static [&'static [usize]]);
         #[rustfmt::skip]
-        let rows: [(&str, &[usize], usize, &[&[usize]]); 5] = [
+        let rows: [Row; 5] = [
             ("one each",                        &[0, 1],        2, &[&[0], &[1]]),
             ("the first takes what is odd",     &[0, 1, 2],     2, &[&[0, 1], &[2]]),
             ("all to the only one",             &[4, 5, 6],     1, &[&[4, 5, 6]]),
