@@ -18,6 +18,8 @@ use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
 /// A token and its log-probabilities.
 type Output = Vec<(TokenId, Option<Logprobs>)>;
+/// What a row of a table changes in the settings.
+type Change = fn(&mut EngineConfig);
 
 #[test]
 fn neither_batch_nor_chunk_nor_cache_nor_preemption_changes_a_token() {
@@ -25,7 +27,7 @@ fn neither_batch_nor_chunk_nor_cache_nor_preemption_changes_a_token() {
     let alone = start(config(model, Role::Hybrid));
     let expected: Vec<Output> = (0..6).map(|which| whole(&alone, which)).collect();
     #[rustfmt::skip]
-    let rows: [(&str, fn(&mut EngineConfig)); 5] = [
+    let rows: [(&str, Change); 5] = [
         ("all at once",                 |_| {}),
         ("in chunks of 7",              |it| it.max_num_batched_tokens = 7),
         ("without a prefix cache",      |it| it.prefix_cache = false),
@@ -59,7 +61,7 @@ fn split_equals_whole_over_each_way_and_layout() {
     let shm = TransportChoice::SharedMemory;
     let tcp = TransportChoice::Tcp;
     #[rustfmt::skip]
-    let rows: [(&str, TransportChoice, fn(&mut EngineConfig), fn(&mut EngineConfig)); 7] = [
+    let rows: [(&str, TransportChoice, Change, Change); 7] = [
         ("in place",                    shm, |_| {},                            |_| {}),
         ("copied",                      shm, |p| p.in_place = false,            |d| d.in_place = false),
         ("tcp",                         tcp, |_| {},                            |d| d.digest = DigestCoverage::Full),
@@ -292,7 +294,7 @@ fn request(which: u32, part: Part) -> Request {
         prompt_len: TokenCount(length),
         tokens,
         sampling: SamplingParams {
-            temperature: if which % 2 == 0 { 0.0 } else { 0.9 },
+            temperature: if which.is_multiple_of(2) { 0.0 } else { 0.9 },
             seed: which.into(),
             logprobs: Some(2),
             ..SamplingParams::default()

@@ -52,7 +52,7 @@ async fn storm(client: &Client, round: u64) -> usize {
                 return false;
             }
             // A third leaves after some events, some of them before the first.
-            let leaves_after = (random % 3 == 0).then_some(mix(random) % 12);
+            let leaves_after = random.is_multiple_of(3).then_some(mix(random) % 12);
             let mut seen = 0;
             while leaves_after != Some(seen) {
                 let Some(event) = events.next().await else { break };
