@@ -87,8 +87,9 @@ mod tests {
     /// of which holds six tokens.
     #[test]
     fn blocks_become_due() {
+        type Calls = &'static [(Range<usize>, u32)];
         #[rustfmt::skip]
-        let rows: [(&str, &[(Range<usize>, u32)], &str); 8] = [
+        let rows: [(&str, Calls, &str); 8] = [
             // name                                        calls: layers, computed             due after the last call
             ("nothing computed, nothing due",              &[(0..2, 0)],                        ""),
             ("what the peer has is not due",               &[(0..2, 20)],                       ""),
