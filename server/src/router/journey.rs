@@ -296,7 +296,8 @@ impl Journey {
         actions.push(Action::Emit(GenerationEvent::Finished { reason, cached_tokens }));
         if let Stage::Split(split) = stage {
             match side {
-                Side::Prefill => actions.push(Action::Stop(Side::Decode)),
+                // Decode comes to the same end, or is told that it is not needed; a cancel would only look like a failure.
+                Side::Prefill => actions.push(Action::Release(Side::Decode)),
                 _ if split.prefill_leg == Leg::Open => actions.push(Action::Release(Side::Prefill)),
                 _ => {}
             }

@@ -15,7 +15,7 @@ fn journeys() {
         ("decode's stream may be quicker than prefill's",    "split d1 d2 p0 p-over d-end",                "start-d2 start-p1 =0 =1 =2 end"),
         ("even its end waits for the first token",           "split d1 d-end p0",                          "start-d2 start-p1 =0 =1 end release-p"),
         ("a repeated token is dropped",                      "split p0 p0 p-over d0 d1 d-end",             "start-d2 start-p1 =0 =1 end"),
-        ("a first token that ends it frees decode",          "split p0 p-end",                             "start-d2 start-p1 =0 end stop-d"),
+        ("a first token that ends it lets decode end too",   "split p0 p-end",                             "start-d2 start-p1 =0 end release-d"),
         ("an end of decode lets prefill tidy up",            "split p0 d1 d-end",                          "start-d2 start-p1 =0 =1 end release-p"),
         ("one worker does it all",                           "whole a0 a1 a-end",                          "start-a2 =0 =1 end"),
         ("a fallback is counted",                            "alone a0 a-end",                             "count:no-prefill start-a2 =0 end"),
