@@ -7,12 +7,12 @@ import stories
 import talk
 import tasks
 from tasks import Turn
-from words import BOYS, GIRLS, held_out, name
+from words import BOYS, GIRLS, held_out
 
 SINGLE = {  # task -> share among the turns that need no turn before them
-    tasks.arithmetic: 26, tasks.several_sums: 6, tasks.word_problem: 14, tasks.compare: 7, tasks.counting: 8,
-    tasks.listing: 6, tasks.whole_series: 8, tasks.list_work: 15, tasks.renaming: 19, tasks.repeating: 4,
-    tasks.given_facts: 24, tasks.story_question: 14, talk.fixed: 5, talk.outside: 6, talk.plain_facts: 6,
+    tasks.arithmetic: 20, tasks.several_sums: 6, tasks.word_problem: 7, tasks.compare: 7, tasks.counting: 8,
+    tasks.listing: 6, tasks.whole_series: 8, tasks.list_work: 22, tasks.renaming: 19, tasks.repeating: 4,
+    tasks.given_facts: 30, tasks.story_question: 20, talk.fixed: 5, talk.outside: 6, talk.plain_facts: 6,
 }
 
 
@@ -66,7 +66,7 @@ def drawn(rng: random.Random, maker, holdout: bool) -> Turn:
 
 
 def telling(rng: random.Random, holdout: bool) -> list[Turn]:
-    """A story on request, then questions about it, and now and then the story again with another name."""
+    """A story on request, then questions about it."""
     tale = stories.story(rng, holdout)
     if rng.random() < 0.2:
         asked, must = rng.choice(stories.OPEN_REQUESTS), ""
@@ -78,13 +78,6 @@ def telling(rng: random.Random, holdout: bool) -> list[Turn]:
     for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
         question, answer, must = stories.question(rng, tale)
         turns.append(as_typed(rng, Turn("story questions", question, answer, "contains", must, tale.key())))
-    if rng.random() < 0.15:
-        new = name(rng, tale.hero, tale.friend)
-        asked = rng.choice(["Tell the story again, but call the {k} {n}.", "Rename {o} to {n} in the story.",
-                            "Now call the {k} {n}.", "Tell it again with {n} instead of {o}.",
-                            "The same story, but rename {o} to {n}."]).format(k=tale.kind, o=tale.hero, n=new)
-        turns.append(Turn("renaming", asked, tale.text.replace(tale.hero, new), "equals",
-                          tale.text.replace(tale.hero, new), tale.key()))
     return turns
 
 
