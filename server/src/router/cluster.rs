@@ -280,7 +280,10 @@ impl Cluster {
         if status.cache_reset {
             live.cached.clear();
         }
-        live.links = status.links;
+        if !status.links.is_empty() {
+            // An empty list may be from before the introduction.
+            live.links = status.links;
+        }
         live.cached.extend(status.cache_added);
         for hash in &status.cache_removed {
             live.cached.remove(hash);

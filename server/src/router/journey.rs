@@ -135,6 +135,8 @@ struct Split {
     base: usize,
     /// How decode ended, while the first token is still missing.
     ending: Option<(FinishReason, u32)>,
+    /// Why decode cannot go on, while prefill has not said its last word: it may have ended the request.
+    decode_failure: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,6 +214,7 @@ impl Journey {
                     adopted: false,
                     base: self.emitted.len(),
                     ending: None,
+                    decode_failure: None,
                 });
             }
             Route::Whole { worker, fallback } => {
@@ -253,6 +256,7 @@ impl Journey {
                     split.prefill_leg = Leg::Done;
                     split.adopted = true;
                 }
+                self.prefill_has_spoken(actions);
             }
             EngineEvent::Finished { reason, cached_tokens } => match &mut self.stage {
                 // The first token may be missing still.
@@ -297,7 +301,10 @@ impl Journey {
         if let Stage::Split(split) = stage {
             match side {
                 // Decode comes to the same end, or is told that it is not needed; a cancel would only look like a failure.
-                Side::Prefill => actions.push(Action::Release(Side::Decode)),
+                Side::Prefill if split.decode_failure.is_none() => {
+                    actions.push(Action::Release(Side::Decode))
+                }
+                Side::Prefill => {}
                 _ if split.prefill_leg == Leg::Open => actions.push(Action::Release(Side::Prefill)),
                 _ => {}
             }
@@ -321,6 +328,11 @@ impl Journey {
                 if full {
                     return self.retry(decode, true, "decode-full", message, actions);
                 }
+                if split.prefill_leg == Leg::Open {
+                    // Its last word may be that the request has ended, and decode was just quicker to notice.
+                    split.decode_failure = Some(message.to_owned());
+                    return actions.push(Action::AwaitAdoption);
+                }
                 // Decode is well enough to say so: what failed is the handoff, or the worker behind it.
                 let reason = if split.prefill_leg == Leg::Lost { "prefill-lost" } else { "handoff-failed" };
                 self.retry(prefill, false, reason, message, actions);
@@ -335,7 +347,9 @@ impl Journey {
 
     fn lost(&mut self, side: Side, why: &str, actions: &mut Vec<Action>) {
         match (&mut self.stage, side) {
-            (Stage::Split(split), Side::Prefill) if split.base < self.emitted.len() => {
+            (Stage::Split(split), Side::Prefill)
+                if split.base < self.emitted.len() && split.decode_failure.is_none() =>
+            {
                 // The first token is out, so decode may have everything; if not, it will say so soon.
                 split.prefill_leg = Leg::Lost;
                 if !split.adopted {
@@ -360,12 +374,22 @@ impl Journey {
     }
 
     fn adoption_overdue(&mut self, actions: &mut Vec<Action>) {
-        if let Stage::Split(split) = &self.stage
-            && split.prefill_leg == Leg::Lost
-            && !split.adopted
+        let Stage::Split(split) = &mut self.stage else { return };
+        let prefill = split.prefill;
+        if let Some(failure) = split.decode_failure.take() {
+            self.retry(prefill, false, "handoff-failed", &failure, actions);
+        } else if split.prefill_leg == Leg::Lost && !split.adopted {
+            self.retry(prefill, false, "prefill-lost", "decode did not take over in time", actions);
+        }
+    }
+
+    /// Prefill has nothing more to say, and it was not the end of the request.
+    fn prefill_has_spoken(&mut self, actions: &mut Vec<Action>) {
+        if let Stage::Split(split) = &mut self.stage
+            && let Some(failure) = split.decode_failure.take()
         {
             let prefill = split.prefill;
-            self.retry(prefill, false, "prefill-lost", "decode did not take over in time", actions);
+            self.retry(prefill, false, "handoff-failed", &failure, actions);
         }
     }
 
