@@ -160,7 +160,7 @@ def accumulate(model: DemoModel, ids: torch.Tensor, weights: torch.Tensor) -> tu
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=str(Path(__file__).parent / "weights"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--processes", type=int, default=2, help="one core each")
     parser.add_argument("--matrix-lr", type=float, default=0.02)
