@@ -1,16 +1,14 @@
-//! The one thread of an endpoint: waits for sockets, clocks and orders, feeds the state machines of
-//! `tidemill-kvtransfer-proto`, and does what they say.
+//! The one thread of an endpoint: waits for sockets, clocks and orders, feeds them to the [`EndpointCore`], and
+//! does what that says.
 //!
 //! Nothing in here blocks but the wait itself. Each turn does a bounded amount of work for each peer, so that a
 //! slow or busy one holds up nobody else.
 
-mod decoding;
+mod actions;
 mod dialling;
 mod links;
 mod lobby;
 mod peers;
-mod prefilling;
-mod pushing;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{SocketAddr, TcpListener};
@@ -21,27 +19,29 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
+use tidemill_kvtransfer_proto::digest::BlockShape;
+use tidemill_kvtransfer_proto::endpoint_core::{EndpointCore, EndpointRules, LinkId, ReserveOrder};
 use tidemill_kvtransfer_proto::message::{Hello, Offer, OnFailure, PROTOCOL};
-use tidemill_kvtransfer_proto::units::HandoffId;
+use tidemill_kvtransfer_proto::units::Moment;
 
-use self::decoding::Incoming;
 use self::lobby::{MemoryVisitor, Visitor};
 use self::peers::Peer;
-use self::prefilling::{Outgoing, Waiting};
 use crate::endpoint::{Command, EndpointConfig, EventSink, LinkTable, TransportChoice};
 use crate::error::EndpointError;
-use crate::event::HandoffEvent;
+use crate::event::{HandoffEvent, Reserve};
 use crate::host;
 use crate::shm::exchange;
+use crate::source::SourceRange;
 use crate::tcp::Loss;
-use crate::verification::BlockShape;
+use crate::verification::DigestJob;
 
 /// Everything the thread owns.
 pub(crate) struct Driver {
     config: EndpointConfig,
     /// What this side says about itself.
     hello: Hello,
-    shape: BlockShape,
+    /// What decides.
+    core: EndpointCore<SourceRange>,
     events: EventSink,
     inbox: Receiver<Command>,
     wake: Arc<OwnedFd>,
@@ -54,21 +54,14 @@ pub(crate) struct Driver {
     memory_lobby: Vec<MemoryVisitor>,
     /// By instance.
     peers: BTreeMap<u64, Peer>,
-    /// Handoffs with this side as decode side.
-    incoming: BTreeMap<HandoffId, Incoming>,
-    /// Those of them whose digests are being compared.
-    verifying: VecDeque<HandoffId>,
-    /// Handoffs with this side as prefill side.
-    outgoing: BTreeMap<HandoffId, Outgoing>,
-    /// Those of them whose digests are being taken.
-    hashing: VecDeque<HandoffId>,
-    /// Handoffs of which only one half is known, this side being the prefill side.
-    waiting: BTreeMap<HandoffId, Waiting>,
-    next_write: u64,
+    /// Digests in the making.
+    digesting: VecDeque<DigestJob>,
     /// Connections that were found broken in the middle of something else.
-    doomed: Vec<(u64, Loss)>,
+    doomed: Vec<(u64, LinkId, Loss)>,
     ready: Vec<RawFd>,
     now: Instant,
+    /// When the core's time began.
+    origin: Instant,
     is_stopping: bool,
 }
 
@@ -80,10 +73,10 @@ impl Driver {
         inbox: Receiver<Command>,
         links: Arc<LinkTable>,
     ) -> Result<Self, EndpointError> {
-        let shape = BlockShape { block: config.layout.block_bytes(), granule: config.layout.strides().layer };
+        let block_bytes = BlockShape::of(&config.layout).block;
         let region_bytes = config.region.len();
-        if region_bytes < shape.block {
-            return Err(EndpointError::Region { region_bytes, block_bytes: shape.block });
+        if region_bytes < block_bytes {
+            return Err(EndpointError::Region { region_bytes, block_bytes });
         }
         let system = |operation| move |source| EndpointError::System { operation, source };
         let (listener, address) = listen(config.listen)
@@ -99,10 +92,12 @@ impl Driver {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| system("make an event descriptor")(errno.into()))?;
         let hello = hello(&config, address, memory_listener.is_some().then_some(socket_name));
+        let core = EndpointCore::new(rules(&config));
+        let now = Instant::now();
         Ok(Self {
             config,
             hello,
-            shape,
+            core,
             events,
             inbox,
             wake: Arc::new(wake),
@@ -113,15 +108,11 @@ impl Driver {
             lobby: Vec::new(),
             memory_lobby: Vec::new(),
             peers: BTreeMap::new(),
-            incoming: BTreeMap::new(),
-            verifying: VecDeque::new(),
-            outgoing: BTreeMap::new(),
-            hashing: VecDeque::new(),
-            waiting: BTreeMap::new(),
-            next_write: 0,
+            digesting: VecDeque::new(),
             doomed: Vec::new(),
             ready: Vec::new(),
-            now: Instant::now(),
+            now,
+            origin: now,
             is_stopping: false,
         })
     }
@@ -148,7 +139,6 @@ impl Driver {
             self.check_clocks();
             self.push();
             self.take_digests();
-            self.compare_digests();
             self.flush_links();
             self.bury_the_doomed();
         }
@@ -185,23 +175,25 @@ impl Driver {
                 Err(TryRecvError::Empty) => return,
                 Err(TryRecvError::Disconnected) => Command::Stop,
             };
+            let now = self.moment();
             match command {
                 Command::Meet { peers, reply } => self.meet(peers, &reply),
-                Command::Reserve(reserve) => self.reserve(reserve),
-                Command::Adopt(handoff) => self.adopt(handoff),
-                Command::Refuse(handoff, reason) => self.refuse(handoff, reason),
-                Command::Cancel(handoff) => self.cancel(handoff),
+                Command::Reserve(reserve) => self.core.reserve(reserve_order(reserve)),
+                Command::Adopt(handoff) => self.core.adopt(handoff),
+                Command::Refuse(handoff, reason) => self.core.refuse(handoff, reason),
+                Command::Cancel(handoff) => self.core.cancel(handoff),
                 Command::Expect { handoff, peer_instance, patience } => {
-                    self.expect(handoff, peer_instance, patience);
+                    self.core.expect(handoff, peer_instance, patience, now);
                 }
                 Command::Push(handoff, writes) => self.take_writes(handoff, writes),
-                Command::Finish(handoff, payload) => self.finish(handoff, payload),
-                Command::Abandon(handoff, reason) => self.abandon(handoff, reason),
+                Command::Finish(handoff, payload) => self.core.finish(handoff, payload, now),
+                Command::Abandon(handoff, reason) => self.core.abandon(handoff, reason, now),
                 Command::Stop => {
                     self.is_stopping = true;
                     return;
                 }
             }
+            self.act();
         }
     }
 
@@ -209,27 +201,51 @@ impl Driver {
         (self.events)(event);
     }
 
+    /// The present, as the core counts it.
+    fn moment(&self) -> Moment {
+        Moment(self.origin.elapsed())
+    }
+
     /// Whether there is something to do that no descriptor announces.
     fn has_work(&self) -> bool {
-        !self.verifying.is_empty()
-            || !self.hashing.is_empty()
-            || self.peers.values().any(Peer::has_copies_to_make)
+        let has_copies = |(&instance, peer): (&u64, &Peer)| {
+            peer.copies() && (peer.has_copies_to_make() || self.core.has_writes_for(instance))
+        };
+        !self.digesting.is_empty() || self.peers.iter().any(has_copies)
     }
 
     fn until_next_clock(&self) -> Duration {
         let visitors = self.lobby.iter().map(|it| it.deadline);
         let memory_visitors = self.memory_lobby.iter().map(|it| it.deadline);
-        let waiting = self.waiting.values().map(Waiting::until);
-        let peers = self.peers.iter().filter_map(|(&instance, peer)| {
-            peer.next_clock(self.config.timing.lease, || self.is_wanted(instance, peer))
-        });
-        let next = visitors.chain(memory_visitors).chain(waiting).chain(peers).min();
+        let core = self.core.next_tick().map(|at| self.origin + at.0);
+        let peers = self
+            .peers
+            .iter()
+            .filter_map(|(&instance, peer)| peer.next_clock(|| self.is_wanted(instance, peer)));
+        let next = visitors.chain(memory_visitors).chain(core).chain(peers).min();
         // Clocks are read to the nanosecond but slept to the millisecond: rather late than in vain.
         let rounding = Duration::from_millis(1);
         next.map_or(LONGEST_SLEEP, |next| {
             (next.saturating_duration_since(self.now) + rounding).min(LONGEST_SLEEP)
         })
     }
+}
+
+fn rules(config: &EndpointConfig) -> EndpointRules {
+    EndpointRules {
+        layout: config.layout.clone(),
+        blocks: (config.region.len() / config.layout.block_bytes()) as u64,
+        in_place: config.in_place,
+        coverage: config.coverage,
+        lease: config.timing.lease,
+        heartbeat: config.timing.heartbeat,
+        patience: config.timing.patience,
+    }
+}
+
+fn reserve_order(reserve: Reserve) -> ReserveOrder {
+    let Reserve { handoff, peer_instance, tokens, first_block, cached, targets } = reserve;
+    ReserveOrder { handoff, peer: peer_instance, tokens, first_block, cached, targets }
 }
 
 fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {

@@ -2,8 +2,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
+pub use tidemill_kvtransfer_proto::endpoint_core::HandoffStats;
 use tidemill_kvtransfer_proto::error::TransferError;
 use tidemill_kvtransfer_proto::layout::{Bridge, KvLayout};
 use tidemill_kvtransfer_proto::message::TransportKind;
@@ -120,17 +120,6 @@ pub enum Path {
     InPlace(Arc<Region>),
     /// By pushing.
     Write,
-}
-
-/// What a handoff took.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HandoffStats {
-    /// Bytes written.
-    pub bytes: u64,
-    /// Writes posted, after neighbours were joined. Zero when everything was computed in place.
-    pub writes: u64,
-    /// From `finish` to the peer's adoption.
-    pub took: Duration,
 }
 
 /// What happens to handoffs and peers. Delivered on the endpoint's own thread: a receiver passes it on and

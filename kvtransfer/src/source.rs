@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
+
 use crate::shm::{Region, Slab};
 
 /// Memory that writes read from.
@@ -31,22 +33,6 @@ impl SourceRange {
         inside.then_some(Self { memory, offset, len })
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Copies bytes out, starting `at` bytes into the range.
-    pub(crate) fn read(&self, at: usize, target: &mut [u8]) {
-        assert!(at + target.len() <= self.len, "a read stays inside its source");
-        match &self.memory {
-            Memory::Arena(region) => region.read(self.offset + at, target),
-            Memory::Staged(slab) => {
-                let start = self.offset + at;
-                target.copy_from_slice(&slab.as_slice()[start..start + target.len()]);
-            }
-        }
-    }
-
     /// Copies `len` bytes, starting `at` bytes into the range, to `offset` in `target`.
     pub(crate) fn copy_to(&self, at: usize, target: &Region, offset: usize, len: usize) {
         assert!(at + len <= self.len, "a read stays inside its source");
@@ -55,6 +41,38 @@ impl SourceRange {
             Memory::Staged(slab) => {
                 let start = self.offset + at;
                 target.write(offset, &slab.as_slice()[start..start + len]);
+            }
+        }
+    }
+}
+
+impl WriteSource for SourceRange {
+    fn memory(&self) -> usize {
+        match &self.memory {
+            Memory::Arena(_) => 0, // There is but one.
+            Memory::Staged(slab) => Arc::as_ptr(slab).addr(),
+        }
+    }
+
+    fn offset(&self) -> usize {
+        self.offset
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn range(&self, offset: usize, len: usize) -> Option<Self> {
+        Self::new(self.memory.clone(), offset, len)
+    }
+
+    fn read(&self, at: usize, buffer: &mut [u8]) {
+        assert!(at + buffer.len() <= self.len, "a read stays inside its source");
+        match &self.memory {
+            Memory::Arena(region) => region.read(self.offset + at, buffer),
+            Memory::Staged(slab) => {
+                let start = self.offset + at;
+                buffer.copy_from_slice(&slab.as_slice()[start..start + buffer.len()]);
             }
         }
     }

@@ -9,6 +9,7 @@
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
+use crate::layout::KvLayout;
 use crate::units::HandoffId;
 
 /// How much of each granule a digest looks at.
@@ -31,6 +32,15 @@ pub struct Granule {
     pub target: u32,
     /// Its number within the block.
     pub index: u32,
+}
+
+/// How a block is cut into granules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockShape {
+    /// Bytes of a block.
+    pub block: usize,
+    /// Bytes of a granule, which is one layer; divides `block`.
+    pub granule: usize,
 }
 
 /// Digest of one granule of `len` bytes. `read(offset, buffer)` copies bytes of the granule into the buffer: the
@@ -59,6 +69,23 @@ pub fn granule_digest(
         read(offset, &mut sample[slot * LINE..(slot + 1) * LINE]);
     }
     xxh3_64_with_seed(&sample, seed)
+}
+
+impl BlockShape {
+    /// That of blocks of this layout.
+    pub fn of(layout: &KvLayout) -> Self {
+        Self { block: layout.block_bytes(), granule: layout.strides().layer }
+    }
+
+    /// Names a granule by where it is.
+    ///
+    /// # Panics
+    ///
+    /// When one of the two numbers exceeds `u32`: neither a reservation nor a block has that many parts.
+    pub fn granule_of(self, handoff: HandoffId, target: usize, index: usize) -> Granule {
+        let number = |it: usize| u32::try_from(it).expect("targets and granules are numbered in u32");
+        Granule { handoff, target: number(target), index: number(index) }
+    }
 }
 
 impl Granule {

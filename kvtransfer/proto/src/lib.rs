@@ -10,6 +10,7 @@
 pub mod coalesce;
 pub mod codec;
 pub mod digest;
+pub mod endpoint_core;
 pub mod error;
 pub mod layout;
 pub mod message;

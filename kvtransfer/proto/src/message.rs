@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::digest::Coverage;
+use crate::endpoint_core::QuietProof;
 use crate::layout::KvLayout;
 use crate::units::{BlockRef, HandoffId, TokenCount};
 
@@ -217,6 +218,14 @@ impl Offer {
 }
 
 impl TransportKind {
+    /// How it is proven that nothing that came this way can still land.
+    pub const fn quiet_proof(self) -> QuietProof {
+        match self {
+            Self::SharedMemory => QuietProof::Process,
+            Self::Tcp => QuietProof::Admission,
+        }
+    }
+
     /// The name used by flags, logs and metrics.
     pub const fn name(self) -> &'static str {
         match self {

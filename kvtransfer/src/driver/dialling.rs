@@ -8,7 +8,6 @@ use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use rustix::event::PollFlags;
-use tidemill_kvtransfer_proto::error::TransferError;
 use tidemill_kvtransfer_proto::message::{Attach, Message, Ready, TransportKind, Welcome};
 
 use super::Driver;
@@ -79,6 +78,7 @@ impl Driver {
                 continue;
             }
             let now = self.now;
+            self.core.meet(instance, &name);
             let peer = self.peers.entry(instance).or_insert_with(|| Peer::new(name, address, now));
             peer.address = address;
             peer.retry_at = now;
@@ -89,8 +89,7 @@ impl Driver {
 
     /// Whether a connection to the peer is of use to anybody here.
     pub(super) fn is_wanted(&self, instance: u64, peer: &Peer) -> bool {
-        // Blocks in quarantine want it too: only a new handshake can prove a living process quiet.
-        !peer.meets.is_empty() || self.incoming.values().any(|it| it.peer == instance && it.wants_link())
+        !peer.meets.is_empty() || self.core.wants_link(instance)
     }
 
     /// Goes on with all handshakes, and begins those that are wanted.
@@ -273,8 +272,8 @@ impl Driver {
         process: Option<Process>,
         fallback: Option<String>,
     ) -> Result<Step, MeetError> {
-        // A side that dials has no older connection, so this list cannot grow until the new one is up.
-        let busy = self.busy_with(instance);
+        let busy = self.core.prepare_link(instance, self.moment());
+        self.act();
         let ready = Ready { transport: path.kind(), fallback: fallback.clone(), busy };
         say(&mut connection, &Message::Ready(ready))?;
         let established =
@@ -286,12 +285,13 @@ impl Driver {
         let Some(peer) = self.peers.get_mut(&instance) else { return };
         tracing::warn!(peer = peer.name, address = %peer.address, %error, "peer not connected");
         peer.back_off(self.now);
-        let (name, reason) = (peer.name.clone(), error.to_string());
+        let name = peer.name.clone();
         for meet in peer.meets.drain(..) {
             // Who does not wait any more does not need to know.
             let _ = meet.send(Met { name: name.clone(), instance, outcome: Err(error.clone()) });
         }
-        self.fail_unannounced(instance, &TransferError::PeerLost { peer: name, reason });
+        self.core.unreachable(instance, &error.to_string());
+        self.act();
     }
 }
 

@@ -16,7 +16,7 @@ use super::Driver;
 use super::peers::{DataPath, Established, Inbound, Peer};
 use crate::host;
 use crate::shm::{Access, Process, Region, SharedMemoryTransport, exchange};
-use crate::tcp::{Connection, DataConnection, Loss};
+use crate::tcp::{Connection, DataConnection};
 
 /// A TCP connection whose first message has not come.
 #[derive(Debug)]
@@ -116,6 +116,7 @@ impl Driver {
         }
         let address = SocketAddr::new(from.ip(), hello.listen_port);
         let ours = self.hello.instance;
+        self.core.meet(instance, &hello.name);
         let peer =
             self.peers.entry(instance).or_insert_with(|| Peer::new(hello.name.clone(), address, self.now));
         if peer.dial.is_some() && ours < instance {
@@ -245,10 +246,8 @@ impl Driver {
                 "not an agreed way for data"
             );
         }
-        // What this side is busy with is said only when the old connection is dead: nothing that still lies in
-        // its buffers can start anything after that.
-        self.lose(instance, &Loss::Replaced);
-        let busy = self.busy_with(instance);
+        let busy = self.core.prepare_link(instance, self.moment());
+        self.act();
         let answer = Message::Ready(Ready { transport: path.kind(), fallback: None, busy });
         if let Err(loss) = connection.send(&answer).and_then(|()| connection.flush()) {
             return tracing::warn!(peer = hello.name, %loss, "handshake failed");

@@ -1,6 +1,5 @@
 //! What the thread knows of each peer.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -8,9 +7,9 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use tidemill_kvtransfer_proto::layout::{Bridge, KvLayout, LayoutMismatch};
+use tidemill_kvtransfer_proto::endpoint_core::LinkId;
 use tidemill_kvtransfer_proto::message::{Hello, Ready, TransportKind};
-use tidemill_kvtransfer_proto::transport::{Transport, WriteId};
+use tidemill_kvtransfer_proto::transport::Transport;
 use tidemill_kvtransfer_proto::units::HandoffId;
 
 use super::dialling::Dial;
@@ -18,7 +17,6 @@ use crate::event::Met;
 use crate::shm::{Process, Region, SharedMemoryTransport};
 use crate::source::SourceRange;
 use crate::tcp::{Connection, DataConnection};
-use crate::verification::BlockShape;
 
 /// Another worker.
 #[derive(Debug)]
@@ -68,26 +66,12 @@ pub(super) struct Established {
 /// A connection over which handoffs go.
 #[derive(Debug)]
 pub(super) struct Link {
+    pub(super) id: LinkId,
     pub(super) connection: Connection,
     pub(super) path: DataPath,
-    pub(super) layout: Arc<KvLayout>,
-    /// Of the peer's blocks.
-    pub(super) shape: BlockShape,
-    /// How many of them the peer has.
-    pub(super) blocks: u64,
-    /// From this side's layout to the peer's.
-    pub(super) bridge: Result<Bridge, LayoutMismatch>,
     /// Messages may have come along with the end of the handshake.
     pub(super) is_fresh: bool,
-    pub(super) last_heard: Instant,
-    pub(super) next_beat: Instant,
-    pub(super) beat_every: Duration,
-    pub(super) beats: u64,
     pub(super) probe: Probe,
-    /// Handoffs that have writes to post, oldest first.
-    pub(super) posting: VecDeque<HandoffId>,
-    pub(super) writes: BTreeMap<WriteId, HandoffId>,
-    pub(super) ended: Ended,
 }
 
 /// Measures the way for data, once.
@@ -104,13 +88,6 @@ pub(super) enum Probe {
 pub(super) enum DataPath {
     SharedMemory(SharedMemoryTransport),
     Tcp(Box<DataConnection>),
-}
-
-/// The last handoffs that ended on a link: a message about one of them comes too late, or twice.
-#[derive(Debug, Default)]
-pub(super) struct Ended {
-    order: VecDeque<HandoffId>,
-    set: BTreeSet<HandoffId>,
 }
 
 impl Peer {
@@ -150,21 +127,25 @@ impl Peer {
     }
 
     /// Whether its transport moves bytes when polled, without anybody saying that it is time.
+    pub(super) fn copies(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| matches!(link.path, DataPath::SharedMemory(_)))
+    }
+
+    /// Whether it has bytes to move.
     pub(super) fn has_copies_to_make(&self) -> bool {
         self.link.as_ref().is_some_and(|link| match &link.path {
-            DataPath::SharedMemory(transport) => transport.has_work() || !link.posting.is_empty(),
+            DataPath::SharedMemory(transport) => transport.has_work(),
             DataPath::Tcp(_) => false,
         })
     }
 
-    /// When something about it is due.
-    pub(super) fn next_clock(&self, lease: Duration, is_wanted: impl FnOnce() -> bool) -> Option<Instant> {
-        let link = self.link.as_ref().map(|link| link.next_beat.min(link.last_heard + lease));
+    /// When something about it is due that is not the core's.
+    pub(super) fn next_clock(&self, is_wanted: impl FnOnce() -> bool) -> Option<Instant> {
         let dial = self.dial.as_ref().map(Dial::deadline);
         let inbound = self.inbound.as_ref().map(|inbound| inbound.deadline);
-        let is_away = link.is_none() && dial.is_none() && inbound.is_none();
+        let is_away = self.link.is_none() && dial.is_none() && inbound.is_none();
         let retry = (is_away && is_wanted()).then_some(self.retry_at);
-        [link, dial, inbound, retry].into_iter().flatten().min()
+        [dial, inbound, retry].into_iter().flatten().min()
     }
 
     /// Waits longer before each further attempt.
@@ -179,6 +160,14 @@ impl DataPath {
         match self {
             Self::SharedMemory(_) => TransportKind::SharedMemory,
             Self::Tcp(_) => TransportKind::Tcp,
+        }
+    }
+
+    /// The peer's memory, where it is mapped here.
+    pub(super) fn arena(&self) -> Option<&Arc<Region>> {
+        match self {
+            Self::SharedMemory(transport) => Some(transport.arena()),
+            Self::Tcp(_) => None,
         }
     }
 
@@ -198,25 +187,5 @@ impl DataPath {
     }
 }
 
-impl Ended {
-    pub(super) fn insert(&mut self, handoff: HandoffId) {
-        if !self.set.insert(handoff) {
-            return;
-        }
-        self.order.push_back(handoff);
-        if MAX_ENDED < self.order.len()
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.set.remove(&oldest);
-        }
-    }
-
-    pub(super) fn contains(&self, handoff: HandoffId) -> bool {
-        self.set.contains(&handoff)
-    }
-}
-
 pub(super) const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_millis(500);
-/// More than can be under way on one link at a time.
-const MAX_ENDED: usize = 4096;

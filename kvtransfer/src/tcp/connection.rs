@@ -31,12 +31,6 @@ pub(crate) enum Loss {
     Clogged { queued: usize },
     #[error("the peer broke the protocol: {0}")]
     Protocol(&'static str),
-    #[error("nothing was heard for {0:?}")]
-    Silent(std::time::Duration),
-    #[error("the peer said goodbye")]
-    Goodbye,
-    #[error("the peer's process is gone")]
-    ProcessGone,
     #[error("the peer connected anew")]
     Replaced,
 }

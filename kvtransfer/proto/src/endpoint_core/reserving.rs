@@ -1,0 +1,252 @@
+//! This side as decode side: reservations, from the engine's order to adoption or release.
+
+use super::writing::WriteSource;
+use super::{
+    DigestOrder, DigestTicket, EndpointCore, EndpointEvent, LinkId, QuietProof, ReserveOrder, check_shape,
+};
+use crate::error::{CommitFault, TransferError};
+use crate::message::{self, Message};
+use crate::reservation::{Reservation, ReservationAction, ReservationEvent, ReservationState};
+use crate::transport::{RemoteRange, WriteFault};
+use crate::units::HandoffId;
+
+/// A handoff with this side as decode side.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    pub(super) peer: u64,
+    reservation: Reservation,
+    /// What is to be said to the peer as soon as it is connected.
+    announcement: Option<message::Reserve>,
+    /// The link over which it was said and writes come.
+    via: Option<(LinkId, QuietProof)>,
+    /// Digests in the making, and what they should be.
+    verification: Option<(DigestTicket, Vec<u64>)>,
+}
+
+impl Incoming {
+    /// Whether a connection to the peer would help it on.
+    pub(super) fn wants_link(&self) -> bool {
+        match self.reservation.state() {
+            ReservationState::Reserved => true,
+            ReservationState::Quarantined => self.proof() != Some(QuietProof::AccessEnded),
+            ReservationState::Filling | ReservationState::Committed | ReservationState::Released => false,
+        }
+    }
+
+    pub(super) fn verifies(&self, ticket: DigestTicket) -> bool {
+        self.verification.as_ref().is_some_and(|(ours, _)| *ours == ticket)
+    }
+
+    pub(super) fn link(&self) -> Option<LinkId> {
+        self.via.map(|(link, _)| link)
+    }
+
+    pub(super) fn proof(&self) -> Option<QuietProof> {
+        self.via.map(|(_, proof)| proof)
+    }
+}
+
+impl<S: WriteSource> EndpointCore<S> {
+    /// The engine sets blocks aside.
+    pub fn reserve(&mut self, order: ReserveOrder) {
+        let ReserveOrder { handoff, peer, .. } = order;
+        if self.incoming.contains_key(&handoff) {
+            return self.log(0, handoff, "it was reserved twice");
+        }
+        let reservation = match self.check_own_reserve(&order) {
+            Ok(reservation) => reservation,
+            Err(error) => {
+                self.tell(EndpointEvent::ReserveFailed { handoff, error });
+                return self.tell(EndpointEvent::Released { handoff });
+            }
+        };
+        let announcement = Some(message::Reserve {
+            handoff,
+            tokens: order.tokens,
+            first_block: order.first_block,
+            cached: order.cached,
+            targets: order.targets,
+            coverage: self.rules.coverage,
+        });
+        let incoming = Incoming { peer, reservation, announcement, via: None, verification: None };
+        self.incoming.insert(handoff, incoming);
+        self.announce(handoff);
+    }
+
+    fn check_own_reserve(&self, order: &ReserveOrder) -> Result<Reservation, TransferError> {
+        if !self.knows(order.peer) {
+            return Err(TransferError::PeerUnknown { instance: order.peer });
+        }
+        let ReserveOrder { tokens, first_block, cached, targets, .. } = order;
+        check_shape(&self.rules.layout, self.rules.blocks, *tokens, *first_block, cached, targets)?;
+        Reservation::new(order.handoff, *tokens, targets.clone())
+    }
+
+    /// Says it to the peer, if that is connected; otherwise a link is wanted now.
+    fn announce(&mut self, handoff: HandoffId) {
+        let Some(peer) = self.incoming.get(&handoff).map(|it| it.peer) else { return };
+        let Some(link) = self.link(peer) else { return };
+        let via = Some((link.id, link.proof));
+        let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
+        let Some(announcement) = incoming.announcement.take() else { return };
+        incoming.via = via;
+        self.send(peer, Message::Reserve(announcement));
+        self.apply_to_reservation(handoff, ReservationEvent::Announced);
+    }
+
+    /// Announces what had to wait for this peer.
+    pub(super) fn announce_waiting(&mut self, peer: u64) {
+        for handoff in self.incoming_of(peer) {
+            self.announce(handoff);
+        }
+    }
+
+    pub(super) fn lose_unannounced(&mut self, peer: u64, name: &str, reason: &str) {
+        for handoff in self.incoming_of(peer) {
+            if self.incoming[&handoff].reservation.state() == ReservationState::Reserved {
+                let (peer, reason) = (name.to_owned(), reason.to_owned());
+                self.apply_to_reservation(handoff, ReservationEvent::PeerLost { peer, reason });
+            }
+        }
+    }
+
+    /// The engine took the blocks over.
+    pub fn adopt(&mut self, handoff: HandoffId) {
+        self.apply_to_reservation(handoff, ReservationEvent::Adopt);
+    }
+
+    /// The engine cannot use them.
+    pub fn refuse(&mut self, handoff: HandoffId, reason: String) {
+        self.apply_to_reservation(handoff, ReservationEvent::Refuse { reason });
+    }
+
+    /// The engine does not want them.
+    pub fn cancel(&mut self, handoff: HandoffId) {
+        self.apply_to_reservation(handoff, ReservationEvent::Cancel);
+    }
+
+    /// Whether a write of the peer may land.
+    ///
+    /// # Errors
+    ///
+    /// Names the rule that the write breaks. No byte of it may be stored.
+    pub fn admit(&self, peer: u64, range: &RemoteRange) -> Result<(), WriteFault> {
+        let incoming = self.incoming.get(&range.handoff).filter(|it| it.peer == peer);
+        incoming.ok_or(WriteFault::NotExpected)?.reservation.admit(range, self.shape.block)
+    }
+
+    /// Where a reservation stands; `None` when it is over.
+    pub fn reservation_state(&self, handoff: HandoffId) -> Option<ReservationState> {
+        self.incoming.get(&handoff).map(|it| it.reservation.state())
+    }
+
+    /// A message about a reservation; only its own peer may speak of it.
+    pub(super) fn hear_of_reservation(&mut self, peer: u64, handoff: HandoffId, event: ReservationEvent) {
+        let Some(incoming) = self.incoming.get(&handoff) else { return };
+        if incoming.peer != peer {
+            return self.log(peer, handoff, "it spoke of somebody else's reservation");
+        }
+        let speaks_of_quiet =
+            matches!(event, ReservationEvent::Quiet { .. } | ReservationEvent::Declined { .. });
+        if speaks_of_quiet && !self.may_vouch(incoming) {
+            return;
+        }
+        self.apply_to_reservation(handoff, event);
+    }
+
+    /// Whether the peer can know that nothing of it will land any more.
+    fn may_vouch(&self, incoming: &Incoming) -> bool {
+        incoming.proof() != Some(QuietProof::AccessEnded)
+            || self.link(incoming.peer).map(|link| link.id) == incoming.link()
+    }
+
+    pub(super) fn lose_reservations(&mut self, peer: u64, name: &str, reason: &str) {
+        for handoff in self.incoming_of(peer) {
+            let (peer, reason) = (name.to_owned(), reason.to_owned());
+            self.apply_to_reservation(handoff, ReservationEvent::PeerLost { peer, reason });
+        }
+    }
+
+    /// The peer says that it touches nothing but the blocks of `busy`.
+    pub(super) fn take_word_of_quiet(&mut self, peer: u64, busy: &[HandoffId]) {
+        for handoff in self.incoming_of(peer) {
+            if !busy.contains(&handoff) && self.may_vouch(&self.incoming[&handoff]) {
+                self.apply_to_reservation(handoff, ReservationEvent::QuietProven);
+            }
+        }
+    }
+
+    /// This side has proof of its own.
+    pub(super) fn prove_quiet(&mut self, peer: u64, concerns: impl Fn(&Incoming) -> bool) {
+        for handoff in self.incoming_of(peer) {
+            if concerns(&self.incoming[&handoff]) {
+                self.apply_to_reservation(handoff, ReservationEvent::QuietProven);
+            }
+        }
+    }
+
+    fn incoming_of(&self, peer: u64) -> Vec<HandoffId> {
+        self.incoming.iter().filter(|(_, it)| it.peer == peer).map(|(&handoff, _)| handoff).collect()
+    }
+
+    fn apply_to_reservation(&mut self, handoff: HandoffId, event: ReservationEvent) {
+        let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
+        let peer = incoming.peer;
+        let mut actions = incoming.reservation.apply(event);
+        // From the moment that it is not `Filling` its admission lets nothing land.
+        let is_admitted = incoming.proof() == Some(QuietProof::Admission);
+        if is_admitted && incoming.reservation.state() == ReservationState::Quarantined {
+            actions.extend(incoming.reservation.apply(ReservationEvent::QuietProven));
+        }
+        for action in actions {
+            match action {
+                ReservationAction::Send(message) => self.send(peer, message),
+                ReservationAction::Verify(digests) => self.begin_verification(handoff, digests),
+                ReservationAction::TellCommitted(payload) => {
+                    let tokens = self.incoming[&handoff].reservation.tokens();
+                    self.tell(EndpointEvent::Committed { handoff, tokens, payload });
+                }
+                ReservationAction::TellFailed(error) => {
+                    self.tell(EndpointEvent::ReserveFailed { handoff, error });
+                }
+                ReservationAction::TellReleased => {
+                    self.incoming.remove(&handoff);
+                    self.tell(EndpointEvent::Released { handoff });
+                }
+                ReservationAction::Forget => {
+                    self.incoming.remove(&handoff);
+                }
+            }
+        }
+    }
+
+    fn begin_verification(&mut self, handoff: HandoffId, expected: Vec<u64>) {
+        let Some(targets) = self.incoming.get(&handoff).map(|it| it.reservation.targets().to_vec()) else {
+            return;
+        };
+        let (coverage, shape) = (self.rules.coverage, self.shape);
+        let ticket = self.order_digests(|ticket| DigestOrder {
+            ticket,
+            handoff,
+            owner: None,
+            coverage,
+            shape,
+            targets,
+        });
+        if let Some(incoming) = self.incoming.get_mut(&handoff) {
+            incoming.verification = Some((ticket, expected));
+        }
+    }
+
+    pub(super) fn compare(&mut self, handoff: HandoffId, digests: &[u64]) {
+        let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
+        let Some((_, expected)) = incoming.verification.take() else { return };
+        let longer = digests.len().max(expected.len());
+        let differs = (0..longer).find(|&index| digests.get(index) != expected.get(index));
+        let outcome = match differs {
+            None => Ok(()),
+            Some(index) => Err(CommitFault::Digest { index }),
+        };
+        self.apply_to_reservation(handoff, ReservationEvent::Verified { outcome });
+    }
+}

@@ -1,0 +1,182 @@
+//! Writes, from the engine's order to their completion.
+
+use std::collections::BTreeMap;
+
+use super::prefilling::Outgoing;
+use super::{EndpointCore, PostedWrite};
+use crate::coalesce::{Span, coalesce};
+use crate::digest::granule_digest;
+use crate::sender::SenderEvent;
+use crate::transport::{Completion, Post, RemoteRange, WriteFault, WriteId, stamp};
+use crate::units::{BlockId, BlockRef, HandoffId, Moment};
+
+/// A range of some memory that a write reads. Cloning shares the memory.
+pub trait WriteSource: Clone {
+    /// Equal for ranges of one memory, whose offsets can continue each other.
+    fn memory(&self) -> usize;
+    /// Offset of the first byte in that memory.
+    fn offset(&self) -> usize;
+    /// Length in bytes.
+    fn len(&self) -> usize;
+    /// Whether it has no byte.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Another range of the same memory; `None` when it is not inside.
+    fn range(&self, offset: usize, len: usize) -> Option<Self>;
+    /// Copies bytes out, starting `at` bytes into the range.
+    fn read(&self, at: usize, buffer: &mut [u8]);
+}
+
+/// One write into a block that the peer reserved. Offset and length are multiples of one layer of the peer's
+/// layout.
+#[derive(Clone, Debug)]
+pub struct TargetWrite<S> {
+    /// Position of the block among the targets.
+    pub target_index: u32,
+    /// Offset in that block.
+    pub offset: usize,
+    /// The bytes; `None` when they are not inside their memory, which is the engine's mistake.
+    pub source: Option<S>,
+}
+
+impl<S: WriteSource> EndpointCore<S> {
+    /// The engine has bytes for the peer. Those for a handoff that has failed meanwhile are dropped.
+    pub fn push(&mut self, handoff: HandoffId, writes: Vec<TargetWrite<S>>, now: Moment) {
+        let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return };
+        if !outgoing.sender.accepts_writes() || writes.is_empty() {
+            return;
+        }
+        let Some(ranges) = outgoing.ranges(handoff, writes) else {
+            self.log(0, handoff, "it pushed outside the targets, their layers or its source");
+            let reason = "this side pushed what it must not".to_owned();
+            return self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason }, now);
+        };
+        let count = u32::try_from(ranges.len()).expect("a reservation is bounded by its frame");
+        outgoing.stats.writes += u64::from(count);
+        outgoing.stats.bytes += ranges.iter().map(|(_, range)| u64::from(range.len)).sum::<u64>();
+        let peer = outgoing.peer;
+        let is_first = outgoing.pending.is_empty();
+        outgoing.pending.extend(ranges);
+        self.apply_to_sender(handoff, SenderEvent::Pushed { writes: count }, now);
+        if is_first && let Some(link) = self.link_mut(peer) {
+            link.posting.push_back(handoff);
+        }
+    }
+
+    /// Whether writes wait to be posted to that peer.
+    pub fn has_writes_for(&self, peer: u64) -> bool {
+        self.link(peer).is_some_and(|link| !link.posting.is_empty())
+    }
+
+    /// Hands the writes for a peer to its transport, oldest handoff first, until that is full.
+    pub fn post(&mut self, peer: u64, mut post: impl FnMut(WriteId, &S, RemoteRange) -> Post) {
+        let Self { peers, outgoing, writes, next_write, .. } = self;
+        let Some(link) = peers.get_mut(&peer).and_then(|it| it.link.as_mut()) else { return };
+        while let Some(&handoff) = link.posting.front() {
+            let Some(outgoing) = outgoing.get_mut(&handoff) else {
+                link.posting.pop_front();
+                continue;
+            };
+            while let Some((source, range)) = outgoing.pending.pop_front() {
+                let id = WriteId(*next_write);
+                match post(id, &source, range) {
+                    Post::Accepted => {
+                        *next_write += 1;
+                        writes.insert(id, PostedWrite { peer, link: link.id, handoff });
+                        outgoing.add_digests(handoff, &source, &range);
+                    }
+                    Post::QueueFull => {
+                        outgoing.pending.push_front((source, range));
+                        return;
+                    }
+                }
+            }
+            link.posting.pop_front();
+        }
+    }
+
+    /// Posted writes have ended, on a link that is up or one that was severed.
+    pub fn completed(&mut self, done: &[Completion], now: Moment) {
+        let mut settled = Vec::with_capacity(done.len());
+        for completion in done {
+            let Some(write) = self.writes.remove(&completion.id) else { continue };
+            let is_current = self.link(write.peer).is_some_and(|link| link.id == write.link);
+            if completion.outcome == Err(WriteFault::Severed) && is_current {
+                // First, so that the handoffs learn of the loss and not of a write that failed.
+                self.link_lost(write.peer, "the connection was closed", now);
+            }
+            settled.push((write.handoff, completion.outcome));
+        }
+        for (handoff, outcome) in settled {
+            match outcome {
+                Ok(()) | Err(WriteFault::Severed) => {}
+                // The peer's news of the cancel is on its way, on another socket.
+                Err(WriteFault::NotExpected) => self.apply_to_sender(handoff, SenderEvent::Cancelled, now),
+                Err(fault @ (WriteFault::Outside | WriteFault::Stale)) => {
+                    let reason = fault.to_string();
+                    self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason }, now);
+                }
+            }
+            self.apply_to_sender(handoff, SenderEvent::Settled { writes: 1 }, now);
+        }
+    }
+}
+
+impl<S: WriteSource> Outgoing<S> {
+    /// Checks writes and joins neighbours; `None` when one of them is not what it may be.
+    fn ranges(&self, handoff: HandoffId, writes: Vec<TargetWrite<S>>) -> Option<Vec<(S, RemoteRange)>> {
+        // Offsets continue each other only within one memory.
+        let mut by_memory: BTreeMap<usize, (S, Vec<Span>)> = BTreeMap::new();
+        for TargetWrite { target_index, offset, source } in writes {
+            let (target, source) = (self.targets.get(target_index as usize)?, source?);
+            let len = source.len();
+            let is_aligned =
+                offset.is_multiple_of(self.shape.granule) && len.is_multiple_of(self.shape.granule);
+            let is_inside = offset.checked_add(len).is_some_and(|end| end <= self.shape.block);
+            if len == 0 || !is_aligned || !is_inside {
+                return None;
+            }
+            let start = target.block.0 as usize * self.shape.block + offset;
+            let span = Span { source: source.offset() as u64, target: start as u64, len: len as u64 };
+            by_memory.entry(source.memory()).or_insert_with(|| (source, Vec::new())).1.push(span);
+        }
+        let mut ranges = Vec::new();
+        for (memory, mut spans) in by_memory.into_values() {
+            coalesce(&mut spans, LONGEST_WRITE);
+            for Span { source, target, len } in spans {
+                let source = memory.range(usize::try_from(source).ok()?, usize::try_from(len).ok()?)?;
+                ranges.push((source, self.range(handoff, target, len)?));
+            }
+        }
+        Some(ranges)
+    }
+
+    /// Names a range of targets to the peer, with their epochs.
+    fn range(&self, handoff: HandoffId, offset: u64, len: u64) -> Option<RemoteRange> {
+        let range = RemoteRange { handoff, offset, len: u32::try_from(len).ok()?, stamp: 0 };
+        let covered: Option<Vec<BlockRef>> = range
+            .blocks(self.shape.block)?
+            .map(|block| Some(self.targets[*self.positions.get(&block)?]))
+            .collect();
+        Some(RemoteRange { stamp: stamp(&covered?), ..range })
+    }
+
+    /// Adds up the digests of the granules of one write.
+    fn add_digests(&mut self, handoff: HandoffId, source: &S, range: &RemoteRange) {
+        let start = usize::try_from(range.offset).expect("inside the peer's arena");
+        for done in (0..source.len()).step_by(self.shape.granule) {
+            let (block, within) = ((start + done) / self.shape.block, (start + done) % self.shape.block);
+            let block = BlockId(u32::try_from(block).expect("a target"));
+            let position = self.positions[&block];
+            let granule = self.shape.granule_of(handoff, position, within / self.shape.granule);
+            let digest = granule_digest(self.coverage, granule, self.shape.granule, |offset, buffer| {
+                source.read(done + offset, buffer);
+            });
+            self.digests[position] = self.digests[position].wrapping_add(digest);
+        }
+    }
+}
+
+/// Long enough to make the cost of posting vanish, short enough not to hold up another peer.
+const LONGEST_WRITE: u64 = 1 << 20;
