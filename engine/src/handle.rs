@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use tidemill_engine_core::request::{FinishReason, Logprobs, TokenId};
+pub use tidemill_engine_core::events::{EngineEvent, Recovery};
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
 /// Where a model's files are.
@@ -200,49 +200,6 @@ pub struct PeerLink {
     pub transport: Result<String, String>,
     /// What a probe of the path measured, bytes per second; zero when not measured.
     pub bytes_per_second: f64,
-}
-
-/// What happens to a request, in order.
-#[derive(Clone, Debug, PartialEq)]
-pub enum EngineEvent {
-    /// Log-probabilities of the prompt's tokens but the first, when asked for.
-    PromptLogprobs(Vec<Logprobs>),
-    /// One output token.
-    Token {
-        /// The token.
-        id: TokenId,
-        /// Its number among the output tokens, from 0.
-        index: u32,
-        /// Its log-probabilities, when asked for.
-        logprobs: Option<Logprobs>,
-    },
-    /// A prefill worker's part is over: the decode worker adopted the KV cache. Last event there.
-    HandedOver,
-    /// The request ended well. Last event.
-    Finished {
-        /// Why.
-        reason: FinishReason,
-        /// Prompt tokens that were found in the prefix cache.
-        cached_tokens: u32,
-    },
-    /// The request ended here, but perhaps not everywhere. Last event.
-    Failed {
-        /// What the router should do with it.
-        recovery: Recovery,
-        /// What happened.
-        message: String,
-    },
-}
-
-/// What the router should do with a request that failed on a worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recovery {
-    /// Nothing helps: tell the client.
-    GiveUp,
-    /// Replay it from its tokens so far, elsewhere or here alone.
-    Reroute,
-    /// This worker is full or draining.
-    Later,
 }
 
 /// Receives the events of one request. Called on the engine thread: it must not block.

@@ -2,7 +2,6 @@
 
 mod cluster;
 mod driver;
-mod journey;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

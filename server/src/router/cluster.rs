@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use tidemill_engine::handle::{EngineStatus, Peer, PeerLink, Role};
+use tidemill_engine_core::journey::Instance;
 use tidemill_engine_core::routing::{self, Availability, ClusterView, WorkerView};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen};
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::journey::Instance;
 use crate::convert::{Introduction, WorkerStatus};
 use crate::metrics::{Metrics, WorkerStatusSnapshot};
 use crate::openai::{ClusterHealth, Serving, WorkerHealth};

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt, TryStreamExt};
 use tidemill_engine::handle::EngineEvent;
+use tidemill_engine_core::journey::{Action, Happening, Instance, Journey, Route, Side};
 use tidemill_engine_core::request::{Part, Request, RequestId};
 use tidemill_engine_core::routing::{self, AloneReason, NoRoute, RouteRequest};
 use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
@@ -16,7 +17,6 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::Router;
 use super::cluster::Reach;
-use super::journey::{Action, Happening, Instance, Journey, Route, Side};
 use crate::convert::Assignment;
 use crate::generation::{Generation, GenerationEvent};
 use crate::openai::Serving;

@@ -1,24 +1,22 @@
 //! The way of one request through the cluster, as a state machine: events in, actions out.
 //!
-//! The driver ([`super::driver`]) owns the streams, timers and the cluster view; everything that must be right when
+//! The router's driver owns the streams, timers and the cluster view; everything that must be right when
 //! a worker dies is decided here, without clock or socket, and tested row by row. What a client sees depends on
 //! `emitted` alone: tokens leave in order, once, and a replay starts from exactly what has left. That is sound
 //! because a token is a function of the tokens before it and the seed, wherever it is computed.
 
 use std::collections::BTreeMap;
 
-use tidemill_engine::handle::{EngineEvent, Recovery};
-use tidemill_engine_core::request::{FinishReason, Logprobs, StopConditions, TokenId};
-
-use crate::generation::{GenerationError, GenerationEvent};
+use crate::events::{EngineEvent, GenerationError, GenerationEvent, Recovery};
+use crate::request::{FinishReason, Logprobs, StopConditions, TokenId};
 
 /// Names one start of a worker: a restarted worker is another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Instance(pub(crate) u64);
+pub struct Instance(pub u64);
 
 /// Who does a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Route {
+pub enum Route {
     /// Two workers, linked by a handoff.
     Split {
         /// Computes the prompt.
@@ -37,7 +35,7 @@ pub(crate) enum Route {
 
 /// Which of a request's streams something belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Side {
+pub enum Side {
     /// The prefill worker of a split.
     Prefill,
     /// The decode worker of a split.
@@ -48,7 +46,7 @@ pub(crate) enum Side {
 
 /// What happens to a request.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Happening {
+pub enum Happening {
     /// An answer to [`Action::FindRoute`].
     Routed(Route),
     /// No worker could be found within the time allowed.
@@ -65,7 +63,7 @@ pub(crate) enum Happening {
 
 /// What the driver must do.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Action {
+pub enum Action {
     /// Choose workers, none of them `excluded`; `wait` says whether it is worth waiting for one.
     FindRoute {
         /// Workers that have failed this request.
@@ -101,7 +99,7 @@ pub(crate) enum Action {
 
 /// One request's state.
 #[derive(Debug)]
-pub(crate) struct Journey {
+pub struct Journey {
     stop: StopConditions,
     /// Output tokens that fit the model's length.
     room: u32,
@@ -150,7 +148,7 @@ enum Leg {
 impl Journey {
     /// A request that ends by `stop`, or after `room` output tokens when the model is full. Begin with
     /// [`begin`](Self::begin).
-    pub(crate) fn new(stop: StopConditions, room: u32) -> Self {
+    pub fn new(stop: StopConditions, room: u32) -> Self {
         Self {
             stop,
             room,
@@ -165,28 +163,28 @@ impl Journey {
     }
 
     /// The first actions.
-    pub(crate) fn begin(&mut self) -> Vec<Action> {
+    pub fn begin(&mut self) -> Vec<Action> {
         vec![self.find_route()]
     }
 
     /// Output tokens that the client has; a replay continues after them.
-    pub(crate) fn emitted(&self) -> &[TokenId] {
+    pub fn emitted(&self) -> &[TokenId] {
         &self.emitted
     }
 
     /// Whether the prompt's log-probabilities are still owed.
-    pub(crate) fn owes_prompt_logprobs(&self) -> bool {
+    pub fn owes_prompt_logprobs(&self) -> bool {
         !self.prompt_logprobs_sent
     }
 
     /// Whether everything is said and done.
-    pub(crate) fn is_over(&self) -> bool {
+    pub fn is_over(&self) -> bool {
         matches!(self.stage, Stage::Over)
     }
 
     /// Takes in what happened and says what to do. Happenings of streams that were stopped, or have said their last
     /// word, must not be passed on.
-    pub(crate) fn on(&mut self, happening: Happening) -> Vec<Action> {
+    pub fn on(&mut self, happening: Happening) -> Vec<Action> {
         let mut actions = Vec::new();
         match happening {
             _ if self.is_over() => {}
