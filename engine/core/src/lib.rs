@@ -13,6 +13,7 @@ pub mod handoff;
 pub mod journey;
 pub mod plan;
 pub mod prefix_tree;
+pub mod pushes;
 pub mod request;
 mod roster;
 pub mod routing;

@@ -5,6 +5,5 @@ mod events;
 mod first_token;
 pub(crate) mod links;
 pub(crate) mod prefill;
-mod pushes;
 
 pub(crate) use first_token::FirstToken;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use tidemill_engine_core::pushes::{Due, Pushes};
 use tidemill_engine_core::request::RequestId;
 use tidemill_kernels::cpu::Cpu;
 use tidemill_kernels::kv::BlockAddress;
@@ -18,7 +19,6 @@ use tidemill_kvtransfer_proto::layout::Bridge;
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
 use super::FirstToken;
-use super::pushes::{Due, Pushes};
 use crate::memory::{Arena, block_shape};
 
 /// All handoffs that this worker computes prompts for.

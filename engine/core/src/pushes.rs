@@ -10,7 +10,7 @@ use tidemill_kvtransfer_proto::units::{BlockLen, TokenCount};
 
 /// What has been written to a peer's reservation, and what is due.
 #[derive(Debug)]
-pub(crate) struct Pushes {
+pub struct Pushes {
     /// Tokens per block at the peer.
     block_len: BlockLen,
     /// Index, in the sequence, of the peer's first missing block.
@@ -25,15 +25,16 @@ pub(crate) struct Pushes {
 
 /// A rectangle of layers and missing blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Due {
+pub struct Due {
     /// Layers, by number.
-    pub(crate) layers: Range<usize>,
+    pub layers: Range<usize>,
     /// Missing blocks, counted from the first.
-    pub(crate) targets: Range<u32>,
+    pub targets: Range<u32>,
 }
 
 impl Pushes {
-    pub(crate) fn new(
+    /// Nothing is written yet of a prompt of `tokens`.
+    pub fn new(
         block_len: BlockLen,
         first_block: u32,
         targets: u32,
@@ -45,7 +46,7 @@ impl Pushes {
 
     /// Takes what is due of `layers`, now that `computed` tokens are in the cache in these layers. Neighbouring layers
     /// that are at the same block come as one rectangle.
-    pub(crate) fn take_due(&mut self, layers: Range<usize>, computed: TokenCount) -> Vec<Due> {
+    pub fn take_due(&mut self, layers: Range<usize>, computed: TokenCount) -> Vec<Due> {
         let ready = if computed < self.tokens {
             computed.blocks_filled(self.block_len).0
         } else {
@@ -68,12 +69,12 @@ impl Pushes {
     }
 
     /// Whether every missing block has been taken in every layer.
-    pub(crate) fn is_complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         self.written.iter().all(|&written| written == self.targets)
     }
 
     /// The tokens of the prompt that missing block `target` holds.
-    pub(crate) fn tokens_of(&self, target: u32) -> Range<u32> {
+    pub fn tokens_of(&self, target: u32) -> Range<u32> {
         let first = (self.first_block + target) * self.block_len.tokens();
         first..(first + self.block_len.tokens()).min(self.tokens.0)
     }
