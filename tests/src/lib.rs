@@ -4,3 +4,4 @@
 pub mod client;
 pub mod deployment;
 pub mod fixtures;
+pub mod two_hosts;

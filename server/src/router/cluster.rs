@@ -412,10 +412,13 @@ impl SlotState {
     }
 }
 
-/// A prefill and a decode worker that are there, but cannot hand over to each other.
+/// A prefill and a decode worker that have met, but cannot hand over to each other. One that has just come back takes
+/// no requests yet and stops none.
 fn unlinked_pair(slots: &[SlotState]) -> Option<String> {
-    let live =
-        |role: Role| slots.iter().filter(move |slot| slot.role == role).filter_map(|slot| slot.live.as_ref());
+    let live = |role: Role| {
+        let of_role = slots.iter().filter(move |slot| slot.role == role);
+        of_role.filter_map(|slot| slot.live.as_ref()).filter(|live| live.is_introduced)
+    };
     let linked = |from: &Live, to: &Live| {
         let name = &to.introduction.engine.name;
         from.links.iter().any(|link| link.name == *name && link.transport.is_ok())

@@ -1,0 +1,240 @@
+//! Prefill on one host, decode and the front end on another, joined by a wire: the same answers as from one worker, by
+//! the transport that was asked for, whatever happens to the wire or to the peer.
+//!
+//! Run in two virtual machines by `tests/rdma/run-pair`.
+
+use std::time::Duration;
+
+use serde_json::json;
+use tidemill_tests::client::{Client, Reply, comparable, merge};
+use tidemill_tests::deployment::eventually;
+use tidemill_tests::two_hosts::{Host, HostProcess, Pair, binary};
+use tokio::sync::OnceCell;
+
+/// Ways between two hosts, and whether they take RDMA packets.
+const TRANSPORTS: [(&str, bool); 1] = [("tcp", false)];
+
+#[tokio::test]
+#[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
+async fn split_over_two_hosts_equals_whole() {
+    let _pair = Pair::take();
+    let expected = whole_answers().await;
+    for (transport, is_rdma) in TRANSPORTS {
+        let before = Host::Second.rdma_packets_sent();
+        let split = Split::start(transport, Host::address, &[]);
+        same(expected, &answers(&split.client).await, transport);
+        let bytes = split.client.metric("tidemill_handoff_bytes_total", "").await;
+        assert!(0.0 < bytes, "{transport}: nothing was written\n{}", split.front.log());
+        for never in
+            ["tidemill_fallbacks_total", "tidemill_handoff_refusals_total", "tidemill_handoff_in_place_total"]
+        {
+            assert_eq!(
+                split.client.metric(never, "").await,
+                0.0,
+                "{transport}: {never}\n{}",
+                split.front.log()
+            );
+        }
+        // The kernel's count beside our own: a packet carries at most 4096 bytes.
+        let packets = Host::Second.rdma_packets_sent() - before;
+        if is_rdma {
+            assert!(bytes / 4096.0 <= packets as f64, "{transport}: {packets} packets for {bytes} bytes");
+        } else {
+            assert_eq!(packets, 0, "{transport} sends no RDMA packet");
+        }
+        split.is_settled(transport).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
+async fn a_handoff_wire_that_is_cut_costs_no_answer_and_is_used_again_when_restored() {
+    let pair = Pair::take();
+    let expected = whole_answers().await;
+    for (transport, _) in TRANSPORTS {
+        // The router reaches both workers all the time; they cannot reach one another.
+        let mut split = Split::start(transport, Host::management_address, &[]);
+        split.splits(transport).await;
+        pair.cut();
+        same(expected, &answers(&split.client).await, &format!("{transport}, cut"));
+        split.decode.wait_for("peer lost");
+        pair.restore();
+        split.splits(&format!("{transport}, restored")).await;
+        same(expected, &answers(&split.client).await, &format!("{transport}, restored"));
+        split.is_settled(transport).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
+async fn a_partition_in_mid_transfer_costs_no_answer_and_heals() {
+    let pair = Pair::take();
+    let expected = whole_answers().await;
+    for (transport, _) in TRANSPORTS {
+        let split = Split::start(transport, Host::address, &[]);
+        split.splits(transport).await;
+        // Slow enough that the cut falls into transfers.
+        pair.worsen(&["rate", "20mbit"]);
+        let client = split.client.clone();
+        let answers_meanwhile = tokio::spawn(async move { answers(&client).await });
+        let before = split.client.metric("tidemill_handoff_total", "").await;
+        eventually("a handoff is done", LIMIT, || async {
+            before < split.client.metric("tidemill_handoff_total", "").await
+        })
+        .await;
+        pair.cut();
+        let found = answers_meanwhile.await.expect("no panic");
+        same(expected, &found, &format!("{transport}, cut"));
+        pair.restore();
+        split.splits(&format!("{transport}, restored")).await;
+        split.is_settled(transport).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
+async fn a_prefill_host_whose_worker_dies_while_pushing_costs_no_answer_and_comes_back() {
+    let _pair = Pair::take();
+    let expected = whole_answers().await;
+    for (transport, _) in TRANSPORTS {
+        let folder = Host::Second.run(&["mktemp", "--directory"]);
+        let trigger = format!("{}/armed", folder.trim());
+        let mut split =
+            Split::start(transport, Host::address, &["--fault-point", &format!("pushing={trigger}")]);
+        split.splits(transport).await;
+        Host::Second.run(&["touch", &trigger]);
+        same(expected, &answers(&split.client).await, &format!("{transport}, killed"));
+        assert_eq!(split.prefill.wait(LIMIT), Some(-9), "{transport}: the fault never fired");
+        split.restart_prefill();
+        split.splits(&format!("{transport}, restarted")).await;
+        split.is_settled(transport).await;
+    }
+}
+
+/// A front end and a decode worker on the first host, a prefill worker on the second.
+struct Split {
+    prefill: HostProcess,
+    prefill_command: Vec<String>,
+    decode: HostProcess,
+    front: HostProcess,
+    client: Client,
+}
+
+impl Split {
+    /// Workers hand over on the first wire; the router reaches them at `reach`. `faults` are for the prefill worker.
+    fn start(transport: &str, reach: fn(Host) -> std::net::Ipv4Addr, faults: &[&str]) -> Self {
+        let worker = |host: Host, role: &str, more: &[&str]| {
+            let (listen, handoff) = (format!("{}:0", reach(host)), format!("{}:0", host.address()));
+            let mut command = command(&["worker", "--role", role, "--name", role, "--listen", &listen]);
+            command.extend(["--handoff-listen", &handoff, "--transport", transport].map(str::to_owned));
+            command.push("--require-transport".into());
+            command.extend(ENGINE.iter().chain(more).map(|word| (*word).to_owned()));
+            command
+        };
+        let mut prefill_command = worker(Host::Second, "prefill", faults);
+        let mut prefill = start(Host::Second, &prefill_command);
+        let mut decode = start(Host::First, &worker(Host::First, "decode", &[]));
+        let prefill_address = prefill.wait_for("address=");
+        let workers = format!("{prefill_address},{}", decode.wait_for("address="));
+        let mut front = start(
+            Host::First,
+            &command(&["route", "--workers", &workers, "--require-transport", "--port", "0"]),
+        );
+        let port = front.wait_for("http://127.0.0.1:");
+        let port = port.split('/').next().expect("split gives at least one part");
+        let client = Client::new(&format!("http://127.0.0.1:{port}"));
+        // A second start takes the same address without the fault.
+        let listen = prefill_command.iter().position(|word| word == "--listen").expect("given above");
+        prefill_command[listen + 1] = prefill_address;
+        prefill_command.truncate(prefill_command.len() - faults.len());
+        Self { prefill, prefill_command, decode, front, client }
+    }
+
+    fn restart_prefill(&mut self) {
+        self.prefill = start(Host::Second, &self.prefill_command);
+        self.prefill.wait_for("address=");
+    }
+
+    /// Requests are split, now or soon.
+    async fn splits(&self, when: &str) {
+        let before = self.client.metric("tidemill_handoff_total", "").await;
+        eventually(&format!("{when}: requests are split"), LIMIT, || async {
+            let reply = self.client.complete(&prompt(100), 4, json!({})).await;
+            assert_eq!(reply.status, 200, "{when}: {}\n{}", reply.body, self.front.log());
+            before < self.client.metric("tidemill_handoff_total", "").await
+        })
+        .await;
+    }
+
+    async fn is_settled(&self, when: &str) {
+        eventually(&format!("{when}: the ledger closes"), LIMIT, || self.client.is_idle()).await;
+    }
+}
+
+fn command(words: &[&str]) -> Vec<String> {
+    let binary = binary().to_str().expect("the repository's path is UTF-8").to_owned();
+    [binary].into_iter().chain(words.iter().map(|word| (*word).to_owned())).collect()
+}
+
+fn start(host: Host, command: &[String]) -> HostProcess {
+    let words: Vec<&str> = command.iter().map(String::as_str).collect();
+    host.start(&words)
+}
+
+/// From one worker, on the first host.
+async fn whole_answers() -> &'static [(&'static str, Reply)] {
+    static ANSWERS: OnceCell<Vec<(&str, Reply)>> = OnceCell::const_new();
+    ANSWERS.get_or_init(ask_one_worker).await
+}
+
+async fn ask_one_worker() -> Vec<(&'static str, Reply)> {
+    let mut words = command(&["serve", "--colocated", "--port", "0"]);
+    words.extend(ENGINE.iter().map(|word| (*word).to_owned()));
+    let mut whole = start(Host::First, &words);
+    let port = whole.wait_for("http://127.0.0.1:");
+    let port = port.split('/').next().expect("split gives at least one part");
+    let client = Client::new(&format!("http://127.0.0.1:{port}"));
+    let answers = answers(&client).await;
+    assert!(answers.iter().all(|(_, reply)| reply.status == 200), "{answers:?}");
+    answers
+}
+
+async fn answers(client: &Client) -> Vec<(&'static str, Reply)> {
+    #[rustfmt::skip]
+    let requests = [
+        ("one token",           prompt(1),   json!({})),
+        ("a block",             prompt(16),  json!({})),
+        ("more than a block",   prompt(17),  json!({})),
+        ("many blocks",         prompt(400), json!({})),
+        ("sampled with a seed", prompt(40),  json!({"temperature": 1.0, "top_p": 0.9, "seed": 7})),
+        ("three choices",       prompt(70),  json!({"temperature": 1.0, "seed": 9, "n": 3})),
+        ("one output token",    prompt(33),  json!({"max_tokens": 1})),
+    ];
+    let mut replies = Vec::new();
+    for (name, prompt, extra) in requests {
+        let reply = client.complete(&prompt, 16, extra).await;
+        replies.push((name, comparable(reply)));
+    }
+    let mut chat = json!({"messages": [{"role": "user", "content": "What is 7 + 5?"}]});
+    merge(&mut chat, json!({"temperature": 0, "logprobs": true}));
+    let reply = client.post("/v1/chat/completions", &chat).await;
+    let text = reply.body["choices"][0]["message"]["content"].as_str().unwrap_or("");
+    assert!(text.contains("12"), "7 + 5: {}", reply.body);
+    replies.push(("a sum", comparable(reply)));
+    replies
+}
+
+fn same(expected: &[(&str, Reply)], found: &[(&str, Reply)], when: &str) {
+    for ((name, expected), (_, found)) in expected.iter().zip(found) {
+        assert_eq!(expected, found, "{when}: {name}");
+    }
+}
+
+fn prompt(length: u32) -> Vec<u32> {
+    (0..length).map(|index| 3 + (index * 7 + length) % 200).collect()
+}
+
+/// Every prompt is computed and handed over anew, and the cache fits a small machine.
+const ENGINE: [&str; 3] = ["--no-enable-prefix-caching", "--kv-cache-memory", "64MiB"];
+/// Not a promise about speed: the bound after which something counts as stuck on a loaded, emulated machine.
+const LIMIT: Duration = Duration::from_secs(60);
