@@ -167,14 +167,14 @@ fn every_stage_can_be_the_last() {
         // The prefill side finishes although it should stop: the same as giving up.
         "D reserve P expect reserved! half D cancel P cancel-wanted! finish send-failed:cancelled! D released!",
         // The prefill side gives up.
-        "P expect abandon send-failed:abandoned! D reserve reserve-failed:declined! released!",
+        "P expect abandon send-failed:abandoned! D reserve reserve-failed:abandoned! released!",
         "D reserve P expect reserved! abandon send-failed:abandoned! D reserve-failed:abandoned! released!",
         "D reserve P expect reserved! half abandon send-failed:abandoned! D reserve-failed:abandoned! released!",
         "D reserve P expect reserved! fill abandon send-failed:abandoned! D reserve-failed:abandoned! released!",
         // After `finish` the decode side has the say.
         "D reserve P expect reserved! fill finish abandon D committed! adopt P delivered!",
         // Nobody reserves in time; the reservation that comes too late is declined.
-        "P expect-at-once send-failed:expired! D reserve reserve-failed:declined! released!",
+        "P expect-at-once send-failed:expired! D reserve reserve-failed:abandoned! released!",
     ];
     // `Released` says that the prefill side has heard of the end, where it takes its word; over TCP it does not.
     let early = "D reserve cancel released! P expect send-failed:cancelled!";

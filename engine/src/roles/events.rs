@@ -79,12 +79,12 @@ impl Driver {
             HandoffEvent::Delivered { handoff, stats } => self.delivered(handoff, &stats),
             HandoffEvent::CancelWanted { handoff } => self.cancel_wanted(handoff),
             HandoffEvent::SendFailed { handoff, error } => {
-                self.counters.handoff_failures += 1;
+                self.counters.handoff_failures += u64::from(error.is_failure());
                 self.sender_is_quiet(handoff, &error.to_string());
             }
             HandoffEvent::Committed { handoff, payload, .. } => self.committed(handoff, &payload),
             HandoffEvent::ReserveFailed { handoff, error } => {
-                self.counters.handoff_failures += 1;
+                self.counters.handoff_failures += u64::from(error.is_failure());
                 self.counters.handoff_refusals += u64::from(matches!(error, TransferError::BadCommit(_)));
                 self.reservation_failed(handoff, &error.to_string());
             }

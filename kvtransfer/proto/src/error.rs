@@ -117,6 +117,11 @@ pub enum Recovery {
 }
 
 impl TransferError {
+    /// Whether something went wrong, rather than that one of the two sides did not want it any more.
+    pub const fn is_failure(&self) -> bool {
+        !matches!(self, Self::Cancelled | Self::Abandoned { .. })
+    }
+
     /// The one place where failures turn into policy.
     pub fn recovery(&self) -> Recovery {
         match self {

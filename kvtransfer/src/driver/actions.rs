@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tidemill_kvtransfer_proto::endpoint_core::{
     DigestOrder, EndpointAction, EndpointEvent, LinkId, ReservedHandoff, TargetWrite,
 };
+use tidemill_kvtransfer_proto::error::TransferError;
 use tidemill_kvtransfer_proto::message::Message;
 use tidemill_kvtransfer_proto::units::HandoffId;
 
@@ -121,7 +122,7 @@ impl Driver {
                 self.tell(HandoffEvent::Delivered { handoff, stats });
             }
             EndpointEvent::SendFailed { handoff, error } => {
-                tracing::warn!(%handoff, %error, "handoff failed");
+                log_end(handoff, &error);
                 self.tell(HandoffEvent::SendFailed { handoff, error });
             }
             EndpointEvent::CancelWanted { handoff } => self.tell(HandoffEvent::CancelWanted { handoff }),
@@ -129,7 +130,7 @@ impl Driver {
                 self.tell(HandoffEvent::Committed { handoff, tokens, payload });
             }
             EndpointEvent::ReserveFailed { handoff, error } => {
-                tracing::warn!(%handoff, %error, "handoff failed");
+                log_end(handoff, &error);
                 self.tell(HandoffEvent::ReserveFailed { handoff, error });
             }
             EndpointEvent::Released { handoff } => self.tell(HandoffEvent::Released { handoff }),
@@ -155,5 +156,14 @@ impl Driver {
             targets,
             path: arena.map_or(Path::Write, Path::InPlace),
         }));
+    }
+}
+
+/// A handoff that nobody wants any more is no trouble.
+fn log_end(handoff: HandoffId, error: &TransferError) {
+    if error.is_failure() {
+        tracing::warn!(%handoff, %error, "handoff failed");
+    } else {
+        tracing::debug!(%handoff, %error, "handoff ended early");
     }
 }

@@ -103,7 +103,8 @@ impl<S: WriteSource> EndpointCore<S> {
                 self.waiting.remove(&handoff);
                 self.begin(peer, reserve);
             }
-            Some(Waiting::Over { .. }) => self.decline(peer, handoff, "it is over"),
+            // Nothing went wrong: the request ended before the reservation came.
+            Some(Waiting::Over { .. }) => self.say_quiet(peer, handoff, "it is over"),
             Some(_) => self.decline(peer, handoff, "another worker is expected"),
             None if MAX_WAITING <= self.waiting.len() => {
                 self.decline(peer, handoff, "too many reservations wait");
@@ -181,11 +182,15 @@ impl<S: WriteSource> EndpointCore<S> {
         if self.waits_for(handoff, peer) {
             self.end_before_it_began(handoff, TransferError::Cancelled, now);
         }
+        // What was never begun, or has ended, touches nothing.
+        self.say_quiet(peer, handoff, "nothing is known of it");
+    }
+
+    fn say_quiet(&mut self, peer: u64, handoff: HandoffId, reason: &str) {
         if let Some(link) = self.link_mut(peer) {
             link.ended.insert(handoff);
         }
-        // What was never begun, or has ended, touches nothing.
-        self.send(peer, Message::Quiet { handoff, reason: "nothing is known of it".to_owned() });
+        self.send(peer, Message::Quiet { handoff, reason: reason.to_owned() });
     }
 
     fn waits_for(&self, handoff: HandoffId, peer: u64) -> bool {
