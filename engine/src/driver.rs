@@ -21,9 +21,7 @@ use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
 use crate::engine::{Command, Shared};
 use crate::fault;
-use crate::handle::{
-    CacheChanges, Counters, EngineEvent, EngineStatus, EventSink, Fault, FaultStage, Recovery,
-};
+use crate::handle::{Counters, EngineEvent, EngineStatus, EventSink, Fault, FaultStage, Recovery};
 use crate::memory::Arena;
 use crate::roles::FirstToken;
 use crate::roles::decode::Incoming;
@@ -58,6 +56,8 @@ pub(crate) struct Active {
     pub(crate) events: EventSink,
     /// Log-probabilities of the prompt so far, when asked for.
     pub(crate) prompt_logprobs: Vec<Logprobs>,
+    /// Whether its router was told that it computes, or need not be: decode begins where prefill has begun.
+    pub(crate) has_begun: bool,
 }
 
 /// The fields of a request that the scheduler does not hand back.
@@ -170,7 +170,8 @@ impl Driver {
         if let Err(error) = submitted {
             return events(refuse(recovery_of(&error), error.to_string()));
         }
-        self.requests.insert(id, Active { request: parts, events, prompt_logprobs: Vec::new() });
+        let has_begun = matches!(parts.part, Part::DecodeFrom(_));
+        self.requests.insert(id, Active { request: parts, events, prompt_logprobs: Vec::new(), has_begun });
     }
 
     fn cancel(&mut self, id: RequestId) {
@@ -197,6 +198,13 @@ impl Driver {
     fn turn(&mut self, plan: &StepPlan) {
         self.scheduler.begin(plan);
         self.announce_reservations();
+        for work in &plan.work {
+            if let Some(active) = self.requests.get_mut(&work.request)
+                && !std::mem::replace(&mut active.has_begun, true)
+            {
+                (active.events)(EngineEvent::Begun);
+            }
+        }
         let results = if plan.work.is_empty() { Vec::new() } else { self.compute(plan) };
         self.push_computed(plan);
         let mut sampled: BTreeMap<RequestId, Sampled> = BTreeMap::new();
@@ -338,23 +346,15 @@ impl Driver {
         self.counters.prefix_queries = core.prefix_queries;
         self.counters.prefix_hits = core.prefix_hits;
         self.counters.preemptions = core.preemptions;
-        let ledger = self.scheduler.ledger();
         let status = EngineStatus {
             draining: self.draining,
             running: counts.running + counts.pushing,
             waiting: counts.waiting + counts.reserved,
-            ledger: crate::handle::Ledger {
-                total: ledger.total.0,
-                free: ledger.free.0,
-                cached: ledger.cached.0,
-                held: ledger.held.0,
-                reserved: ledger.reserved.0,
-                quarantined: ledger.quarantined.0,
-            },
+            queued_tokens: self.scheduler.queued_tokens(),
+            ledger: self.scheduler.ledger(),
             counters: self.counters,
         };
-        let changes = self.scheduler.take_cache_changes();
-        self.shared.publish(status, CacheChanges { added: changes.added, removed: changes.removed });
+        self.shared.publish(status, self.scheduler.take_cache_changes());
     }
 }
 

@@ -160,6 +160,11 @@ impl EngineHandle {
         crate::roles::links::meet(&self.endpoint, peers)
     }
 
+    /// Brings what [`meet_peers`](Self::meet_peers) returned up to date.
+    pub fn refresh_links(&self, links: &mut [PeerLink]) {
+        crate::roles::links::refresh(&self.endpoint, links);
+    }
+
     /// The state after the last turn of the engine's loop.
     pub fn status(&self) -> EngineStatus {
         self.shared.published().status.clone()
@@ -238,7 +243,8 @@ struct Alive<'a>(&'a Shared);
 impl Drop for Alive<'_> {
     fn drop(&mut self) {
         self.0.alive.store(false, Ordering::Release);
-        let status = EngineStatus::default();
+        // The last one again, since its sums must not fall: whoever listens looks at `is_alive` too.
+        let status = self.0.published().status.clone();
         lock(&self.0.listeners).iter_mut().for_each(|listener| listener(&status));
     }
 }

@@ -6,7 +6,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+pub use tidemill_engine_core::blocks::Ledger;
 pub use tidemill_engine_core::events::{EngineEvent, Recovery};
+pub use tidemill_engine_core::prefix_tree::CacheChanges;
+pub use tidemill_engine_core::routing::Role;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
 /// Where a model's files are.
@@ -38,17 +41,6 @@ pub enum LoadFormat {
         /// The seed.
         seed: u64,
     },
-}
-
-/// What a worker does in a deployment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Computes prompts and hands their KV cache over.
-    Prefill,
-    /// Receives KV caches and continues with the second token.
-    Decode,
-    /// Both; needs no peer.
-    Hybrid,
 }
 
 /// Which ways a handoff may take.
@@ -196,6 +188,8 @@ pub struct Peer {
 pub struct PeerLink {
     /// The peer's name.
     pub name: String,
+    /// The peer's instance number.
+    pub instance: u64,
     /// The transport in use ("shm", "tcp"), or why there is none.
     pub transport: Result<String, String>,
     /// What a probe of the path measured, bytes per second; zero when not measured.
@@ -204,23 +198,6 @@ pub struct PeerLink {
 
 /// Receives the events of one request. Called on the engine thread: it must not block.
 pub type EventSink = Box<dyn FnMut(EngineEvent) + Send>;
-
-/// Where the blocks are. `free + cached + held + reserved + quarantined == total`, always.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ledger {
-    /// Blocks of the pool.
-    pub total: u32,
-    /// Nobody's.
-    pub free: u32,
-    /// In the prefix cache and used by nobody.
-    pub cached: u32,
-    /// Used by sequences.
-    pub held: u32,
-    /// Waiting for a peer's KV cache.
-    pub reserved: u32,
-    /// Given to a peer that may still write to them.
-    pub quarantined: u32,
-}
 
 /// Sums since the start of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -262,17 +239,10 @@ pub struct EngineStatus {
     pub running: u32,
     /// Requests that wait.
     pub waiting: u32,
+    /// Prompt tokens that wait to be computed: what a new prompt would queue behind.
+    pub queued_tokens: u64,
     /// Where the blocks are.
     pub ledger: Ledger,
     /// Sums.
     pub counters: Counters,
-}
-
-/// Changes of the prefix cache, as chained block hashes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CacheChanges {
-    /// Blocks that can now be found.
-    pub added: Vec<u64>,
-    /// Blocks that can no longer be found.
-    pub removed: Vec<u64>,
 }

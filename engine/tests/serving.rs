@@ -204,6 +204,19 @@ fn a_request_that_cannot_be_is_refused_with_its_reason() {
     closes(&engine);
 }
 
+#[test]
+fn sums_do_not_fall_when_the_engine_stops() {
+    let engine = start(config("llama3", Role::Hybrid));
+    let (seen, sums) = std::sync::mpsc::channel();
+    engine.watch(Box::new(move |status| seen.send(status.counters).unwrap_or_default()));
+    whole(&engine, 0);
+    closes(&engine);
+    engine.shutdown();
+    let sums: Vec<_> = sums.iter().collect(); // Ends with the engine, which drops the listener.
+    assert!(sums.is_sorted_by_key(|it| (it.steps, it.prompt_tokens, it.generation_tokens)), "{sums:?}");
+    assert!(0 < sums.last().expect("it computed").generation_tokens);
+}
+
 fn part_handoff(part: Part) -> HandoffId {
     match part {
         Part::PrefillFor(handoff) | Part::DecodeFrom(handoff) => handoff,
@@ -307,7 +320,17 @@ fn request(which: u32, part: Part) -> Request {
 fn submit(engine: &EngineHandle, request: Request, peer: Option<Peer>) -> Stream {
     let (events, stream) = channel();
     let id = request.id;
-    engine.generate(request, peer, Box::new(move |event| drop(events.send(event))));
+    let mut is_new = true;
+    let sink = move |event| match event {
+        EngineEvent::Begun => {
+            assert!(std::mem::replace(&mut is_new, false), "a request begins once, and first")
+        }
+        event => {
+            is_new = false;
+            drop(events.send(event));
+        }
+    };
+    engine.generate(request, peer, Box::new(sink));
     (id, stream)
 }
 
@@ -334,8 +357,7 @@ fn closes(engine: &EngineHandle) {
     let deadline = Instant::now() + LIMIT;
     loop {
         let status = engine.status();
-        let ledger = status.ledger;
-        if status.running + status.waiting == 0 && ledger.free + ledger.cached == ledger.total {
+        if status.running + status.waiting == 0 && status.ledger.used().0 == 0 {
             break;
         }
         assert!(engine.is_alive(), "the engine thread has panicked");

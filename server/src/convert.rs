@@ -12,7 +12,7 @@ use tidemill_engine_core::request::{
     FinishReason, Logprobs, Part, Request, RequestId, SamplingParams, StopConditions,
 };
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
-use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
+use tidemill_kvtransfer_proto::units::{BlockCount, HandoffId, TokenCount};
 
 use crate::proto;
 
@@ -191,6 +191,7 @@ pub(crate) fn event_to_wire(event: EngineEvent) -> proto::GenerateEvent {
         EngineEvent::Token { id, index, logprobs } => {
             Event::Token(proto::Token { id, index, logprobs: logprobs.map(logprobs_to_wire) })
         }
+        EngineEvent::Begun => Event::Begun(proto::Begun {}),
         EngineEvent::HandedOver => Event::HandedOver(proto::HandedOver {}),
         EngineEvent::Finished { reason, cached_tokens } => {
             let (reason, stop_token) = match reason {
@@ -222,6 +223,7 @@ pub(crate) fn event_from_wire(wire: proto::GenerateEvent) -> Result<EngineEvent,
             index: token.index,
             logprobs: token.logprobs.map(logprobs_from_wire),
         },
+        Event::Begun(_) => EngineEvent::Begun,
         Event::HandedOver(_) => EngineEvent::HandedOver,
         Event::Finished(finished) => {
             let reason = match finished.reason() {
@@ -280,6 +282,7 @@ pub(crate) fn link_to_wire(link: &PeerLink) -> proto::PeerLink {
     };
     proto::PeerLink {
         name: link.name.clone(),
+        instance: link.instance,
         transport,
         error,
         measured_bytes_per_second: link.bytes_per_second,
@@ -288,7 +291,8 @@ pub(crate) fn link_to_wire(link: &PeerLink) -> proto::PeerLink {
 
 pub(crate) fn link_from_wire(wire: proto::PeerLink) -> PeerLink {
     let transport = if wire.transport.is_empty() { Err(wire.error) } else { Ok(wire.transport) };
-    PeerLink { name: wire.name, transport, bytes_per_second: wire.measured_bytes_per_second }
+    let (name, instance) = (wire.name, wire.instance);
+    PeerLink { name, instance, transport, bytes_per_second: wire.measured_bytes_per_second }
 }
 
 pub(crate) fn introduction_to_wire(introduction: &Introduction) -> proto::Description {
@@ -346,11 +350,12 @@ pub(crate) fn introduction_from_wire(wire: proto::Description) -> Result<Introdu
 }
 
 pub(crate) fn status_to_wire(status: &WorkerStatus) -> proto::Status {
-    let EngineStatus { draining, running, waiting, ledger, counters } = &status.engine;
+    let EngineStatus { draining, running, waiting, queued_tokens, ledger, counters } = &status.engine;
     proto::Status {
         draining: *draining,
         running: *running,
         waiting: *waiting,
+        queued_tokens: *queued_tokens,
         ledger: Some(ledger_to_wire(ledger)),
         counters: Some(counters_to_wire(counters)),
         cache_reset: status.cache_reset,
@@ -371,6 +376,7 @@ pub(crate) fn status_from_wire(wire: proto::Status) -> WorkerStatus {
             draining: wire.draining,
             running: wire.running,
             waiting: wire.waiting,
+            queued_tokens: wire.queued_tokens,
             ledger: ledger_from_wire(wire.ledger.unwrap_or_default()),
             counters: counters_from_wire(wire.counters.unwrap_or_default()),
         },
@@ -388,11 +394,15 @@ pub(crate) fn status_from_wire(wire: proto::Status) -> WorkerStatus {
 
 fn ledger_to_wire(ledger: &Ledger) -> proto::Ledger {
     let Ledger { total, free, cached, held, reserved, quarantined } = *ledger;
+    let [total, free, cached, held, reserved, quarantined] =
+        [total, free, cached, held, reserved, quarantined].map(|BlockCount(count)| count);
     proto::Ledger { total, free, cached, held, reserved, quarantined }
 }
 
 fn ledger_from_wire(wire: proto::Ledger) -> Ledger {
     let proto::Ledger { total, free, cached, held, reserved, quarantined } = wire;
+    let [total, free, cached, held, reserved, quarantined] =
+        [total, free, cached, held, reserved, quarantined].map(BlockCount);
     Ledger { total, free, cached, held, reserved, quarantined }
 }
 
@@ -502,6 +512,7 @@ mod tests {
             EngineEvent::PromptLogprobs(vec![logprobs(), logprobs()]),
             EngineEvent::Token { id: 3, index: 0, logprobs: None },
             EngineEvent::Token { id: 3, index: 7, logprobs: Some(logprobs()) },
+            EngineEvent::Begun,
             EngineEvent::HandedOver,
             EngineEvent::Finished { reason: FinishReason::Stop(None), cached_tokens: 16 },
             EngineEvent::Finished { reason: FinishReason::Stop(Some(0)), cached_tokens: 0 },
@@ -537,12 +548,15 @@ mod tests {
 
     #[test]
     fn a_status_survives_the_wire() {
+        let [total, free, cached, held, reserved, quarantined] = [21, 1, 2, 3, 4, 11].map(BlockCount);
+        let ledger = Ledger { total, free, cached, held, reserved, quarantined };
         let sent = WorkerStatus {
             engine: EngineStatus {
                 draining: true,
                 running: 1,
                 waiting: 2,
-                ledger: Ledger { total: 21, free: 1, cached: 2, held: 3, reserved: 4, quarantined: 11 },
+                queued_tokens: 7,
+                ledger,
                 counters: Counters {
                     steps: 1,
                     handoff_seconds: 0.5,
@@ -554,8 +568,18 @@ mod tests {
             cache_added: vec![u64::MAX],
             cache_removed: vec![1],
             links: vec![
-                PeerLink { name: "a".into(), transport: Ok("shm".into()), bytes_per_second: 2.0 },
-                PeerLink { name: "b".into(), transport: Err("refused".into()), bytes_per_second: 0.0 },
+                PeerLink {
+                    name: "a".into(),
+                    instance: 1,
+                    transport: Ok("shm".into()),
+                    bytes_per_second: 2.0,
+                },
+                PeerLink {
+                    name: "b".into(),
+                    instance: u64::MAX,
+                    transport: Err("refused".into()),
+                    bytes_per_second: 0.0,
+                },
             ],
             samples: vec![Sample { name: "handoff_seconds".into(), value: 0.5 }],
         };

@@ -11,6 +11,7 @@ mod request;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use metrics::{Counter, Histogram, counter, gauge, histogram, with_local_recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
@@ -113,7 +114,7 @@ impl Metrics {
     /// Records that a worker is gone; its gauges say so until it reports again.
     pub(crate) fn record_worker_down(&self, worker: &str, role: Role) {
         with_local_recorder(&self.recorder, || {
-            gauge!(names::WORKER_UP, "worker" => worker.to_owned(), "role" => role_name(role)).set(0.0);
+            gauge!(names::WORKER_UP, "worker" => worker.to_owned(), "role" => role.as_str()).set(0.0);
             let (model, engine) = (self.model.clone(), worker.to_owned());
             gauge!(names::RUNNING, "model_name" => model.clone(), "engine" => engine.clone()).set(0.0);
             gauge!(names::WAITING, "model_name" => model, "engine" => engine).set(0.0);
@@ -146,6 +147,12 @@ impl Metrics {
         with_local_recorder(&self.recorder, || counter!(names::FALLBACKS, "reason" => reason).increment(1));
     }
 
+    /// Records how long a request was with a worker, or in a handoff, that had failed.
+    pub(crate) fn record_recovery(&self, waited: Duration) {
+        with_local_recorder(&self.recorder, || histogram!(names::RECOVERY).record(waited));
+        self.observed(1);
+    }
+
     /// Records one value that a worker measured; `name` is as in the protocol. Unknown names come from newer workers
     /// and are dropped.
     pub(crate) fn record_sample(&self, worker: &str, name: &str, value: f64) {
@@ -165,8 +172,7 @@ impl Metrics {
     fn set_gauges(&self, status: &WorkerStatusSnapshot<'_>) {
         let (model, worker) = (self.model.clone(), status.worker.to_owned());
         let ledger = &status.ledger;
-        let used = ledger.held + ledger.reserved + ledger.quarantined;
-        let usage = if ledger.total == 0 { 0.0 } else { f64::from(used) / f64::from(ledger.total) };
+        let usage = f64::from(ledger.used().0) / f64::from(ledger.total.0.max(1));
         for (name, value) in [
             (names::RUNNING, f64::from(status.running)),
             (names::WAITING, f64::from(status.waiting)),
@@ -181,9 +187,9 @@ impl Metrics {
             ("reserved", ledger.reserved),
             ("quarantined", ledger.quarantined),
         ] {
-            gauge!(names::BLOCKS, "worker" => worker.clone(), "state" => state).set(f64::from(blocks));
+            gauge!(names::BLOCKS, "worker" => worker.clone(), "state" => state).set(f64::from(blocks.0));
         }
-        gauge!(names::WORKER_UP, "worker" => worker, "role" => role_name(status.role)).set(1.0);
+        gauge!(names::WORKER_UP, "worker" => worker, "role" => status.role.as_str()).set(1.0);
     }
 
     fn add_counters(&self, worker: &str, grown: &Counters) {
@@ -276,14 +282,6 @@ fn difference(now: &Counters, before: &Counters) -> Counters {
         handoff_in_place: now.handoff_in_place.saturating_sub(before.handoff_in_place),
         handoff_refusals: now.handoff_refusals.saturating_sub(before.handoff_refusals),
         handoff_seconds: (now.handoff_seconds - before.handoff_seconds).max(0.0),
-    }
-}
-
-const fn role_name(role: Role) -> &'static str {
-    match role {
-        Role::Prefill => "prefill",
-        Role::Decode => "decode",
-        Role::Hybrid => "hybrid",
     }
 }
 

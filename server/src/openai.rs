@@ -34,7 +34,7 @@ use crate::metrics::Metrics;
 
 pub(crate) use body::BodyLimits;
 pub(crate) use error::ApiError;
-pub(crate) use generator::{ClusterHealth, EventStream, Generator, Serving, WorkerHealth};
+pub(crate) use generator::{ClusterHealth, Generator, Serving, Started, WorkerHealth};
 pub(crate) use model_text::ModelText;
 
 /// How a front end is set up.

@@ -2,9 +2,10 @@
 
 mod cluster;
 mod driver;
+mod links;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
@@ -16,7 +17,7 @@ pub(crate) use cluster::{Cluster, Slot};
 
 use crate::generation::{Generation, GenerationError, GenerationEvent};
 use crate::metrics::Metrics;
-use crate::openai::{ClusterHealth, EventStream, Generator};
+use crate::openai::{ClusterHealth, Generator, Started};
 
 /// Generates by sending token ids to workers.
 #[derive(Debug)]
@@ -47,17 +48,18 @@ impl Router {
 pub(crate) struct SharedRouter(pub(crate) Arc<Router>);
 
 impl Generator for SharedRouter {
-    fn generate(&self, generation: Generation) -> BoxFuture<'_, Result<EventStream, GenerationError>> {
+    fn generate(&self, generation: Generation) -> BoxFuture<'_, Result<Started, GenerationError>> {
         Box::pin(async move {
             // The driver ends when the receiver is dropped, and its streams with it: that cancels everywhere.
             let (sender, mut events) = mpsc::channel(EVENTS_AHEAD);
-            tokio::spawn(driver::drive(Arc::clone(&self.0), generation, sender));
+            let begun = Arc::new(OnceLock::new());
+            tokio::spawn(driver::drive(Arc::clone(&self.0), generation, sender, Arc::clone(&begun)));
             // A failure before the first token becomes a status of its own.
             match events.recv().await {
                 Some(GenerationEvent::Failed(error)) => Err(error),
                 Some(first) => {
                     let all = futures::stream::iter([first]).chain(ReceiverStream::new(events));
-                    Ok(Box::pin(all) as EventStream)
+                    Ok(Started { begun: begun.get().copied(), events: Box::pin(all) })
                 }
                 None => Err(GenerationError::Internal("the request's task ended without a word".into())),
             }

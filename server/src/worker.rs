@@ -175,7 +175,7 @@ impl Drop for Events {
 pub(crate) fn is_last(event: &EngineEvent) -> bool {
     match event {
         EngineEvent::HandedOver | EngineEvent::Finished { .. } | EngineEvent::Failed { .. } => true,
-        EngineEvent::PromptLogprobs(_) | EngineEvent::Token { .. } => false,
+        EngineEvent::Begun | EngineEvent::PromptLogprobs(_) | EngineEvent::Token { .. } => false,
     }
 }
 

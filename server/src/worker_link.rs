@@ -31,12 +31,21 @@ pub(crate) enum LinkError {
     /// The connection cannot be made.
     #[error("no connection: {}", innermost(.0))]
     Connect(#[source] tonic::transport::Error),
+    /// The address cannot be resolved.
+    #[error("cannot be looked up: {0}")]
+    Lookup(#[source] std::io::Error),
     /// The call failed.
     #[error("{}: {}", .0.code(), .0.message())]
     Call(#[from] Box<tonic::Status>),
     /// The worker speaks another version of the protocol, or nonsense.
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    /// It would answer otherwise than the workers that are there.
+    #[error("it serves another model than {other}")]
+    OtherModel {
+        /// One of those.
+        other: String,
+    },
     /// Nothing was heard for too long.
     #[error("the worker is silent")]
     Silent,
@@ -64,7 +73,13 @@ impl WorkerLink {
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let description =
             client.describe(timed(proto::DescribeRequest {}, CALL_TIMEOUT)).await.map_err(boxed)?;
-        let introduction = convert::introduction_from_wire(description.into_inner())?;
+        let mut introduction = convert::introduction_from_wire(description.into_inner())?;
+        let handoff_address = &mut introduction.engine.handoff_address;
+        if handoff_address.ip().is_unspecified() {
+            // It listens everywhere and cannot know by which address others reach it; here is one that works.
+            let mut found = tokio::net::lookup_host(address).await.map_err(LinkError::Lookup)?;
+            handoff_address.set_ip(found.next().ok_or(LinkError::Silent)?.ip());
+        }
         Ok((Self { client }, introduction))
     }
 
@@ -92,7 +107,15 @@ impl WorkerLink {
     ) -> Result<impl Stream<Item = Result<EngineEvent, LinkError>> + Send + Unpin + use<>, LinkError> {
         let request = convert::assignment_to_wire(assignment);
         let events = self.client.clone().generate(request).await.map_err(boxed)?.into_inner();
-        Ok(events.map(|event| Ok(convert::event_from_wire(event.map_err(boxed)?)?)))
+        Ok(events.filter_map(|event| {
+            let event = match event {
+                // A newer worker may say more than this version knows.
+                Ok(proto::GenerateEvent { event: None }) => None,
+                Ok(event) => Some(convert::event_from_wire(event).map_err(LinkError::from)),
+                Err(status) => Some(Err(boxed(status).into())),
+            };
+            std::future::ready(event)
+        }))
     }
 
     /// Tells the worker who its peers are and returns how the handshakes went.

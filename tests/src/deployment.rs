@@ -19,7 +19,7 @@ use crate::client::Client;
 #[derive(Debug)]
 pub struct Deployment {
     process: Child,
-    log: Arc<Mutex<String>>,
+    log: Arc<Mutex<Vec<(Instant, String)>>>,
     /// A client for it.
     pub client: Client,
 }
@@ -49,7 +49,7 @@ impl Deployment {
             .stderr(Stdio::piped())
             .spawn()
             .expect("the binary starts");
-        let log = Arc::new(Mutex::new(String::new()));
+        let log = Arc::new(Mutex::new(Vec::new()));
         let (lines, banner) = channel();
         let stdout = process.stdout.take().expect("piped above");
         let stderr = process.stderr.take().expect("piped above");
@@ -57,7 +57,7 @@ impl Deployment {
             let (log, lines) = (Arc::clone(&log), lines.clone());
             thread::spawn(move || {
                 for line in BufReader::new(pipe).lines().map_while(Result::ok) {
-                    log.lock().expect("no test thread panics with the log").push_str(&format!("{line}\n"));
+                    log.lock().expect("no test thread panics with it").push((Instant::now(), line.clone()));
                     let _ = lines.send(line); // Nobody listens once the address is known.
                 }
             });
@@ -67,18 +67,20 @@ impl Deployment {
         let Some(address) = address else {
             let _ = process.kill();
             let _ = process.wait();
-            panic!(
-                "no address from `tidemill serve {}`:\n{}",
-                arguments.join(" "),
-                log.lock().expect("whole")
-            );
+            panic!("no address from `tidemill serve {}`:\n{}", arguments.join(" "), text(&log));
         };
         Self { process, log, client: Client::new(&address) }
     }
 
     /// Everything it has printed so far.
     pub fn log(&self) -> String {
-        self.log.lock().expect("no test thread panics with the log").clone()
+        text(&self.log)
+    }
+
+    /// When it last printed a line with `words` in it.
+    pub fn last_said(&self, words: &str) -> Option<Instant> {
+        let log = self.log.lock().expect("no test thread panics with the log");
+        log.iter().rev().find(|(_, line)| line.contains(words)).map(|(at, _)| *at)
     }
 
     /// Its workers of `role` ("prefill", "decode", "hybrid") that live now.
@@ -118,6 +120,16 @@ impl Deployment {
 }
 
 impl WorkerProcess {
+    /// Lets it neither compute nor speak until [`wake`](Self::wake).
+    pub fn freeze(self) {
+        kill_process(self.0, Signal::STOP).expect("the worker lives and is ours");
+    }
+
+    /// Undoes [`freeze`](Self::freeze).
+    pub fn wake(self) {
+        kill_process(self.0, Signal::CONT).expect("the worker lives and is ours");
+    }
+
     /// Ends it as the kernel would when memory runs out.
     pub fn kill(self) {
         kill_process(self.0, Signal::KILL).expect("the worker lives and is ours");
@@ -192,6 +204,11 @@ fn wait_for_address(lines: &Receiver<String>) -> Option<String> {
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
         }
     }
+}
+
+fn text(log: &Mutex<Vec<(Instant, String)>>) -> String {
+    let log = log.lock().expect("no test thread panics with the log");
+    log.iter().map(|(_, line)| format!("{line}\n")).collect()
 }
 
 fn resident(pid: &str) -> u64 {

@@ -4,4 +4,5 @@
 pub mod client;
 pub mod deployment;
 pub mod fixtures;
+pub mod lateness;
 pub mod two_hosts;

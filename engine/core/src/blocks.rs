@@ -403,6 +403,11 @@ pub(crate) enum Census {
 }
 
 impl Ledger {
+    /// Blocks that are neither free nor merely cached. Zero on a worker that has nothing to do.
+    pub const fn used(&self) -> BlockCount {
+        BlockCount(self.held.0 + self.reserved.0 + self.quarantined.0)
+    }
+
     fn column(&mut self, state: State) -> &mut BlockCount {
         match state {
             State::Free => &mut self.free,

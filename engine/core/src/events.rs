@@ -5,6 +5,9 @@ use crate::request::{FinishReason, Logprobs, TokenId};
 /// What happens to a request, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum EngineEvent {
+    /// The request has left the queue and computes. Comes at most once, and not from a decode worker that waits for a
+    /// handoff.
+    Begun,
     /// Log-probabilities of the prompt's tokens but the first, when asked for.
     PromptLogprobs(Vec<Logprobs>),
     /// One output token.

@@ -249,6 +249,8 @@ impl Journey {
                 self.token(id, index, logprobs, actions);
                 self.settle(actions);
             }
+            // The driver's to tell.
+            EngineEvent::Begun => {}
             EngineEvent::HandedOver => {
                 if let Stage::Split(split) = &mut self.stage {
                     split.prefill_leg = Leg::Done;

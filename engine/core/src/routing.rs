@@ -7,6 +7,7 @@
 //! - *Decode* goes where most of the prompt is cached already, since that is neither computed nor moved, but only
 //!   among workers that are about as idle as the idlest: a system prompt that all requests share must not gather
 //!   them on one worker.
+//! - Only workers that are connected to each other make a pair.
 //! - Ties go round, by a counter that the caller passes in and raises.
 //!
 //! A worker is named by its place in the view and told apart from its earlier lives by its instance number.
@@ -72,6 +73,8 @@ pub struct WorkerView {
 pub struct ClusterView {
     /// The workers; a [`WorkerIndex`] counts here.
     pub workers: Vec<WorkerView>,
+    /// Pairs of instances, in either order, that have a connection to hand KV caches over.
+    pub links: BTreeSet<(u64, u64)>,
 }
 
 /// A worker's place in [`ClusterView::workers`].
@@ -130,6 +133,8 @@ pub enum AloneReason {
     PrefillUnavailable,
     /// A fallback: there is a prefill worker but no decode worker.
     DecodeUnavailable,
+    /// A fallback: there are both, but none is connected to one of the other kind.
+    Unlinked,
 }
 
 /// Why nobody serves a request.
@@ -143,6 +148,17 @@ pub enum NoRoute {
     AllExcluded,
     /// No serving worker has a KV cache for so many tokens: give up.
     NeverFits,
+}
+
+impl Role {
+    /// As it stands in logs, metrics and names of workers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Hybrid => "hybrid",
+        }
+    }
 }
 
 impl Default for RoutingPolicy {
@@ -159,6 +175,7 @@ impl AloneReason {
             Self::Cheaper => "cheaper",
             Self::PrefillUnavailable => "prefill-unavailable",
             Self::DecodeUnavailable => "decode-unavailable",
+            Self::Unlinked => "unlinked",
         }
     }
 }
@@ -170,8 +187,11 @@ pub fn route(view: &ClusterView, policy: RoutingPolicy, request: RouteRequest<'_
         Err(why) => return Route::None(why),
     };
     let of_role = |role| candidates.iter().filter(move |it| it.worker.role == role);
-    let prefill = soonest(of_role(Role::Prefill), request.turn);
-    let decode = nearest(of_role(Role::Decode), policy, request.turn);
+    let has_decode = |prefill: &&Candidate<'_>| of_role(Role::Decode).any(|it| view.are_linked(prefill, it));
+    let prefill = soonest(of_role(Role::Prefill).filter(has_decode), request.turn);
+    let is_reached =
+        |it: &&Candidate<'_>| prefill.as_ref().is_none_or(|prefill| view.are_linked(prefill, it));
+    let decode = nearest(of_role(Role::Decode).filter(is_reached), policy, request.turn);
     let hybrid = soonest(of_role(Role::Hybrid), request.turn);
     if let Some(hybrid) = hybrid {
         let pair_is_sooner =
@@ -186,12 +206,23 @@ pub fn route(view: &ClusterView, policy: RoutingPolicy, request: RouteRequest<'_
         }
         (Some(prefill), Some(decode)) => Route::Split { prefill: prefill.index, decode: decode.index },
         (None, Some(decode)) => {
-            Route::Alone { worker: decode.index, reason: AloneReason::PrefillUnavailable }
+            let is_unlinked = of_role(Role::Prefill).next().is_some();
+            let reason = if is_unlinked { AloneReason::Unlinked } else { AloneReason::PrefillUnavailable };
+            Route::Alone { worker: decode.index, reason }
         }
-        (Some(prefill), None) => {
+        (Some(_), None) => unreachable!("a prefill worker was chosen for its decode worker"),
+        (None, None) => {
+            let prefill = soonest(of_role(Role::Prefill), request.turn);
+            let prefill = prefill.expect("each candidate has a role, and the other two have been served");
             Route::Alone { worker: prefill.index, reason: AloneReason::DecodeUnavailable }
         }
-        (None, None) => unreachable!("each candidate has a role, and hybrids have been served"),
+    }
+}
+
+impl ClusterView {
+    fn are_linked(&self, one: &Candidate<'_>, other: &Candidate<'_>) -> bool {
+        let (one, other) = (one.worker.instance, other.worker.instance);
+        self.links.contains(&(one, other)) || self.links.contains(&(other, one))
     }
 }
 
@@ -330,10 +361,11 @@ mod tests {
 
     const PROMPT: [TokenId; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
 
-    /// One row per rule. `x1` excludes the worker at place 1, `@1` is the turn, `<6` sets `alone_below`.
+    /// One row per rule. `x1` excludes the worker at place 1, `@1` is the turn, `<6` sets `alone_below`. All workers are
+    /// connected to each other, but for those in `/1`, which have no connection at all.
     #[test]
     fn routes() {
-        use AloneReason::{Cheaper, DecodeUnavailable, Hybrid, PrefillUnavailable};
+        use AloneReason::{Cheaper, DecodeUnavailable, Hybrid, PrefillUnavailable, Unlinked};
         let split =
             |prefill, decode| Route::Split { prefill: WorkerIndex(prefill), decode: WorkerIndex(decode) };
         let alone = |worker, reason| Route::Alone { worker: WorkerIndex(worker), reason };
@@ -365,6 +397,9 @@ mod tests {
             ("a prefill worker failed: D alone",               "p d x0",       alone(1, PrefillUnavailable)),
             ("a failed one is passed over",                    "p p d x0",     split(1, 2)),
             ("no decode worker: P alone",                      "p d!",         alone(0, DecodeUnavailable)),
+            ("no connection to the decode worker: D alone",    "p d /0",       alone(1, Unlinked)),
+            ("prefill: one with a connection",                 "pq0 pq9 d /0", split(1, 2)),
+            ("decode: one with a connection",                  "p d dc2 /2",   split(0, 1)),
             ("a hybrid takes whole requests",                  "h",            alone(0, Hybrid)),
             ("hybrids: the sooner one",                        "hq9 h",        alone(1, Hybrid)),
             ("a pair comes before a hybrid among equals",      "h p d",        split(1, 2)),
@@ -379,12 +414,15 @@ mod tests {
         ];
         for (name, words, expected) in rows {
             let (settings, workers): (Vec<&str>, Vec<&str>) =
-                words.split_whitespace().partition(|word| word.starts_with(['x', '@', '<']));
+                words.split_whitespace().partition(|word| word.starts_with(['x', '@', '<', '/']));
             let setting =
                 |mark| settings.iter().find_map(|word| word.strip_prefix(mark)).map(|it| it.parse::<u32>());
             let number = |mark| setting(mark).map(|it| it.unwrap());
+            let cut = number('/').map(|place| 100 + u64::from(place));
+            let names = (100..).take(workers.len()).filter(|name| Some(*name) != cut);
             let view = ClusterView {
                 workers: workers.iter().zip(100..).map(|(it, name)| worker(name, it)).collect(),
+                links: names.clone().flat_map(|one| names.clone().map(move |other| (one, other))).collect(),
             };
             let policy =
                 RoutingPolicy { alone_below: TokenCount(number('<').unwrap_or(0)), max_imbalance: 4 };
@@ -400,7 +438,8 @@ mod tests {
         let mut coarse = worker(1, "d");
         coarse.block_len = BlockLen::new(8).unwrap();
         coarse.cached = chain_hashes(&PROMPT, coarse.block_len).into_iter().collect();
-        let view = ClusterView { workers: vec![worker(0, "p"), worker(2, "dc1"), coarse] };
+        let links = BTreeSet::from([(0, 2), (1, 0)]);
+        let view = ClusterView { workers: vec![worker(0, "p"), worker(2, "dc1"), coarse], links };
         let request = RouteRequest { tokens: &PROMPT, excluded: &[], turn: 0 };
         let expected = Route::Split { prefill: WorkerIndex(0), decode: WorkerIndex(2) };
         assert_eq!(

@@ -16,6 +16,7 @@ pub(crate) fn meet(endpoint: &Endpoint, peers: Vec<Peer>) -> Vec<PeerLink> {
     met.into_iter()
         .map(|met| PeerLink {
             name: met.name,
+            instance: met.instance,
             bytes_per_second: met.outcome.as_ref().map_or(0.0, |link| link.bytes_per_second),
             transport: met
                 .outcome
@@ -23,6 +24,23 @@ pub(crate) fn meet(endpoint: &Endpoint, peers: Vec<Peer>) -> Vec<PeerLink> {
                 .map_err(|error| error.to_string()),
         })
         .collect()
+}
+
+/// Brings what was said of connections up to date: they break, and peers make them too.
+pub(crate) fn refresh(endpoint: &Endpoint, links: &mut [PeerLink]) {
+    for link in links {
+        match endpoint.link(link.instance) {
+            Some(now) => {
+                link.transport = Ok(now.transport.name().to_owned());
+                link.bytes_per_second = now.bytes_per_second;
+            }
+            None if link.transport.is_ok() => {
+                link.transport = Err("the connection broke".to_owned());
+                link.bytes_per_second = 0.0;
+            }
+            None => {}
+        }
+    }
 }
 
 /// Twice what a handshake may take.

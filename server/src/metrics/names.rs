@@ -30,10 +30,10 @@ metric_names! {
     describe_histogram TIME_TO_FIRST_TOKEN = "vllm:time_to_first_token_seconds", "From arrival to the first token.";
     describe_histogram INTER_TOKEN_LATENCY = "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.";
     describe_histogram E2E_LATENCY = "vllm:e2e_request_latency_seconds", "From arrival to the last token.";
-    describe_histogram QUEUE_TIME = "vllm:request_queue_time_seconds", "From arrival until a worker took the request.";
-    describe_histogram PREFILL_TIME = "vllm:request_prefill_time_seconds", "From a worker's taking to the first token.";
+    describe_histogram QUEUE_TIME = "vllm:request_queue_time_seconds", "From arrival until a worker began to compute.";
+    describe_histogram PREFILL_TIME = "vllm:request_prefill_time_seconds", "From a worker's beginning to the first token.";
     describe_histogram DECODE_TIME = "vllm:request_decode_time_seconds", "From the first to the last token.";
-    describe_histogram INFERENCE_TIME = "vllm:request_inference_time_seconds", "From a worker's taking to the last token.";
+    describe_histogram INFERENCE_TIME = "vllm:request_inference_time_seconds", "From a worker's beginning to the last token.";
     describe_histogram PARAMS_N = "vllm:request_params_n", "Answers asked for in a request.";
     describe_histogram PARAMS_MAX_TOKENS = "vllm:request_params_max_tokens", "Output tokens allowed for a sequence.";
 
@@ -50,6 +50,7 @@ metric_names! {
     describe_counter HANDOFF_REFUSALS = "tidemill_handoff_refusals_total", "Commits refused because epoch or digest did not match.";
     describe_counter HANDOFF_IN_PLACE = "tidemill_handoff_in_place_total", "Handoffs that moved no byte.";
     describe_histogram HANDOFF_DURATION = "tidemill_handoff_duration_seconds", "From the end of prefill to adoption.";
+    describe_histogram RECOVERY = "tidemill_recovery_seconds", "From the first sign that a worker or handoff failed until its request was with others.";
     describe_counter FALLBACKS = "tidemill_fallbacks_total", "Things done in a worse way than intended, by reason.";
     describe_counter REFUSALS = "tidemill_refusals_total", "Requests refused before they reached a worker, by reason.";
 }
@@ -68,6 +69,7 @@ pub(super) const BUCKETS: &[(&str, &[f64])] = &[
     (TIME_TO_FIRST_TOKEN, SHORT_SECONDS),
     (INTER_TOKEN_LATENCY, SHORT_SECONDS),
     (HANDOFF_DURATION, SHORT_SECONDS),
+    (RECOVERY, SHORT_SECONDS),
     (E2E_LATENCY, LONG_SECONDS),
     (QUEUE_TIME, LONG_SECONDS),
     (PREFILL_TIME, LONG_SECONDS),

@@ -34,7 +34,7 @@ impl Outcome {
 pub(crate) struct RequestRecord {
     metrics: Arc<Metrics>,
     arrived: Instant,
-    taken: Instant,
+    begun: Instant,
     first_token: Option<Instant>,
     last_token: Instant,
     prompt_tokens: u32,
@@ -43,21 +43,24 @@ pub(crate) struct RequestRecord {
 }
 
 impl Metrics {
-    /// Starts to follow a sequence that arrived at `arrived` and was taken by a worker just now.
+    /// Starts to follow a sequence that arrived at `arrived`, and that a worker began to compute at `begun`.
     pub(crate) fn follow(
         self: &Arc<Self>,
         arrived: Instant,
+        begun: Option<Instant>,
         prompt_tokens: u32,
         max_tokens: u32,
     ) -> RequestRecord {
         let now = Instant::now();
-        self.requests.queue_time.record(now - arrived);
+        // A worker of another version may not say it.
+        let begun = begun.unwrap_or(arrived);
+        self.requests.queue_time.record(begun - arrived);
         self.requests.params_max_tokens.record(f64::from(max_tokens));
         self.observed(2);
         RequestRecord {
             metrics: Arc::clone(self),
             arrived,
-            taken: now,
+            begun,
             first_token: None,
             last_token: now,
             prompt_tokens,
@@ -81,7 +84,7 @@ impl RequestRecord {
         if self.first_token.is_none() {
             self.first_token = Some(now);
             requests.time_to_first_token.record(now - self.arrived);
-            requests.prefill_time.record(now - self.taken);
+            requests.prefill_time.record(now - self.begun);
             requests.prompt_tokens.increment(u64::from(self.prompt_tokens));
         } else {
             requests.inter_token_latency.record(now - self.last_token);
@@ -108,7 +111,7 @@ impl RequestRecord {
             requests.request_prompt_tokens.record(f64::from(self.prompt_tokens));
             requests.request_generation_tokens.record(f64::from(self.generated));
             requests.e2e_latency.record(self.last_token - self.arrived);
-            requests.inference_time.record(self.last_token - self.taken);
+            requests.inference_time.record(self.last_token - self.begun);
             requests.decode_time.record(self.last_token - self.first_token.unwrap_or(self.last_token));
             self.metrics.observed(5);
         }

@@ -1,12 +1,15 @@
 //! Rows of what `/metrics` must say.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use tidemill_kvtransfer_proto::units::BlockCount;
 
 use super::*;
 
 fn status(instance: u64, bytes: u64, seconds: f64) -> WorkerStatusSnapshot<'static> {
-    let ledger = Ledger { total: 10, free: 4, cached: 1, held: 3, reserved: 1, quarantined: 1 };
+    let [total, free, cached, held, reserved, quarantined] = [10, 4, 1, 3, 1, 1].map(BlockCount);
+    let ledger = Ledger { total, free, cached, held, reserved, quarantined };
     let counters = Counters { handoff_bytes: bytes, handoff_seconds: seconds, ..Counters::default() };
     WorkerStatusSnapshot {
         worker: "p0",
@@ -59,10 +62,11 @@ fn usage_counts_blocks_that_nobody_else_could_have() {
 #[test]
 fn every_distribution_has_buckets() {
     let metrics = Arc::new(Metrics::new("m"));
-    let mut record = metrics.follow(Instant::now(), 7, 16);
+    let mut record = metrics.follow(Instant::now(), None, 7, 16);
     record.token();
     record.token();
     record.finished(Outcome::Stop);
+    metrics.record_recovery(Duration::from_millis(20));
     metrics.record_choices(2);
     for (name, _) in names::SAMPLES {
         metrics.record_sample("p0", name, 1.0);
@@ -78,11 +82,11 @@ fn every_distribution_has_buckets() {
 #[test]
 fn a_sequence_ends_once_and_by_abort_when_nobody_waits() {
     let metrics = Arc::new(Metrics::new("m"));
-    let mut record = metrics.follow(Instant::now(), 7, 16);
+    let mut record = metrics.follow(Instant::now(), None, 7, 16);
     record.finished(Outcome::Length);
     record.finished(Outcome::Error);
     drop(record);
-    drop(metrics.follow(Instant::now(), 7, 16));
+    drop(metrics.follow(Instant::now(), None, 7, 16));
     let text = metrics.render();
     let of = |reason: &str| {
         let labels = format!(r#"{{model_name="m",engine="0",finished_reason="{reason}"}}"#);

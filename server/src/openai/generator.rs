@@ -1,6 +1,7 @@
 //! What the front end needs of whoever generates: production's is the router, the tests' runs in memory.
 
 use std::pin::Pin;
+use std::time::Instant;
 
 use futures::Stream;
 use futures::future::BoxFuture;
@@ -10,10 +11,18 @@ use crate::generation::{Generation, GenerationError, GenerationEvent};
 /// The events of one sequence; dropping it cancels the sequence everywhere.
 pub(crate) type EventStream = Pin<Box<dyn Stream<Item = GenerationEvent> + Send>>;
 
+/// A sequence that has begun.
+pub(crate) struct Started {
+    /// When a worker began to compute; until then it waited in queues.
+    pub(crate) begun: Option<Instant>,
+    /// Its events.
+    pub(crate) events: EventStream,
+}
+
 /// Generates token sequences.
 pub(crate) trait Generator: Send + Sync + 'static {
     /// Starts a sequence. An error here reaches the client with its own HTTP status.
-    fn generate(&self, generation: Generation) -> BoxFuture<'_, Result<EventStream, GenerationError>>;
+    fn generate(&self, generation: Generation) -> BoxFuture<'_, Result<Started, GenerationError>>;
 
     /// How the workers are right now. Called for each request and probe: it must not wait.
     fn health(&self) -> ClusterHealth;

@@ -10,7 +10,7 @@ use tidemill_engine_core::request::{Logprobs, StopConditions, TokenId};
 use super::App;
 use super::answer::{Answer, Finish, OutputToken, Piece};
 use super::error::ApiError;
-use super::generator::EventStream;
+use super::generator::{EventStream, Started};
 use super::sampling::Wish;
 use crate::generation::{Generation, GenerationError, GenerationEvent};
 use crate::metrics::{Outcome, RequestRecord};
@@ -83,7 +83,7 @@ async fn start_one(
     sampling.seed = sampling.seed.wrapping_add(u64::from(answer));
     let generation = Generation { prompt: prompt.to_vec(), sampling, stop: stop.clone() };
     let prompt_tokens = u32::try_from(prompt.len()).expect("within the context");
-    let events = app.generator.generate(generation).await?;
+    let Started { begun, events } = app.generator.generate(generation).await?;
     Ok(Sequence {
         index: prompt_number * wish.n + answer,
         answer: Answer::new(
@@ -94,7 +94,7 @@ async fn start_one(
             stop,
         ),
         events: Some(events),
-        record: app.metrics.follow(arrived, prompt_tokens, max_tokens),
+        record: app.metrics.follow(arrived, begun, prompt_tokens, max_tokens),
         prompt_logprobs: None,
     })
 }

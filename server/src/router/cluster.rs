@@ -9,14 +9,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
-use tidemill_engine::handle::{EngineStatus, Peer, PeerLink, Role};
+use tidemill_engine::handle::{Description, EngineStatus, Peer, PeerLink, Role};
 use tidemill_engine_core::journey::Instance;
-use tidemill_engine_core::routing::{self, Availability, ClusterView, WorkerView};
+use tidemill_engine_core::routing::{Availability, ClusterView, WorkerView};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen};
+use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use super::links::{self, Stranger};
 use crate::convert::{Introduction, WorkerStatus};
 use crate::metrics::{Metrics, WorkerStatusSnapshot};
 use crate::openai::{ClusterHealth, Serving, WorkerHealth};
@@ -47,25 +49,26 @@ pub(crate) struct Slot {
     pub(crate) address: watch::Receiver<Option<String>>,
 }
 
+/// What is in a slot now.
 #[derive(Debug)]
-struct SlotState {
+pub(super) struct SlotState {
     name: String,
     role: Role,
-    live: Option<Live>,
+    pub(super) live: Option<Live>,
     /// Why it is not there, for people.
     trouble: String,
 }
 
 /// A worker that answers.
 #[derive(Clone, Debug)]
-struct Live {
-    link: WorkerLink,
-    introduction: Introduction,
+pub(super) struct Live {
+    pub(super) link: WorkerLink,
+    pub(super) introduction: Introduction,
     status: EngineStatus,
     cached: BTreeSet<u64>,
-    links: Vec<PeerLink>,
+    pub(super) links: Vec<PeerLink>,
     /// Whether its peers have been introduced.
-    is_introduced: bool,
+    pub(super) is_introduced: bool,
     lost: CancellationToken,
 }
 
@@ -104,6 +107,7 @@ impl Cluster {
         for (index, slot) in slots.into_iter().enumerate() {
             tokio::spawn(Arc::clone(&cluster).keep(index, slot.address));
         }
+        tokio::spawn(links::keep(Arc::downgrade(&cluster)));
         cluster
     }
 
@@ -123,9 +127,25 @@ impl Cluster {
         .await;
     }
 
-    /// Waits for a change of any kind, but not longer than `limit`.
-    pub(super) async fn change(&self, limit: Duration) {
-        let _ = timeout(limit, self.changed.notified()).await;
+    /// Waits for the next change of any kind from the call on, not from the first poll.
+    pub(super) fn change(&self) -> Notified<'_> {
+        self.changed.notified()
+    }
+
+    /// Workers that have lost a peer that is there.
+    pub(super) fn strangers(&self) -> Vec<Stranger> {
+        links::strangers(&self.lock())
+    }
+
+    /// What a worker said about its connections just now.
+    pub(super) fn set_links(&self, instance: u64, links: Vec<PeerLink>) {
+        let mut slots = self.lock();
+        let live = slots.iter_mut().filter_map(|slot| slot.live.as_mut());
+        if let Some(live) = live.into_iter().find(|live| live.instance() == instance) {
+            live.links = links;
+        }
+        drop(slots);
+        self.changed.notify_waiters();
     }
 
     /// Counts a request as in flight until the guard is dropped.
@@ -141,7 +161,7 @@ impl Cluster {
             .iter()
             .map(|slot| WorkerHealth {
                 name: slot.name.clone(),
-                role: role_name(slot.role),
+                role: slot.role.as_str(),
                 alive: slot.live.is_some(),
             })
             .collect();
@@ -151,24 +171,33 @@ impl Cluster {
             _ if self.draining.is_cancelled() => Serving::No { reason: "shutting down".into() },
             Some(_)
                 if self.require_links
-                    && let Some(pair) = unlinked_pair(&slots) =>
+                    && let Some(pair) = links::unlinked_pair(&slots) =>
             {
                 Serving::No { reason: format!("{pair} have no connection of the required kind") }
             }
             Some(max_model_len) => Serving::Yes { max_model_len },
             None => {
-                let troubles: Vec<String> =
-                    slots.iter().map(|slot| format!("{} {}", slot.name, slot.trouble)).collect();
-                Serving::No { reason: troubles.join("; ") }
+                drop(slots);
+                Serving::No { reason: self.troubles().join("; ") }
             }
         };
         ClusterHealth { workers, serving }
     }
 
+    /// Why workers do not serve, for people.
+    pub(crate) fn troubles(&self) -> Vec<String> {
+        let trouble = |slot: &SlotState| match &slot.live {
+            Some(live) if live.is_introduced => None,
+            Some(_) => Some(format!("{} gets to know its peers", slot.name)),
+            None => Some(format!("{} {}", slot.name, slot.trouble)),
+        };
+        self.lock().iter().filter_map(trouble).collect()
+    }
+
     /// What routing decides on.
     pub(super) fn view(&self) -> ClusterView {
         let slots = self.lock();
-        ClusterView { workers: slots.iter().map(SlotState::view).collect() }
+        ClusterView { workers: slots.iter().map(SlotState::view).collect(), links: links::links(&slots) }
     }
 
     /// How to speak to a worker; `None` when it is gone.
@@ -217,7 +246,6 @@ impl Cluster {
         let (link, introduction) = WorkerLink::connect(address).await?;
         let mut statuses = link.watch().await?;
         let engine = introduction.engine.clone();
-        self.refuse_other_model(index, &introduction);
         let lost = CancellationToken::new();
         let live = Live {
             link: link.clone(),
@@ -232,6 +260,7 @@ impl Cluster {
             let mut slots = self.lock();
             slots[index].name = engine.name.clone();
             slots[index].role = engine.role;
+            refuse_other_model(&slots, index, &engine)?;
             slots[index].live = Some(live);
         }
         let mut first = true;
@@ -239,7 +268,11 @@ impl Cluster {
             let status = timeout(SILENCE, statuses.next()).await.map_err(|_| LinkError::Silent)?;
             let status = status.ok_or(LinkError::Ended)??;
             if first {
-                self.metrics.record_cache_config(&engine.name, engine.block_len, status.engine.ledger.total);
+                self.metrics.record_cache_config(
+                    &engine.name,
+                    engine.block_len,
+                    status.engine.ledger.total.0,
+                );
             }
             self.take_status(index, status);
             if std::mem::take(&mut first) {
@@ -305,30 +338,18 @@ impl Cluster {
         self.changed.notify_waiters();
     }
 
-    /// Two models behind one name would answer as the dice fall.
-    fn refuse_other_model(&self, index: usize, introduction: &Introduction) {
-        let slots = self.lock();
-        let other = slots.iter().enumerate().filter(|(other, _)| *other != index).find_map(|(_, slot)| {
-            slot.live
-                .as_ref()
-                .filter(|live| live.introduction.engine.fingerprint != introduction.engine.fingerprint)
-        });
-        if let Some(other) = other {
-            tracing::error!(
-                worker = %introduction.engine.name,
-                other = %other.introduction.engine.name,
-                "two workers serve different models: their handoffs will be refused"
-            );
-        }
-    }
-
     /// Marks a worker as gone and ends its streams. True when it was there.
     fn lose(&self, index: usize, trouble: &LinkError) -> bool {
         let mut slots = self.lock();
         let slot = &mut slots[index];
-        slot.trouble = format!("is not there: {trouble}");
+        let before = std::mem::replace(&mut slot.trouble, format!("is not there: {trouble}"));
         let Some(live) = slot.live.take() else {
-            tracing::debug!(worker = %slot.name, %trouble, "no connection yet");
+            // Said once, not with each attempt.
+            if before == slot.trouble {
+                tracing::debug!(worker = %slot.name, %trouble, "still not there");
+            } else {
+                tracing::warn!(worker = %slot.name, %trouble, "worker is not there");
+            }
             return false;
         };
         live.lost.cancel();
@@ -358,11 +379,11 @@ impl Cluster {
 }
 
 impl Live {
-    fn instance(&self) -> u64 {
+    pub(super) fn instance(&self) -> u64 {
         self.introduction.engine.instance
     }
 
-    fn peer(&self) -> Peer {
+    pub(super) fn peer(&self) -> Peer {
         let engine = &self.introduction.engine;
         Peer { name: engine.name.clone(), instance: engine.instance, address: engine.handoff_address }
     }
@@ -379,7 +400,7 @@ impl SlotState {
         let Some(live) = &self.live else {
             return WorkerView {
                 instance: 0,
-                role: routing_role(self.role),
+                role: self.role,
                 availability: Availability::Down,
                 running: 0,
                 waiting: 0,
@@ -394,7 +415,7 @@ impl SlotState {
         let (engine, status) = (&live.introduction.engine, &live.status);
         WorkerView {
             instance: engine.instance,
-            role: routing_role(engine.role),
+            role: engine.role,
             availability: match (live.is_introduced, status.draining) {
                 (false, _) => Availability::Down,
                 (true, true) => Availability::Draining,
@@ -403,49 +424,22 @@ impl SlotState {
             running: status.running,
             waiting: status.waiting,
             max_num_seqs: engine.max_num_seqs,
-            queued_tokens: 0,
-            free: BlockCount(status.ledger.free + status.ledger.cached),
-            total: BlockCount(status.ledger.total),
+            queued_tokens: status.queued_tokens,
+            free: BlockCount(status.ledger.free.0 + status.ledger.cached.0),
+            total: status.ledger.total,
             block_len: BlockLen::new(engine.block_len).unwrap_or(ANY_BLOCK_LEN),
             cached: live.cached.clone(),
         }
     }
 }
 
-/// A prefill and a decode worker that have met, but cannot hand over to each other. One that has just come back takes
-/// no requests yet and stops none.
-fn unlinked_pair(slots: &[SlotState]) -> Option<String> {
-    let live = |role: Role| {
-        let of_role = slots.iter().filter(move |slot| slot.role == role);
-        of_role.filter_map(|slot| slot.live.as_ref()).filter(|live| live.is_introduced)
-    };
-    let linked = |from: &Live, to: &Live| {
-        let name = &to.introduction.engine.name;
-        from.links.iter().any(|link| link.name == *name && link.transport.is_ok())
-    };
-    let pairs =
-        live(Role::Prefill).flat_map(|prefill| live(Role::Decode).map(move |decode| (prefill, decode)));
-    pairs
-        .filter(|(prefill, decode)| !linked(prefill, decode) && !linked(decode, prefill))
-        .map(|(prefill, decode)| {
-            format!("{} and {}", prefill.introduction.engine.name, decode.introduction.engine.name)
-        })
-        .next()
-}
-
-fn routing_role(role: Role) -> routing::Role {
-    match role {
-        Role::Prefill => routing::Role::Prefill,
-        Role::Decode => routing::Role::Decode,
-        Role::Hybrid => routing::Role::Hybrid,
-    }
-}
-
-const fn role_name(role: Role) -> &'static str {
-    match role {
-        Role::Prefill => "prefill",
-        Role::Decode => "decode",
-        Role::Hybrid => "hybrid",
+/// Two models behind one name would answer as the dice fall, so the one that was there first stays.
+fn refuse_other_model(slots: &[SlotState], index: usize, engine: &Description) -> Result<(), LinkError> {
+    let others = slots.iter().enumerate().filter(|(other, _)| *other != index);
+    let mut others = others.filter_map(|(_, slot)| Some(&slot.live.as_ref()?.introduction.engine));
+    match others.find(|other| other.fingerprint != engine.fingerprint) {
+        Some(other) => Err(LinkError::OtherModel { other: other.name.clone() }),
+        None => Ok(()),
     }
 }
 

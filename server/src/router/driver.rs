@@ -1,8 +1,8 @@
 //! Carries out what a [`Journey`] decides: opens streams to workers, waits, and tells the client.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -37,10 +37,19 @@ struct Drive {
     /// Why the attempt under way is not split.
     fallback: &'static str,
     adoption: Option<Instant>,
+    /// When a worker began.
+    begun: Arc<OnceLock<std::time::Instant>>,
+    /// Since when something is wrong with the attempt under way.
+    trouble: Option<Instant>,
 }
 
 /// Runs one request to its end, or until the client is gone.
-pub(super) async fn drive(router: Arc<Router>, generation: Generation, client: Sender<GenerationEvent>) {
+pub(super) async fn drive(
+    router: Arc<Router>,
+    generation: Generation,
+    client: Sender<GenerationEvent>,
+    begun: Arc<OnceLock<std::time::Instant>>,
+) {
     let room = match router.cluster.health().serving {
         Serving::Yes { max_model_len } => max_model_len.saturating_sub(length(&generation)),
         Serving::No { .. } => u32::MAX,
@@ -50,7 +59,18 @@ pub(super) async fn drive(router: Arc<Router>, generation: Generation, client: S
     let handoff = HandoffId(router.number());
     let streams = Vec::new();
     let hung_up = client.clone();
-    let drive = Drive { router, generation, journey, client, streams, handoff, fallback: "", adoption: None };
+    let drive = Drive {
+        router,
+        generation,
+        journey,
+        client,
+        streams,
+        handoff,
+        fallback: "",
+        adoption: None,
+        begun,
+        trouble: None,
+    };
     tokio::select! {
         () = drive.run() => {}
         // Dropping the driver drops its streams, which cancels the request on both sides.
@@ -72,7 +92,27 @@ impl Drive {
             if happenings.is_empty() {
                 happenings.push(self.next().await);
             }
+            happenings.iter().for_each(|happening| self.follow_trouble(happening));
             actions = happenings.into_iter().flat_map(|happening| self.journey.on(happening)).collect();
+        }
+    }
+
+    /// Measures how long trouble keeps a request from being where it can go on.
+    fn follow_trouble(&mut self, happening: &Happening) {
+        match happening {
+            Happening::Lost(..) | Happening::From(_, EngineEvent::Failed { .. }) => {
+                self.trouble.get_or_insert_with(Instant::now);
+            }
+            Happening::Routed(_) => {
+                if let Some(since) = self.trouble.take() {
+                    let waited = since.elapsed();
+                    tracing::info!(waited_ms = waited.as_millis(), "request goes on elsewhere");
+                    self.router.metrics.record_recovery(waited);
+                }
+            }
+            // It goes on where it is: decode had everything when prefill was lost.
+            Happening::From(Side::Decode | Side::Alone, EngineEvent::Token { .. }) => self.trouble = None,
+            _ => {}
         }
     }
 
@@ -108,6 +148,7 @@ impl Drive {
         let started = Instant::now();
         let deadline = started + if wait { ROUTE_LIMIT } else { Duration::ZERO };
         loop {
+            let change = self.router.cluster.change();
             let view = self.router.cluster.view();
             // A worker that failed once may still be the only one there is.
             let forgiven = wait && FORGIVE_AFTER <= started.elapsed();
@@ -122,9 +163,9 @@ impl Drive {
                 routing::Route::Alone { worker, reason } => {
                     let fallback = match reason {
                         AloneReason::Hybrid | AloneReason::Cheaper => None,
-                        AloneReason::PrefillUnavailable | AloneReason::DecodeUnavailable => {
-                            Some(reason.as_str())
-                        }
+                        AloneReason::PrefillUnavailable
+                        | AloneReason::DecodeUnavailable
+                        | AloneReason::Unlinked => Some(reason.as_str()),
                     };
                     return Happening::Routed(Route::Whole { worker: instance(worker), fallback });
                 }
@@ -134,7 +175,8 @@ impl Drive {
             if why == NoRoute::NeverFits || left.is_zero() {
                 return Happening::Unroutable(words(why).to_owned());
             }
-            self.router.cluster.change(if forgiven { left } else { left.min(FORGIVE_AFTER) }).await;
+            let patience = if forgiven { left } else { left.min(FORGIVE_AFTER) };
+            let _ = timeout(patience, change).await;
         }
     }
 
@@ -182,15 +224,25 @@ impl Drive {
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
-            (side, event) = next_event(&mut self.streams) => match event {
-                Some(Ok(event)) => Happening::From(side, event),
-                Some(Err(error)) => Happening::Lost(side, error.to_string()),
-                None => Happening::Lost(side, "the worker is gone".into()),
-            },
-            () = alarm => {
-                self.adoption = None;
-                Happening::AdoptionOverdue
+        tokio::pin!(alarm);
+        loop {
+            tokio::select! {
+                (side, event) = next_event(&mut self.streams) => match event {
+                    Some(Ok(EngineEvent::Begun)) => drop(self.begun.set(std::time::Instant::now())),
+                    Some(Ok(event)) => {
+                        if let EngineEvent::Token { .. } = event {
+                            // A short prompt's token can come by way of decode before prefill's word that it begins.
+                            self.begun.get_or_init(std::time::Instant::now);
+                        }
+                        return Happening::From(side, event);
+                    }
+                    Some(Err(error)) => return Happening::Lost(side, error.to_string()),
+                    None => return Happening::Lost(side, "the worker is gone".into()),
+                },
+                () = &mut alarm => {
+                    self.adoption = None;
+                    return Happening::AdoptionOverdue;
+                }
             }
         }
     }

@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use tidemill_engine::handle::Role;
+use futures::stream::BoxStream;
+use tidemill_engine::handle::{EngineConfig, ModelSource, Role};
+use tidemill_engine_core::journey::Instance;
 use tidemill_engine_core::request::{FinishReason, SamplingParams, StopConditions, TokenId};
 use tokio::sync::watch;
 
 use super::*;
 use crate::openai::Serving;
-use crate::worker::tests::{TestWorker, start};
+use crate::worker::tests::{TestWorker, config, model, start_with};
 
 struct Deployment {
     router: SharedRouter,
@@ -18,17 +20,25 @@ struct Deployment {
 }
 
 async fn deploy(roles: &[Role]) -> Deployment {
+    let deployment = deploy_with(roles, |_, _| {}).await;
+    tokio::time::timeout(LIMIT, deployment.cluster.all_up()).await.expect("all workers join");
+    deployment
+}
+
+/// The same with other settings for each worker; does not wait until they have joined.
+async fn deploy_with(roles: &[Role], change: fn(usize, &mut EngineConfig)) -> Deployment {
     let mut workers = Vec::new();
     let mut slots = Vec::new();
     for (number, role) in roles.iter().enumerate() {
-        let worker = start(&format!("worker-{number}"), *role).await;
+        let mut config = config(&format!("worker-{number}"), *role);
+        change(number, &mut config);
+        let worker = start_with(config).await;
         let (sender, address) = watch::channel(Some(worker.address.clone()));
         slots.push(Slot { name: format!("worker-{number}"), role: *role, address });
         workers.push((worker, sender));
     }
     let metrics = Arc::new(Metrics::new("fixture"));
     let cluster = Cluster::follow(slots, Arc::clone(&metrics), false);
-    tokio::time::timeout(LIMIT, cluster.all_up()).await.expect("all workers join");
     let router = SharedRouter(Arc::new(Router::new(Arc::clone(&cluster), Arc::clone(&metrics))));
     Deployment { router, cluster, metrics, workers }
 }
@@ -40,13 +50,15 @@ impl Deployment {
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
-    async fn generate(&self, which: u32, max_tokens: u32) -> EventStream {
+    async fn generate(&self, which: u32, max_tokens: u32) -> BoxStream<'static, GenerationEvent> {
         let generation = Generation {
             prompt: (0..50).map(|index| 3 + (index * 7 + which) % 200).collect(),
             sampling: SamplingParams { seed: which.into(), ..SamplingParams::default() },
             stop: StopConditions::after(max_tokens),
         };
-        self.router.generate(generation).await.expect("a worker is ready")
+        let started = self.router.generate(generation).await.expect("a worker is ready");
+        assert!(started.begun.is_some(), "a worker has begun before the first token");
+        started.events
     }
 
     async fn tokens(&self, which: u32, max_tokens: u32) -> Vec<TokenId> {
@@ -55,7 +67,7 @@ impl Deployment {
 }
 
 /// The tokens of a stream that must end well with `count` of them.
-async fn rest(events: EventStream, count: usize) -> Vec<TokenId> {
+async fn rest(events: BoxStream<'static, GenerationEvent>, count: usize) -> Vec<TokenId> {
     let events: Vec<GenerationEvent> = events.collect().await;
     let (last, tokens) = events.split_last().expect("there are events");
     assert!(matches!(last, GenerationEvent::Finished { reason: FinishReason::Length, .. }), "{last:?}");
@@ -95,6 +107,8 @@ async fn each_worker_can_be_lost_in_the_middle_of_a_stream() {
         assert_eq!(rest(events, 199).await, expected[1..], "{role} lost");
         assert_eq!(split.tokens(7, 200).await, expected, "{role} gone: the other does it all");
         assert!(0.0 < split.count("tidemill_fallbacks_total"), "{role}: it is counted");
+        // A lost prefill worker leaves nothing to be done again: decode had it all.
+        assert!(role == "prefill" || 0.0 < split.count("tidemill_recovery_seconds_count"), "it is measured");
     }
 }
 
@@ -114,8 +128,7 @@ async fn a_stream_that_is_dropped_frees_both_sides() {
         let mut watch = tokio::time::interval(Duration::from_millis(5));
         let free = async {
             loop {
-                let ledger = worker.engine.status().ledger;
-                if ledger.free + ledger.cached == ledger.total {
+                if worker.engine.status().ledger.used().0 == 0 {
                     return;
                 }
                 watch.tick().await;
@@ -134,6 +147,60 @@ async fn a_draining_router_finishes_and_refuses() {
     rest(events, 100).await;
     tokio::time::timeout(LIMIT, drained).await.expect("it ends").expect("no panic");
     assert!(matches!(deployment.router.health().serving, Serving::No { .. }));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_ends_with_its_first_token_is_no_failed_handoff() {
+    let split = deploy(&[Role::Prefill, Role::Decode]).await;
+    for which in 0..8 {
+        split.tokens(which, 1).await;
+    }
+    split.tokens(8, 2).await; // Its handoff completes after all that was left of the others.
+    for (worker, _) in &split.workers {
+        assert_eq!(
+            worker.engine.status().counters.handoff_failures,
+            0,
+            "{:?}",
+            worker.engine.describe().role
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_listens_everywhere_is_reached_all_the_same() {
+    let anywhere = |_, config: &mut EngineConfig| config.handoff_listen = ([0, 0, 0, 0], 0).into();
+    let split = deploy_with(&[Role::Prefill, Role::Decode], anywhere).await;
+    tokio::time::timeout(LIMIT, split.cluster.all_up()).await.expect("all workers join");
+    for instance in split.workers.iter().map(|(worker, _)| worker.engine.describe().instance) {
+        let reach = split.cluster.reach(Instance(instance)).expect("it is there");
+        assert_eq!(reach.peer.address.ip(), std::net::Ipv4Addr::LOCALHOST, "as the router reaches it");
+    }
+    split.tokens(1, 5).await;
+    assert_eq!(split.count("tidemill_fallbacks_total"), 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_with_another_model_stays_outside() {
+    let other_model = |number, config: &mut EngineConfig| {
+        if number == 1 {
+            config.model = ModelSource::Folder(model("llama3"));
+        }
+    };
+    let mixed = deploy_with(&[Role::Hybrid, Role::Hybrid], other_model).await;
+    let refused = async {
+        loop {
+            let change = mixed.cluster.change();
+            let workers = mixed.cluster.health().workers;
+            let alive = workers.iter().filter(|worker| worker.alive).count();
+            assert!(alive < 2, "one of two models is served");
+            if alive == 1 && mixed.cluster.troubles().iter().any(|why| why.contains("another model")) {
+                return;
+            }
+            let _ = tokio::time::timeout(Duration::from_millis(20), change).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, refused).await.expect("the second worker is refused");
+    mixed.tokens(3, 5).await;
 }
 
 const LIMIT: Duration = Duration::from_secs(20);

@@ -88,7 +88,11 @@ impl StatusFeed {
 
     async fn follow(self, changed: Arc<Notify>, links: Arc<Mutex<Vec<PeerLink>>>) {
         while self.engine.is_alive() {
-            let links = links.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let links = {
+                let mut links = links.lock().unwrap_or_else(PoisonError::into_inner);
+                self.engine.refresh_links(&mut links);
+                links.clone()
+            };
             self.publish(links);
             tokio::time::sleep(PACE).await;
             // Without a change this is the heartbeat.

@@ -1,6 +1,6 @@
 //! The worker's service over a real engine and a real connection.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -36,13 +36,22 @@ impl Drop for TestWorker {
     }
 }
 
+/// Where the small random model `name` is.
+pub(crate) fn model(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(name)
+}
+
 /// Starts a worker on a small random model.
 pub(crate) async fn start(name: &str, role: Role) -> TestWorker {
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama2");
-    let config = EngineConfig {
+    start_with(config(name, role)).await
+}
+
+/// What [`start`] starts a worker with.
+pub(crate) fn config(name: &str, role: Role) -> EngineConfig {
+    EngineConfig {
         name: name.into(),
         role,
-        model: ModelSource::Folder(model),
+        model: ModelSource::Folder(model("llama2")),
         load_format: LoadFormat::Safetensors,
         max_model_len: None,
         max_num_seqs: 8,
@@ -61,7 +70,11 @@ pub(crate) async fn start(name: &str, role: Role) -> TestWorker {
         digest: DigestCoverage::Sampled,
         in_place: true,
         fault: None,
-    };
+    }
+}
+
+/// Starts a worker.
+pub(crate) async fn start_with(config: EngineConfig) -> TestWorker {
     let engine = EngineHandle::start(config, &mut |_| {}).expect("the fixture is sound");
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("bound").to_string();
@@ -125,7 +138,7 @@ async fn a_request_is_served_and_reported() {
         .map(|event| event.expect("it is sound"))
         .collect()
         .await;
-    let (last, tokens) = events.split_last().expect("there are events");
+    let [EngineEvent::Begun, tokens @ .., last] = events.as_slice() else { panic!("{events:?}") };
     assert!(matches!(last, EngineEvent::Finished { .. }), "{last:?}");
     for (expected, token) in tokens.iter().enumerate() {
         let EngineEvent::Token { index, logprobs, .. } = token else { panic!("{token:?} is no token") };
@@ -153,7 +166,7 @@ async fn a_dropped_stream_cancels() {
     events.next().await.expect("a first token").expect("it is sound");
     drop(events);
     let idle = |status: &WorkerStatus| status.engine.running + status.engine.waiting == 0;
-    let status = status_where(&mut statuses, |status| idle(status) && status.engine.ledger.held == 0).await;
+    let status = status_where(&mut statuses, |status| idle(status) && status.engine.ledger.held.0 == 0).await;
     assert!(status.engine.counters.generation_tokens < 300, "{:?}", status.engine.counters);
 }
 
@@ -162,6 +175,7 @@ async fn a_drained_worker_finishes_and_refuses() {
     let worker = start("hybrid-0", Role::Hybrid).await;
     let (link, _) = WorkerLink::connect(&worker.address).await.expect("it listens");
     let mut events = link.generate(&assignment(50)).await.expect("it is accepted");
+    events.next().await.expect("it begins").expect("it is sound");
     events.next().await.expect("a first token").expect("it is sound");
     let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", worker.address));
     let channel = endpoint.expect("an address").connect().await.expect("it listens");

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, stream};
@@ -11,7 +12,7 @@ use tidemill_engine_core::request::{FinishReason, Logprobs, TokenId};
 use tokio::sync::Semaphore;
 
 use crate::generation::{Generation, GenerationError, GenerationEvent};
-use crate::openai::{ClusterHealth, EventStream, Generator, Serving, WorkerHealth};
+use crate::openai::{ClusterHealth, Generator, Serving, Started, WorkerHealth};
 use crate::tokenizer::Tokenizer;
 
 /// The generator.
@@ -112,7 +113,7 @@ pub(crate) fn logprobs(id: TokenId, alternatives: u32) -> Logprobs {
 }
 
 impl Generator for MemoryGenerator {
-    fn generate(&self, generation: Generation) -> BoxFuture<'_, Result<EventStream, GenerationError>> {
+    fn generate(&self, generation: Generation) -> BoxFuture<'_, Result<Started, GenerationError>> {
         async move {
             if let Some(refusal) = &self.refusal {
                 return Err(refusal.clone());
@@ -130,7 +131,7 @@ impl Generator for MemoryGenerator {
                     matches!(event, GenerationEvent::Finished { .. } | GenerationEvent::Failed(_));
                 Some((event, sequence))
             });
-            Ok(Box::pin(events) as EventStream)
+            Ok(Started { begun: Some(Instant::now()), events: Box::pin(events) })
         }
         .boxed()
     }
