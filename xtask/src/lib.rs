@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+pub mod simulate;
 pub mod tidy;
 
 /// The root of the repository.

@@ -6,6 +6,8 @@ const USAGE: &str = "\
 Usage: cargo xtask <CHORE>
 
 Chores:
+  simulate [--seeds N] [--first-seed S] [--faults all|none|LIST] [--jobs J] [--trace]
+          run N schedules of the cluster simulator; stops at the first seed that fails and prints its trace
   tidy    check crate arrows, lengths of files and functions, SAFETY comments and leftovers
           (`cargo test` runs it too; `--shrink` rewrites the list of known offenders)";
 
@@ -15,6 +17,7 @@ fn main() -> ExitCode {
     match arguments.as_slice() {
         ["tidy"] => report(&xtask::tidy::check(&xtask::root())),
         ["tidy", "--shrink"] => report(&xtask::tidy::shrink(&xtask::root())),
+        ["simulate", rest @ ..] => xtask::simulate::main(rest),
         _ => {
             eprintln!("{USAGE}");
             ExitCode::from(2)

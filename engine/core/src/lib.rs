@@ -19,4 +19,5 @@ mod roster;
 pub mod routing;
 pub mod scheduler;
 pub mod sequence;
+pub mod simulator;
 mod step;

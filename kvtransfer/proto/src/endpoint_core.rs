@@ -320,6 +320,15 @@ impl<S: WriteSource> EndpointCore<S> {
         ticket
     }
 
+    /// Whether no handoff is under way and no write.
+    pub fn is_idle(&self) -> bool {
+        let waits = |it: &Waiting| !matches!(it, Waiting::Over { .. });
+        self.incoming.is_empty()
+            && self.outgoing.is_empty()
+            && self.writes.is_empty()
+            && !self.waiting.values().any(waits)
+    }
+
     /// Whether digests that were asked for are still of use.
     pub fn wants_digests(&self, handoff: HandoffId, ticket: DigestTicket) -> bool {
         self.incoming.get(&handoff).is_some_and(|it| it.verifies(ticket))

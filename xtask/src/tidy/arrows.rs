@@ -31,7 +31,7 @@ const ARROWS: [(&str, &[&str]); 9] = [
             "tidemill-kvtransfer-proto",
         ],
     ),
-    ("xtask", &[]),
+    ("xtask", &["tidemill-engine-core"]),
     ("tidemill-fuzz", &["tidemill-kvtransfer-proto"]),
 ];
 

@@ -1,0 +1,232 @@
+//! What the engine thread does about handoffs, on both sides.
+
+use tidemill_kvtransfer_proto::endpoint_core::{EndpointEvent, ReserveOrder, ReservedHandoff, TargetWrite};
+use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, HandoffId, TokenCount};
+
+use super::Mischief;
+use super::endpoint::Order;
+use super::engine::{OutgoingHandoff, Target, expect};
+use super::model::{BLOCK_LEN, LAYER_BYTES, LAYERS};
+use super::world::{Process, World};
+use crate::events::{EngineEvent, Recovery};
+use crate::handoff::Cancelled;
+use crate::plan::StepPlan;
+use crate::pushes::{Due, Pushes};
+use crate::request::{Part, TokenId};
+use crate::sequence::{Sequence, Stage};
+
+impl World<'_> {
+    pub(super) fn announce_reservations(&mut self, process: Process) {
+        let life = self.life(process).expect("it runs");
+        for reservation in life.scheduler.take_reservations() {
+            let (handoff, mut targets) = (reservation.handoff, reservation.targets);
+            let life = self.life(process).expect("it runs");
+            let (_, peer) = life.incoming[&handoff];
+            if let Some((&other, _)) = life.lent.first_key_value() {
+                let lent = targets[0];
+                if self.plants(Mischief::ReuseBlock) {
+                    targets[0] = BlockRef { block: other, ..lent };
+                }
+            }
+            let life = self.life(process).expect("it runs");
+            life.lent.extend(targets.iter().map(|it| (it.block, handoff)));
+            let first_block = u32::try_from(reservation.cached.len()).expect("few");
+            let order = ReserveOrder {
+                handoff,
+                peer,
+                tokens: reservation.tokens,
+                first_block,
+                cached: reservation.cached,
+                targets,
+            };
+            self.order(process, Order::Reserve(order));
+        }
+    }
+
+    pub(super) fn handoff(&mut self, process: Process, event: EndpointEvent) {
+        match event {
+            EndpointEvent::Reserved(reserved) => self.reserved(process, &reserved),
+            EndpointEvent::Delivered { handoff, stats } => {
+                let life = self.life(process).expect("it runs");
+                let Some(outgoing) = life.outgoing.remove(&handoff) else { return };
+                assert!(life.scheduler.pushed(outgoing.request), "a delivered prefill waits for it");
+                if life.requests.remove(&outgoing.request).is_some() {
+                    self.reply(process, outgoing.request, EngineEvent::HandedOver);
+                }
+                self.summary.in_place += u64::from(stats.writes == 0);
+            }
+            EndpointEvent::CancelWanted { handoff } => {
+                let life = self.life(process).expect("it runs");
+                if let Some(request) = life.outgoing.get(&handoff).map(|it| it.request) {
+                    let _ = life.scheduler.cancel(request);
+                }
+                self.give_up(process, handoff);
+                self.order(process, Order::Abandon(handoff));
+            }
+            EndpointEvent::SendFailed { handoff, error } => {
+                self.sender_is_quiet(process, handoff, &error.to_string());
+            }
+            EndpointEvent::Committed { handoff, payload, .. } => self.committed(process, handoff, &payload),
+            EndpointEvent::ReserveFailed { handoff, error } => {
+                self.reservation_failed(process, handoff, &error.to_string());
+                if self.plants(Mischief::FreeOnTimeout) {
+                    self.released(process, handoff);
+                }
+            }
+            EndpointEvent::Released { handoff } => self.released(process, handoff),
+            EndpointEvent::PeerDown { .. } => {}
+        }
+    }
+
+    pub(super) fn released(&mut self, process: Process, handoff: HandoffId) {
+        let life = self.life(process).expect("it runs");
+        life.lent.retain(|_, it| *it != handoff);
+        life.scheduler.quiet(handoff);
+    }
+
+    pub(super) fn reserved(&mut self, process: Process, reserved: &ReservedHandoff) {
+        let life = self.life(process).expect("it runs");
+        let Some(request) = life.outgoing.get(&reserved.handoff).map(|it| it.request) else { return };
+        let waits = life.scheduler.sequence(request).map(Sequence::stage) == Some(Stage::AwaitingTargets);
+        self.announce(process, reserved, waits);
+    }
+
+    pub(super) fn announce(&mut self, process: Process, reserved: &ReservedHandoff, waits: bool) {
+        let handoff = reserved.handoff;
+        let memory = self.workers[process.place]
+            .life
+            .as_ref()
+            .and_then(|life| self.peer_memory(life, reserved.peer))
+            .filter(|_| reserved.in_place && waits);
+        let life = self.life(process).expect("it runs");
+        let Some(outgoing) = life.outgoing.get_mut(&handoff) else { return };
+        let request = outgoing.request;
+        if let Some(memory) = memory {
+            let blocks = reserved.cached.iter().chain(&reserved.targets).map(|it| it.block).collect();
+            outgoing.target = Target::InPlace { blocks, memory, owner: reserved.peer };
+            let cached = TokenCount(reserved.first_block * BLOCK_LEN.tokens());
+            life.scheduler.use_targets(request, cached);
+            return;
+        }
+        let targets = u32::try_from(reserved.targets.len()).expect("few");
+        let pushes = Pushes::new(BLOCK_LEN, reserved.first_block, targets, reserved.tokens, LAYERS);
+        outgoing.target = Target::Pushed(pushes);
+        if life.step.is_some() {
+            return; // It is computed now: the layers that are done go with the next one.
+        }
+        life.scheduler.use_own_blocks(request);
+        if let Some(computed) = life.scheduler.sequence(request).map(Sequence::computed) {
+            self.push_layers(process, handoff, 0..LAYERS, computed);
+        }
+        self.commit_if_complete(process, handoff);
+    }
+
+    pub(super) fn push_computed(&mut self, process: Process, plan: &StepPlan) {
+        for work in &plan.work {
+            let part = self.life(process).expect("it runs").requests.get(&work.request).map(|it| it.part);
+            if let Some(Part::PrefillFor(handoff)) = part {
+                self.push_layers(process, handoff, 0..LAYERS, TokenCount(work.first.0 + work.count.0));
+            }
+        }
+    }
+
+    pub(super) fn push_layers(
+        &mut self,
+        process: Process,
+        handoff: HandoffId,
+        layers: std::ops::Range<usize>,
+        computed: TokenCount,
+    ) {
+        let life = self.life(process).expect("it runs");
+        let Some(outgoing) = life.outgoing.get_mut(&handoff) else { return };
+        let Target::Pushed(pushes) = &mut outgoing.target else { return };
+        let due = pushes.take_due(layers, computed);
+        if outgoing.ended || due.is_empty() {
+            return;
+        }
+        let table = life.scheduler.block_table(outgoing.request);
+        let mut writes = Vec::new();
+        for Due { layers, targets } in due {
+            for target in targets {
+                let block =
+                    table[pushes.tokens_of(target).start as usize / BLOCK_LEN.tokens() as usize].block;
+                let source = life.memory.piece(block, layers.start, layers.len());
+                let offset = layers.start * LAYER_BYTES;
+                writes.push(TargetWrite { target_index: target, offset, source: Some(source) });
+            }
+        }
+        self.order(process, Order::Push(handoff, writes));
+    }
+
+    pub(super) fn commit_if_complete(&mut self, process: Process, handoff: HandoffId) {
+        let life = self.life(process).expect("it runs");
+        let Some(outgoing) = life.outgoing.get_mut(&handoff) else { return };
+        let is_complete = match &outgoing.target {
+            Target::Unknown => false,
+            Target::InPlace { .. } => true,
+            Target::Pushed(pushes) => pushes.is_complete(),
+        };
+        if let Some(token) = outgoing.first_token.take_if(|_| is_complete && !outgoing.ended) {
+            outgoing.ended = true;
+            self.order(process, Order::Finish(handoff, token.to_le_bytes().to_vec()));
+        }
+    }
+
+    pub(super) fn sender_is_quiet(&mut self, process: Process, handoff: HandoffId, reason: &str) {
+        let life = self.life(process).expect("it runs");
+        let Some(OutgoingHandoff { request, .. }) = life.outgoing.remove(&handoff) else { return };
+        let was_active = life.requests.remove(&request).is_some();
+        if life.scheduler.sequence(request).is_some()
+            && let Cancelled::Pushing(_) = life.scheduler.cancel(request)
+        {
+            life.scheduler.pushed(request);
+        }
+        if was_active {
+            let message = format!("handoff {handoff} failed: {reason}");
+            self.reply(process, request, EngineEvent::Failed { recovery: Recovery::Reroute, message });
+        }
+    }
+
+    pub(super) fn committed(&mut self, process: Process, handoff: HandoffId, payload: &[u8]) {
+        let life = self.life(process).expect("it runs");
+        let Some(&(request, peer)) = life.incoming.get(&handoff) else {
+            return self.order(process, Order::Refuse(handoff));
+        };
+        let first = TokenId::from_le_bytes(payload.try_into().expect("a token"));
+        let table: Vec<BlockId> = life.scheduler.block_table(request).iter().map(|it| it.block).collect();
+        let memory = life.memory.clone();
+        let active = life.requests.get(&request).copied();
+        let known = life.scheduler.tokens(request).len();
+        let Some(outcome) = life.scheduler.adopt(request, first) else {
+            return self.order(process, Order::Refuse(handoff));
+        };
+        life.incoming.remove(&handoff);
+        life.lent.retain(|_, it| *it != handoff);
+        if let Some(active) = life.requests.get_mut(&request) {
+            active.part = Part::Whole;
+        }
+        if let Some(active) = active {
+            let contents = &self.front.job(active.job).contents;
+            expect(&memory, &table, 0..known, contents, "an adoption");
+        }
+        let place = self.front.place_of(peer);
+        if let Some(place) = place {
+            let pair = (place.min(process.place), place.max(process.place));
+            self.summary.handoffs[self.proofs[&pair] as usize] += 1;
+        }
+        self.order(process, Order::Adopt(handoff));
+        self.deliver(process, outcome);
+    }
+
+    pub(super) fn reservation_failed(&mut self, process: Process, handoff: HandoffId, reason: &str) {
+        let life = self.life(process).expect("it runs");
+        let Some((request, _)) = life.incoming.remove(&handoff) else { return };
+        if let Cancelled::Quarantined(_) = life.scheduler.reservation_failed(request) {
+            self.summary.quarantines += 1;
+        }
+        if self.life(process).expect("it runs").requests.remove(&request).is_some() {
+            let message = format!("handoff {handoff} failed: {reason}");
+            self.reply(process, request, EngineEvent::Failed { recovery: Recovery::Reroute, message });
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Schedules of the simulated cluster, and proof that its checks find what they are for.
+
+use std::panic::{self, AssertUnwindSafe};
+
+use tidemill_engine_core::simulator::{Fault, Faults, Mischief, Options, Summary, Trace, run};
+
+/// Runs a schedule; the message of the check that failed, if one did.
+fn attempt(seed: u64, options: Options, trace: &mut Trace) -> Result<Summary, String> {
+    panic::catch_unwind(AssertUnwindSafe(|| run(seed, options, trace))).map_err(|payload| {
+        let text = payload.downcast_ref::<String>().cloned();
+        text.or_else(|| payload.downcast_ref::<&str>().map(|it| (*it).to_owned())).unwrap_or_default()
+    })
+}
+
+fn run_all(seeds: std::ops::Range<u64>, faults: Faults) -> Summary {
+    let mut sum = Summary::default();
+    for seed in seeds {
+        sum.add(&run(seed, Options { faults, mischief: None }, &mut Trace::default()));
+    }
+    sum
+}
+
+#[test]
+fn a_cluster_without_faults_answers_everything_without_a_second_attempt() {
+    let sum = run_all(0..60, Faults::none());
+    assert_eq!((sum.answered, sum.failed, sum.cancelled), (sum.requests, 0, 0));
+    assert_eq!((sum.turned_down, sum.late, sum.links_lost), (0, 0, 0), "{sum}");
+    assert!(sum.handoffs.iter().all(|count| 10 < *count) && 10 < sum.in_place, "{sum}");
+}
+
+#[test]
+fn a_cluster_under_all_faults_gives_no_wrong_answer_and_leaks_nothing() {
+    let sum = run_all(1_000..1_120, Faults::all());
+    assert_eq!(sum.missing(Faults::all()), [], "each fault happens: {sum}");
+    assert!(0 < sum.quarantines && 0 < sum.replays && 0 < sum.late, "{sum}");
+}
+
+#[test]
+fn each_fault_happens_alone_and_no_other_with_it() {
+    for fault in Fault::ALL {
+        let faults = Faults::none().with(fault);
+        let sum = run_all(0..25, faults);
+        assert_eq!(sum.missing(faults), [], "{sum}");
+        let others = Fault::ALL.into_iter().filter(|it| *it != fault);
+        assert!(others.into_iter().all(|it| sum.injected[it as usize] == 0), "{}: {sum}", fault.name());
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_schedule_every_time() {
+    let options = Options { faults: Faults::all(), mischief: None };
+    let (mut first, mut second) = (Trace::recording(), Trace::recording());
+    assert_eq!(run(7, options, &mut first), run(7, options, &mut second));
+    assert!(!first.lines().is_empty() && first.lines() == second.lines());
+}
+
+/// The checker is checked: each bug that is planted is found within a few hundred schedules, by the check that is
+/// there for it.
+#[test]
+fn planted_bugs_are_found() {
+    #[rustfmt::skip]
+    let rows = [
+        // what is planted                                       its name                   what a check says
+        ("writes land without being admitted",                   Mischief::SkipEpochCheck,  &["is not lent to it"][..]),
+        ("commit goes before the last completion",               Mischief::CommitEarly,     &["commits what it has not written"]),
+        ("blocks are freed when time is over, quiet or not",     Mischief::FreeOnTimeout,   &["is not lent to it"]),
+        ("a block is announced to two handoffs",                 Mischief::ReuseBlock,      &["is not lent to it", "commits what it has not written", "foreign byte"]),
+        ("leases never end",                                     Mischief::ForgetReaper,    &["outlives its lease"]),
+    ];
+    for (name, mischief, checks) in rows {
+        let options = Options { faults: Faults::all(), mischief: Some(mischief) };
+        let found = (0..400).find_map(|seed| attempt(seed, options, &mut Trace::default()).err());
+        let message = found.unwrap_or_else(|| panic!("{name}: not found"));
+        assert!(checks.iter().any(|check| message.contains(check)), "{name}: found as: {message}");
+    }
+}
