@@ -12,7 +12,7 @@ use crate::events::EngineEvent;
 use crate::journey::{Action, Happening, Instance, Route, Side};
 use crate::request::{Part, Request, RequestId, SamplingParams};
 use crate::routing::{
-    self, AloneReason, Availability, ClusterView, NoRoute, RouteRequest, RoutingPolicy, WorkerView,
+    self, AloneReason, Availability, ClusterView, NoRoute, Role, RouteRequest, RoutingPolicy, WorkerView,
 };
 use crate::scheduler::Limits;
 
@@ -40,6 +40,8 @@ pub(super) struct Front {
     /// Streams that may end by themselves, and until when.
     pub(super) released: Vec<(u64, Process, RequestId)>,
     pub(super) timer_at: Option<u64>,
+    /// When to look next whether pairs have lost each other.
+    pub(super) mend_at: u64,
 }
 
 /// A worker, as the router knows it.
@@ -47,6 +49,7 @@ pub(super) struct Front {
 pub(super) struct Slot {
     pub(super) process: Process,
     pub(super) heard: u64,
+    pub(super) links: BTreeSet<u64>,
     pub(super) view: WorkerView,
 }
 
@@ -60,6 +63,7 @@ impl Front {
             turn: 0,
             released: Vec::new(),
             timer_at: None,
+            mend_at: MEND_EVERY,
         }
     }
 
@@ -159,7 +163,8 @@ impl World<'_> {
             cached: status.cached,
         };
         self.front.places.insert(from.instance, from.place);
-        self.front.slots[from.place] = Some(Slot { process: from, heard: self.now, view });
+        self.front.slots[from.place] =
+            Some(Slot { process: from, heard: self.now, links: status.links, view });
         if is_new {
             let peers: Vec<Process> =
                 self.front.slots.iter().flatten().map(|it| it.process).filter(|it| *it != from).collect();
@@ -189,6 +194,10 @@ impl World<'_> {
     pub(super) fn front_turn(&mut self) {
         if self.front.timer_at.is_some_and(|at| at <= self.now) {
             self.front.timer_at = None;
+        }
+        if self.front.mend_at <= self.now {
+            self.front.mend_at = self.now + MEND_EVERY;
+            self.mend_links();
         }
         let silent: Vec<Process> = self
             .front
@@ -229,6 +238,27 @@ impl World<'_> {
         self.plan_front_turn();
     }
 
+    /// Introduces workers again that have lost each other.
+    pub(super) fn mend_links(&mut self) {
+        let known: Vec<(Process, Role, BTreeSet<u64>)> = self
+            .front
+            .slots
+            .iter()
+            .flatten()
+            .map(|it| (it.process, it.view.role, it.links.clone()))
+            .collect();
+        for (one, role, links) in &known {
+            let is_lost = |other: &&(Process, Role, BTreeSet<u64>)| {
+                let make_a_pair = (*role, other.1) == (Role::Prefill, Role::Decode);
+                make_a_pair && !links.contains(&other.0.instance) && !other.2.contains(&one.instance)
+            };
+            if known.iter().any(|other| is_lost(&other)) {
+                let peers = known.iter().map(|it| it.0).filter(|it| it != one).collect();
+                self.send_to(*one, ToWorker::Meet(peers));
+            }
+        }
+    }
+
     pub(super) fn plan_front_turn(&mut self) {
         let silences = self.front.slots.iter().flatten().map(|it| it.heard + SILENCE + 1);
         let adoptions = self.front.jobs.iter().filter_map(|it| it.adoption);
@@ -239,7 +269,13 @@ impl World<'_> {
             .filter_map(|it| it.routing.as_ref())
             .flat_map(|it| [it.since + FORGIVE_AFTER, it.since + ROUTE_LIMIT]);
         let releases = self.front.released.iter().map(|it| it.0);
-        let next = silences.chain(adoptions).chain(routes).chain(releases).filter(|at| self.now < *at).min();
+        let next = silences
+            .chain([self.front.mend_at])
+            .chain(adoptions)
+            .chain(routes)
+            .chain(releases)
+            .filter(|at| self.now < *at)
+            .min();
         if let Some(at) = next
             && self.front.timer_at.is_none_or(|due| at < due)
         {
@@ -374,7 +410,7 @@ impl Front {
     pub(super) fn view(&self) -> ClusterView {
         let down = || WorkerView {
             instance: 0,
-            role: routing::Role::Hybrid,
+            role: Role::Hybrid,
             availability: Availability::Down,
             running: 0,
             waiting: 0,
@@ -387,11 +423,14 @@ impl Front {
         };
         let workers =
             self.slots.iter().map(|slot| slot.as_ref().map_or_else(down, |slot| slot.view.clone())).collect();
-        ClusterView { workers }
+        let known = self.slots.iter().flatten();
+        let links = known.flat_map(|it| it.links.iter().map(|peer| (it.process.instance, *peer))).collect();
+        ClusterView { workers, links }
     }
 }
 
 // As in production, in microseconds.
+const MEND_EVERY: u64 = 1_000_000;
 const SILENCE: u64 = 1_000_000;
 const ADOPTION_LIMIT: u64 = 500_000;
 const FORGIVE_AFTER: u64 = 300_000;

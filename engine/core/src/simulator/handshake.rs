@@ -226,6 +226,7 @@ impl World<'_> {
             self.close(other, 1);
         }
         self.note(|| format!("worker {} has a link to worker {}", process.place, peer.place));
+        self.say_status(process);
         self.act(process);
     }
 

@@ -15,6 +15,8 @@ pub(super) struct Status {
     pub(super) queued_tokens: u64,
     pub(super) free: BlockCount,
     pub(super) cached: BTreeSet<u64>,
+    /// Peers that it has a connection to.
+    pub(super) links: BTreeSet<u64>,
 }
 
 impl World<'_> {
@@ -44,6 +46,7 @@ impl World<'_> {
             queued_tokens: life.scheduler.queued_tokens(),
             free: BlockCount(ledger.free.0 + ledger.cached.0),
             cached: life.scheduler.cached_hashes().collect(),
+            links: life.up.keys().copied().collect(),
         });
         let arrival = self.arrival(Node::Worker(process.place), Node::Front);
         self.at(arrival, Event::ToFront { from: process, message: ToFront::Status(status) });
