@@ -16,6 +16,8 @@
 mod links;
 mod prefilling;
 mod reserving;
+#[cfg(test)]
+mod tests;
 mod writing;
 
 use std::collections::{BTreeMap, VecDeque};
