@@ -16,8 +16,6 @@
 mod links;
 mod prefilling;
 mod reserving;
-#[cfg(test)]
-mod tests;
 mod writing;
 
 use std::collections::{BTreeMap, VecDeque};

@@ -14,6 +14,7 @@ pub mod endpoint_core;
 pub mod error;
 pub mod layout;
 pub mod message;
+pub mod path;
 pub mod reservation;
 pub mod sender;
 pub mod simulated_wire;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::digest::Coverage;
 use crate::endpoint_core::QuietProof;
 use crate::layout::KvLayout;
+use crate::path::PathEnd;
 use crate::units::{BlockRef, HandoffId, TokenCount};
 
 /// One message of the control connection.
@@ -22,6 +23,9 @@ pub enum Message {
     /// First message on a second connection (TCP data, or the local socket that passes memory): says to which
     /// control connection it belongs.
     Attach(Attach),
+    /// Ends of RDMA connections, before `Ready` and only where both sides offer RDMA: first from whoever opened the
+    /// connection, then from the other side, one for each.
+    Paths(Paths),
     /// The path for data is set up. Each side sends one; after that, handoffs may begin.
     Ready(Ready),
     /// Decode side: these blocks wait for the KV of that handoff.
@@ -58,6 +62,11 @@ pub enum Message {
         handoff: HandoffId,
         /// Why there will be no commit, for logs.
         reason: String,
+    },
+    /// The sender has ended its side of an RDMA path: nothing that was sent there can land in its memory any more.
+    PathDown {
+        /// Position among the [`Paths`].
+        path: u32,
     },
     /// Still here. Any other message says so too.
     Heartbeat {
@@ -101,6 +110,8 @@ pub struct Hello {
 pub struct Offer {
     /// Shared memory, should both be on one host.
     pub shared_memory: bool,
+    /// RDMA, with a device that is ready.
+    pub rdma: bool,
     /// TCP.
     pub tcp: bool,
     /// What to do when the better of the common ways cannot be set up.
@@ -121,6 +132,8 @@ pub enum OnFailure {
 pub enum TransportKind {
     /// The sender stores into the receiver's memory.
     SharedMemory,
+    /// The sender's device writes into the receiver's memory.
+    Rdma,
     /// Frames on a TCP connection, each admitted by the receiver.
     Tcp,
 }
@@ -150,6 +163,15 @@ pub struct Attach {
     pub instance: u64,
     /// The token of the [`Welcome`].
     pub token: u64,
+}
+
+/// One side's ends of RDMA connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths {
+    /// The ends, in the order of the other side's.
+    pub ends: Vec<PathEnd>,
+    /// Why there are none, for logs; the two take another way then, if they may.
+    pub failure: Option<String>,
 }
 
 /// The path for data is set up.
@@ -201,6 +223,8 @@ impl Offer {
     pub fn common(self, other: Self, same_host: bool) -> Option<TransportKind> {
         if same_host && self.shared_memory && other.shared_memory {
             Some(TransportKind::SharedMemory)
+        } else if self.rdma && other.rdma {
+            Some(TransportKind::Rdma)
         } else if self.tcp && other.tcp {
             Some(TransportKind::Tcp)
         } else {
@@ -208,7 +232,7 @@ impl Offer {
         }
     }
 
-    /// Whether TCP may replace shared memory that could not be set up.
+    /// Whether TCP may replace a better way that could not be set up.
     pub fn may_fall_back(self, other: Self) -> bool {
         self.tcp
             && other.tcp
@@ -222,6 +246,7 @@ impl TransportKind {
     pub const fn quiet_proof(self) -> QuietProof {
         match self {
             Self::SharedMemory => QuietProof::Process,
+            Self::Rdma => QuietProof::AccessEnded,
             Self::Tcp => QuietProof::Admission,
         }
     }
@@ -230,6 +255,7 @@ impl TransportKind {
     pub const fn name(self) -> &'static str {
         match self {
             Self::SharedMemory => "shm",
+            Self::Rdma => "rdma",
             Self::Tcp => "tcp",
         }
     }
@@ -245,22 +271,31 @@ mod tests {
 
     #[test]
     fn the_best_common_way_is_taken() {
-        let offer = |shared_memory, tcp| Offer { shared_memory, tcp, on_failure: OnFailure::FallBack };
-        let (both, shm, tcp) = (offer(true, true), offer(true, false), offer(false, true));
+        let offer = |ways: &str| Offer {
+            shared_memory: ways.contains("shm"),
+            rdma: ways.contains("rdma"),
+            tcp: ways.contains("tcp"),
+            on_failure: OnFailure::FallBack,
+        };
         #[rustfmt::skip]
         let rows = [
-            ("one host shares memory",              both, both, true,  Some(TransportKind::SharedMemory)),
-            ("two hosts take TCP",                  both, both, false, Some(TransportKind::Tcp)),
-            ("TCP when one side wants it",          both, tcp,  true,  Some(TransportKind::Tcp)),
-            ("memory only, on two hosts: no way",   shm,  both, false, None),
-            ("nothing in common",                   shm,  tcp,  true,  None),
+            ("one host shares memory",              "shm rdma tcp", "shm rdma tcp", true,  Some(TransportKind::SharedMemory)),
+            ("two hosts take RDMA",                 "shm rdma tcp", "shm rdma tcp", false, Some(TransportKind::Rdma)),
+            ("or TCP, where one has no device",     "shm rdma tcp", "shm tcp",      false, Some(TransportKind::Tcp)),
+            ("one host without shared memory",      "shm rdma tcp", "rdma tcp",     true,  Some(TransportKind::Rdma)),
+            ("TCP when one side wants it",          "shm rdma tcp", "tcp",          true,  Some(TransportKind::Tcp)),
+            ("memory only, on two hosts: no way",   "shm",          "shm rdma tcp", false, None),
+            ("RDMA only, and one has no device",    "rdma",         "shm tcp",      false, None),
+            ("nothing in common",                   "shm",          "tcp",          true,  None),
         ];
         for (name, ours, theirs, same_host, expected) in rows {
+            let (ours, theirs) = (offer(ours), offer(theirs));
             assert_eq!(ours.common(theirs, same_host), expected, "{name}");
             assert_eq!(theirs.common(ours, same_host), expected, "{name}, seen from the other side");
         }
+        let both = offer("shm rdma tcp");
         let strict = Offer { on_failure: OnFailure::Fail, ..both };
         assert!(both.may_fall_back(both) && !both.may_fall_back(strict) && !strict.may_fall_back(both));
-        assert!(!both.may_fall_back(shm), "nothing to fall back to");
+        assert!(!both.may_fall_back(offer("shm")), "nothing to fall back to");
     }
 }

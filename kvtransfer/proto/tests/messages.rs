@@ -7,8 +7,9 @@ use tidemill_kvtransfer_proto::codec::{self, FrameReader};
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{
-    Attach, Commit, Hello, Message, Offer, OnFailure, Ready, Refuse, Reserve, TransportKind, Welcome,
+    Attach, Commit, Hello, Message, Offer, OnFailure, Paths, Ready, Refuse, Reserve, TransportKind, Welcome,
 };
+use tidemill_kvtransfer_proto::path::{MAX_PATHS, PathEnd};
 use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
 
 fn handoff() -> impl Strategy<Value = HandoffId> {
@@ -43,7 +44,7 @@ fn layout() -> impl Strategy<Value = KvLayout> {
 fn hello() -> impl Strategy<Value = Hello> {
     let text = || ".{0,30}";
     let numbers = (any::<u32>(), any::<u64>(), any::<u64>(), any::<u16>());
-    let offer = (any::<bool>(), any::<bool>(), any::<bool>());
+    let offer = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     // The wire counts whole milliseconds.
     let lease = any::<u32>().prop_map(|milliseconds| Duration::from_millis(milliseconds.into()));
     (numbers, text(), layout(), text(), text(), offer, lease).prop_map(
@@ -56,9 +57,9 @@ fn hello() -> impl Strategy<Value = Hello> {
             offer,
             lease,
         )| {
-            let (shared_memory, tcp, strict) = offer;
+            let (shared_memory, rdma, tcp, strict) = offer;
             let on_failure = if strict { OnFailure::Fail } else { OnFailure::FallBack };
-            let offer = Offer { shared_memory, tcp, on_failure };
+            let offer = Offer { shared_memory, rdma, tcp, on_failure };
             Hello {
                 protocol,
                 instance,
@@ -99,9 +100,34 @@ fn commit() -> impl Strategy<Value = Commit> {
     )
 }
 
+fn path_end() -> impl Strategy<Value = PathEnd> {
+    let numbers = (any::<u32>(), any::<u32>(), any::<u64>(), any::<u32>());
+    let small = (any::<u16>(), any::<bool>(), any::<u8>(), any::<u8>());
+    (numbers, any::<[u8; 16]>(), small).prop_map(
+        |(
+            (queue_pair, first_packet, arena_address, arena_key),
+            gid,
+            (lid, is_infiniband, mtu_log2, reads),
+        )| {
+            PathEnd {
+                queue_pair,
+                first_packet,
+                gid,
+                lid,
+                is_infiniband,
+                mtu_log2,
+                reads,
+                arena_address,
+                arena_key,
+            }
+        },
+    )
+}
+
 fn message() -> impl Strategy<Value = Message> {
     let reason = || ".{0,60}";
-    let transport = prop::sample::select(vec![TransportKind::SharedMemory, TransportKind::Tcp]);
+    let kinds = vec![TransportKind::SharedMemory, TransportKind::Rdma, TransportKind::Tcp];
+    let transport = prop::sample::select(kinds);
     prop_oneof![
         hello().prop_map(Message::Hello),
         (hello(), any::<u64>()).prop_map(|(hello, token)| Message::Welcome(Welcome { hello, token })),
@@ -118,6 +144,9 @@ fn message() -> impl Strategy<Value = Message> {
         handoff().prop_map(|handoff| Message::Cancel { handoff }),
         (handoff(), reason()).prop_map(|(handoff, reason)| Message::Quiet { handoff, reason }),
         any::<u64>().prop_map(|seq| Message::Heartbeat { seq }),
+        (prop::collection::vec(path_end(), 0..=MAX_PATHS), prop::option::of(reason()))
+            .prop_map(|(ends, failure)| Message::Paths(Paths { ends, failure })),
+        any::<u32>().prop_map(|path| Message::PathDown { path }),
         handoffs().prop_map(|busy| Message::Bye { busy }),
     ]
 }

@@ -57,8 +57,7 @@ impl World<'_> {
         } else {
             self.micros(1_000, span)
         };
-        self.whole_from = self.whole_from.max(at + duration + 1);
-        self.calm_from = self.calm_from.max(self.whole_from);
+        self.calm_from = self.calm_from.max(at + duration);
         self.at(at, Event::Chaos(chaos));
     }
 

@@ -134,10 +134,7 @@ impl World<'_> {
                 }
             }
         }
-        let has_writes = |life: &mut super::process::Life| {
-            life.up.keys().copied().filter(|peer| life.core.has_writes_for(*peer)).collect()
-        };
-        let peers: Vec<u64> = self.life(process).map_or(Vec::new(), has_writes);
+        let peers: Vec<u64> = self.life(process).map_or(Vec::new(), |it| it.up.keys().copied().collect());
         for peer in peers {
             self.post(process, peer);
         }

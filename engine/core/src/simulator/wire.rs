@@ -431,6 +431,8 @@ fn short(message: &Message) -> String {
         Message::Cancel { handoff } => format!("cancel {handoff}"),
         Message::Quiet { handoff, reason } => format!("quiet {handoff}: {reason}"),
         Message::Heartbeat { seq } => format!("heartbeat {seq}"),
+        Message::Paths(paths) => format!("{} paths", paths.ends.len()),
+        Message::PathDown { path } => format!("path {path} is down"),
         Message::Bye { busy } => format!("bye, busy with {busy:?}"),
     }
 }

@@ -87,8 +87,7 @@ pub(super) struct World<'a> {
     pub(super) now: u64,
     pub(super) trace: &'a mut Trace,
     pub(super) summary: Summary,
-    /// Boxed, since the map moves them about.
-    events: BTreeMap<(u64, u64), Box<Event>>,
+    events: BTreeMap<(u64, u64), Event>,
     next_event: u64,
     next_number: u64,
     pub(super) workers: Vec<Worker>,
@@ -101,8 +100,6 @@ pub(super) struct World<'a> {
     pub(super) last_arrival: BTreeMap<(Node, Node), u64>,
     /// From then on nothing goes wrong any more.
     pub(super) calm_from: u64,
-    /// From then on all nodes are there and hear each other.
-    pub(super) whole_from: u64,
     /// Writes that may be under way on one connection.
     pub(super) queue_depth: usize,
     pub(super) in_place: bool,
@@ -134,7 +131,7 @@ impl<'a> World<'a> {
                 proofs.insert((a, b), all[chance.below(3)]);
             }
         }
-        let calm_from = u64::from(60_000 + below(&mut chance, 400_000));
+        let calm_from = u64::from(200_000 + below(&mut chance, 1_500_000));
         let queue_depth = if short_queues { 1 + chance.below(2) } else { 64 };
         let in_place = chance.happens(700);
         let mut world = Self {
@@ -153,7 +150,6 @@ impl<'a> World<'a> {
             cuts: BTreeMap::new(),
             last_arrival: BTreeMap::new(),
             calm_from,
-            whole_from: 0,
             queue_depth,
             in_place,
             proofs,
@@ -173,7 +169,7 @@ impl<'a> World<'a> {
             self.now = at;
             self.summary.steps += 1;
             assert!(self.summary.steps < MAX_STEPS, "a schedule that does not end: {}", self.describe());
-            self.dispatch(*event);
+            self.dispatch(event);
             if self.summary.steps.is_multiple_of(8) && self.is_over() {
                 break;
             }
@@ -255,7 +251,7 @@ impl<'a> World<'a> {
 
     pub(super) fn at(&mut self, at: u64, event: Event) {
         self.next_event += 1;
-        self.events.insert((at, self.next_event), Box::new(event));
+        self.events.insert((at, self.next_event), event);
     }
 
     pub(super) fn after(&mut self, delay: u64, event: Event) {
@@ -332,7 +328,7 @@ impl<'a> World<'a> {
     }
 
     fn is_over(&self) -> bool {
-        self.front.is_over() && self.whole_from <= self.now && self.workers.iter().all(Worker::is_idle)
+        self.front.is_over() && self.calm_from <= self.now && self.workers.iter().all(Worker::is_idle)
     }
 
     fn check_the_end(&self) {

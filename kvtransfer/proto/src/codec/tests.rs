@@ -8,8 +8,9 @@ use super::*;
 use crate::digest::Coverage;
 use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{
-    Attach, Commit, Hello, Offer, OnFailure, Ready, Refuse, Reserve, TransportKind, Welcome,
+    Attach, Commit, Hello, Offer, OnFailure, Paths, Ready, Refuse, Reserve, TransportKind, Welcome,
 };
+use crate::path::PathEnd;
 use crate::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
 
 fn hello() -> Hello {
@@ -31,13 +32,27 @@ fn hello() -> Hello {
         listen_port: 65535,
         host: "boot/1000".into(),
         memory_socket: "tidemill".into(),
-        offer: Offer { shared_memory: true, tcp: false, on_failure: OnFailure::Fail },
+        offer: Offer { shared_memory: true, rdma: true, tcp: false, on_failure: OnFailure::Fail },
         lease: Duration::from_millis(500),
     }
 }
 
 fn blocks(count: u32) -> Vec<BlockRef> {
     (0..count).map(|it| BlockRef { block: BlockId(it * 3), epoch: Epoch(u64::from(it) << 33) }).collect()
+}
+
+fn path_end(number: u8) -> PathEnd {
+    PathEnd {
+        queue_pair: 0x00ff_0000 | u32::from(number),
+        first_packet: 0x00fe_dcba,
+        gid: [number; 16],
+        lid: 0xfffe,
+        is_infiniband: number != 2,
+        mtu_log2: 12,
+        reads: 16,
+        arena_address: 0x7fff_0000_1000,
+        arena_key: u32::MAX,
+    }
 }
 
 fn messages() -> Vec<Message> {
@@ -75,6 +90,9 @@ fn messages() -> Vec<Message> {
         Message::Cancel { handoff: HandoffId(0) },
         Message::Quiet { handoff, reason },
         Message::Heartbeat { seq: 0 },
+        Message::Paths(Paths { ends: vec![path_end(1), path_end(2), path_end(3)], failure: None }),
+        Message::Paths(Paths { ends: vec![], failure: Some("no device".into()) }),
+        Message::PathDown { path: 0 },
         Message::Bye { busy: vec![handoff] },
     ]
 }
@@ -185,9 +203,14 @@ fn weight(message: &Message) -> usize {
             reason.capacity()
         }
         Message::Bye { busy } => busy.capacity() * size_of::<HandoffId>(),
-        Message::Attach(_) | Message::Adopted { .. } | Message::Cancel { .. } | Message::Heartbeat { .. } => {
-            0
+        Message::Paths(it) => {
+            it.failure.as_ref().map_or(0, String::capacity) + it.ends.capacity() * size_of::<PathEnd>()
         }
+        Message::Attach(_)
+        | Message::Adopted { .. }
+        | Message::Cancel { .. }
+        | Message::PathDown { .. }
+        | Message::Heartbeat { .. } => 0,
     }
 }
 

@@ -2,17 +2,21 @@
 //!
 //! Tags are never used for another meaning; a field that is no longer needed leaves a gap.
 
+mod layout;
+mod paths;
+
 use std::time::Duration;
 
 use crate::codec::CodecError;
 use crate::digest::Coverage;
-use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{self, Message, OnFailure, TransportKind};
-use crate::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
+use crate::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
+
+use self::layout::Layout;
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Envelope {
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     body: Option<Body>,
 }
 
@@ -46,6 +50,10 @@ enum Body {
     Heartbeat(u64),
     #[prost(message, tag = "14")]
     Bye(Bye),
+    #[prost(message, tag = "15")]
+    Paths(paths::Paths),
+    #[prost(uint32, tag = "16")]
+    PathDown(u32),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -74,28 +82,8 @@ struct Hello {
     requires_best: bool,
     #[prost(uint64, tag = "12")]
     lease_ms: u64,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct Layout {
-    #[prost(string, tag = "1")]
-    model: String,
-    #[prost(uint32, tag = "2")]
-    layers: u32,
-    #[prost(uint32, tag = "3")]
-    kv_heads: u32,
-    #[prost(uint32, tag = "4")]
-    first_head: u32,
-    #[prost(uint32, tag = "5")]
-    head_count: u32,
-    #[prost(uint32, tag = "6")]
-    head_size: u32,
-    #[prost(uint32, tag = "7")]
-    dtype: u32,
-    #[prost(uint32, tag = "8")]
-    block_len: u32,
-    #[prost(uint32, tag = "9")]
-    order: u32,
+    #[prost(bool, tag = "13")]
+    offers_rdma: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -206,6 +194,8 @@ impl From<Message> for Envelope {
             Message::Cancel { handoff } => Body::Cancel(reason(handoff, String::new())),
             Message::Quiet { handoff, reason: why } => Body::Quiet(reason(handoff, why)),
             Message::Heartbeat { seq } => Body::Heartbeat(seq),
+            Message::Paths(it) => Body::Paths(it.into()),
+            Message::PathDown { path } => Body::PathDown(path),
             Message::Bye { busy } => Body::Bye(Bye { busy: busy.into_iter().map(|it| it.0).collect() }),
         };
         Self { body: Some(body) }
@@ -240,6 +230,8 @@ impl TryFrom<Envelope> for Message {
             Body::Cancel(it) => Self::Cancel { handoff: HandoffId(it.handoff) },
             Body::Quiet(it) => Self::Quiet { handoff: HandoffId(it.handoff), reason: it.reason },
             Body::Heartbeat(seq) => Self::Heartbeat { seq },
+            Body::Paths(it) => Self::Paths(it.try_into()?),
+            Body::PathDown(path) => Self::PathDown { path },
             Body::Bye(it) => Self::Bye { busy: it.busy.into_iter().map(HandoffId).collect() },
         })
     }
@@ -260,6 +252,7 @@ impl From<message::Hello> for Hello {
             offers_tcp: it.offer.tcp,
             requires_best: it.offer.on_failure == OnFailure::Fail,
             lease_ms: u64::try_from(it.lease.as_millis()).unwrap_or(u64::MAX),
+            offers_rdma: it.offer.rdma,
         }
     }
 }
@@ -279,58 +272,12 @@ impl TryFrom<Hello> for message::Hello {
             memory_socket: it.memory_socket,
             offer: message::Offer {
                 shared_memory: it.offers_shared_memory,
+                rdma: it.offers_rdma,
                 tcp: it.offers_tcp,
                 on_failure: if it.requires_best { OnFailure::Fail } else { OnFailure::FallBack },
             },
             lease: Duration::from_millis(it.lease_ms),
         })
-    }
-}
-
-impl From<KvLayout> for Layout {
-    fn from(it: KvLayout) -> Self {
-        let dtype = DTYPES.iter().position(|&dtype| dtype == it.dtype).expect("DTYPES lists them all");
-        let order = ORDERS.iter().position(|&order| order == it.order).expect("ORDERS lists them all");
-        Self {
-            model: it.model,
-            layers: it.layers.into(),
-            kv_heads: it.kv_heads.into(),
-            first_head: it.heads.first.into(),
-            head_count: it.heads.count.into(),
-            head_size: it.head_size.into(),
-            dtype: wire_number(dtype),
-            block_len: it.block_len.tokens(),
-            order: wire_number(order),
-        }
-    }
-}
-
-impl TryFrom<Layout> for KvLayout {
-    type Error = CodecError;
-
-    fn try_from(it: Layout) -> Result<Self, CodecError> {
-        let heads = HeadRange {
-            first: narrow(it.first_head, "first_head")?,
-            count: narrow(it.head_count, "head_count")?,
-        };
-        let layout = Self {
-            model: it.model,
-            layers: narrow(it.layers, "layers")?,
-            kv_heads: narrow(it.kv_heads, "kv_heads")?,
-            heads,
-            head_size: narrow(it.head_size, "head_size")?,
-            dtype: from_wire_number(&DTYPES, it.dtype, "dtype")?,
-            block_len: BlockLen::new(it.block_len)
-                .filter(|len| len.tokens() <= MAX_BLOCK_LEN)
-                .ok_or_else(|| malformed("block_len"))?,
-            order: from_wire_number(&ORDERS, it.order, "order")?,
-        };
-        // What follows divides by sizes and multiplies them: keep it away from zero and from overflow.
-        let zero = layout.layers == 0 || heads.count == 0 || layout.head_size == 0;
-        if zero || heads.first.checked_add(heads.count).is_none_or(|end| layout.kv_heads < end) {
-            return Err(malformed("layout"));
-        }
-        Ok(layout)
     }
 }
 
@@ -413,6 +360,7 @@ fn transport_to_wire(kind: TransportKind) -> u32 {
     match kind {
         TransportKind::SharedMemory => 1,
         TransportKind::Tcp => 2,
+        TransportKind::Rdma => 3,
     }
 }
 
@@ -420,12 +368,9 @@ fn transport_from_wire(number: u32) -> Result<TransportKind, CodecError> {
     match number {
         1 => Ok(TransportKind::SharedMemory),
         2 => Ok(TransportKind::Tcp),
+        3 => Ok(TransportKind::Rdma),
         _ => Err(malformed("transport")),
     }
-}
-
-fn wire_number(position: usize) -> u32 {
-    u32::try_from(position).expect("a short list")
 }
 
 fn from_wire_number<T: Copy>(list: &[T], number: u32, field: &str) -> Result<T, CodecError> {
@@ -440,10 +385,3 @@ fn narrow(number: u32, field: &str) -> Result<u16, CodecError> {
 fn malformed(what: &str) -> CodecError {
     CodecError::Malformed { what: what.to_owned() }
 }
-
-/// The position is the number on the wire: append only.
-const DTYPES: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8];
-/// The position is the number on the wire: append only.
-const ORDERS: [AxisOrder; 2] = [AxisOrder::TokenHead, AxisOrder::HeadToken];
-/// Keeps `layers * heads * head_size * block_len * 8` within 64 bits for any 16-bit fields.
-const MAX_BLOCK_LEN: u32 = 1 << 12;

@@ -142,7 +142,8 @@ impl<S: WriteSource> EndpointCore<S> {
             Message::Quiet { handoff, reason } => {
                 self.hear_of_reservation(peer, handoff, ReservationEvent::Quiet { reason });
             }
-            Message::Heartbeat { .. } => {}
+            // Paths are the driver's; that the peer spoke has been noted.
+            Message::Heartbeat { .. } | Message::PathDown { .. } => {}
             Message::Bye { busy } => {
                 self.link_lost(peer, "the peer said goodbye", now);
                 self.take_word_of_quiet(peer, &busy);
@@ -151,6 +152,7 @@ impl<S: WriteSource> EndpointCore<S> {
             | Message::Welcome(_)
             | Message::Refuse(_)
             | Message::Attach(_)
+            | Message::Paths(_)
             | Message::Ready(_) => {
                 let reason = "the peer broke the protocol: a message of the handshake after its end";
                 self.link_lost(peer, reason, now);
