@@ -33,6 +33,25 @@ impl SourceRange {
         inside.then_some(Self { memory, offset, len })
     }
 
+    /// What holds the bytes.
+    pub(crate) fn holder(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// `len` bytes of it, starting `at` bytes into it.
+    pub(crate) fn part(&self, at: usize, len: usize) -> Self {
+        assert!(at + len <= self.len, "a part lies inside its whole");
+        Self { memory: self.memory.clone(), offset: self.offset + at, len }
+    }
+
+    /// The first byte. Readable for as many as the range has while it lives.
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        match &self.memory {
+            Memory::Arena(region) => region.as_ptr().wrapping_add(self.offset).cast_const(),
+            Memory::Staged(slab) => slab.as_slice()[self.offset..].as_ptr(),
+        }
+    }
+
     /// Copies `len` bytes, starting `at` bytes into the range, to `offset` in `target`.
     pub(crate) fn copy_to(&self, at: usize, target: &Region, offset: usize, len: usize) {
         assert!(at + len <= self.len, "a read stays inside its source");

@@ -1,5 +1,6 @@
 //! Staging memory: where a sender converts blocks into the receiver's layout before they are written.
 
+use std::sync::Arc;
 use std::{fmt, io};
 
 use super::mapping::Mapping;
@@ -9,7 +10,11 @@ use super::mapping::Mapping;
 /// The owner fills it through [`as_mut_slice`](Self::as_mut_slice), wraps it in an `Arc` and pushes it; whoever
 /// still has writes to make from it holds that `Arc`. It can be filled again when `Arc::get_mut` says that
 /// nobody does.
-pub struct Slab(Mapping);
+pub struct Slab {
+    mapping: Mapping,
+    /// Others can watch it to see whether the slab still exists, without being taken for readers.
+    life: Arc<()>,
+}
 
 impl Slab {
     /// Takes `len` zeroed bytes from the system.
@@ -18,26 +23,31 @@ impl Slab {
     ///
     /// `len` is zero or there is no address space left.
     pub fn new(len: usize) -> io::Result<Self> {
-        Mapping::private(len).map(Self)
+        Ok(Self { mapping: Mapping::private(len)?, life: Arc::new(()) })
+    }
+
+    /// Gone when the slab is, and different from that of any other slab.
+    pub(crate) fn life(&self) -> &Arc<()> {
+        &self.life
     }
 
     /// All of its bytes.
     pub fn as_slice(&self) -> &[u8] {
         // SAFETY: the mapping is valid and zero-initialised for its length, private to this process, and only
         // written through `as_mut_slice`, which borrows `self` mutably.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }
+        unsafe { std::slice::from_raw_parts(self.mapping.as_ptr(), self.mapping.len()) }
     }
 
     /// All of its bytes, to be filled.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as in `as_slice`; the result borrows `self` mutably, so no other view exists while it lives.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr(), self.0.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.as_ptr(), self.mapping.len()) }
     }
 }
 
 impl fmt::Debug for Slab {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Slab({:?})", self.0)
+        write!(f, "Slab({:?})", self.mapping)
     }
 }
 

@@ -1,0 +1,316 @@
+//! Devices that are ready for use, and the choice among them.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::checked::{self, Context, Domain};
+use super::error::{Unavailable, VerbsError};
+use super::gid::{GidEntry, GidKind, GidRule, choose_gid};
+use super::memory_region::{MemoryRegion, Reach};
+use super::raw;
+use super::topology::{self, DevicePlace, Place};
+use crate::shm::{Region, Slab};
+use crate::source::Memory;
+
+/// Which devices to use and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RdmaConfig {
+    /// Names of devices, such as `mlx5_0`, or `mlx5_0:2` for their second port; empty for those nearest to the
+    /// memory.
+    pub devices: Vec<String>,
+    /// At most so many of them.
+    pub max_devices: usize,
+    /// Queue pairs on each device for each peer.
+    pub queue_pairs: usize,
+    /// Position in the port's table of addresses, instead of the rule.
+    pub gid_index: Option<u8>,
+    /// A packet without an answer is repeated after 4.096 µs times two to this power.
+    pub timeout: u8,
+    /// How often it is repeated before the path counts as dead; seven at most.
+    pub retries: u8,
+    /// Cores that compute, by number: the endpoint's thread keeps off them.
+    pub compute_cores: Vec<usize>,
+}
+
+/// A port as `tidemill doctor` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortReport {
+    /// Device and port.
+    pub name: String,
+    /// Whether it can be used now.
+    pub is_active: bool,
+    /// `InfiniBand` or `RoCE`.
+    pub link_layer: &'static str,
+    /// Longest packet, in bytes.
+    pub mtu: u32,
+    /// The address that would be taken without knowledge of a peer.
+    pub address: Option<IpAddr>,
+    /// Where the device is.
+    pub place: DevicePlace,
+}
+
+/// All devices of an endpoint.
+#[derive(Debug)]
+pub(crate) struct Fabric {
+    pub(crate) nics: Vec<Arc<Nic>>,
+    pub(crate) config: RdmaConfig,
+}
+
+/// A port of an open device, with the arena of this worker registered as a source of writes.
+pub(crate) struct Nic {
+    name: String,
+    port: u8,
+    place: DevicePlace,
+    pub(super) domain: Arc<Domain>,
+    pub(super) limits: Limits,
+    region: Arc<Region>,
+    arena: Arc<MemoryRegion>,
+    /// Staging memory that was registered, for as long as it exists.
+    slabs: Mutex<Vec<(Weak<()>, Arc<MemoryRegion>)>>,
+}
+
+/// What a device can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// Requests in a queue.
+    pub(super) depth: u32,
+    /// Pieces in a request.
+    pub(super) gather: u32,
+    /// Reads under way.
+    pub(super) reads: u8,
+}
+
+/// What the peer has to know of a port, and what of it may change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PortAddress {
+    pub(super) gid: GidEntry,
+    pub(super) lid: u16,
+    /// As `enum ibv_mtu`.
+    pub(super) mtu: u32,
+    pub(super) is_infiniband: bool,
+}
+
+impl Default for RdmaConfig {
+    fn default() -> Self {
+        Self {
+            devices: Vec::new(),
+            max_devices: 4,
+            queue_pairs: 2,
+            gid_index: None,
+            timeout: 16,
+            retries: 7,
+            compute_cores: Vec::new(),
+        }
+    }
+}
+
+impl Fabric {
+    /// Opens the devices asked for, or those nearest to `region`, and registers it with each.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or `region` cannot be registered.
+    pub(crate) fn open(config: RdmaConfig, region: &Arc<Region>) -> Result<Self, VerbsError> {
+        checked::device_names()?;
+        let places = topology::devices(Path::new(SYS));
+        let mut faults = Vec::new();
+        let mut nics = Vec::new();
+        for (place, port) in chosen(&config, &places, region)? {
+            match Nic::open(&place, port, region) {
+                Ok(nic) => nics.push(Arc::new(nic)),
+                Err(error @ VerbsError::MemoryLock { .. }) => return Err(error),
+                Err(error) => faults.push(format!("{}:{port}: {}", place.name, error.to_line())),
+            }
+            if nics.len() == config.max_devices {
+                break;
+            }
+        }
+        if nics.is_empty() {
+            return Err(Unavailable::NoneFits { reason: faults.join("; ") }.into());
+        }
+        Ok(Self { nics, config })
+    }
+
+    /// Where the thread that hears completions should run: on the processors of the first device's node, but not where
+    /// something computes. `None` where the kernel does not say, or nothing is left.
+    pub(crate) fn cores(&self) -> Option<Vec<usize>> {
+        let local = topology::parse_cpus(&self.nics.first()?.place.local_cpus)?;
+        let compute = &self.config.compute_cores;
+        Some(local.into_iter().filter(|core| !compute.contains(core)).collect())
+            .filter(|it: &Vec<_>| !it.is_empty())
+    }
+}
+
+/// Devices and ports to try, best first.
+fn chosen(
+    config: &RdmaConfig,
+    places: &[DevicePlace],
+    region: &Region,
+) -> Result<Vec<(DevicePlace, u8)>, VerbsError> {
+    if config.devices.is_empty() {
+        let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap_or_default();
+        let node = topology::node_of_mapping(&maps, region.as_ptr().addr() as u64);
+        let nearest = topology::nearest(places, &Place::of_memory(node), usize::MAX);
+        return Ok(nearest.into_iter().map(|place| (place, 1)).collect());
+    }
+    config.devices.iter().map(|name| named(name, places).map_err(VerbsError::from)).collect()
+}
+
+fn named(name: &str, places: &[DevicePlace]) -> Result<(DevicePlace, u8), Unavailable> {
+    let (device, port) = name.split_once(':').unwrap_or((name, "1"));
+    let place = places.iter().find(|place| place.name == device);
+    match (place, port.parse()) {
+        (Some(place), Ok(port)) => Ok((place.clone(), port)),
+        _ => Err(Unavailable::NoneFits { reason: format!("there is no device {name}") }),
+    }
+}
+
+impl Nic {
+    fn open(place: &DevicePlace, port: u8, region: &Arc<Region>) -> Result<Self, VerbsError> {
+        let context = Context::open(&place.name)?;
+        let state = context.port(port)?;
+        if state.state != raw::PORT_ACTIVE {
+            return Err(Unavailable::NoneFits { reason: "the port is not active".to_owned() }.into());
+        }
+        let attributes = context.attributes()?;
+        let at_least_one = |number: i32| u32::try_from(number).unwrap_or(0).max(1);
+        let limits = Limits {
+            depth: at_least_one(attributes.max_qp_wr),
+            gather: at_least_one(attributes.max_sge),
+            reads: u8::try_from(attributes.max_qp_rd_atom.min(attributes.max_qp_init_rd_atom).clamp(1, 16))
+                .expect("between one and sixteen"),
+        };
+        let domain = Domain::new(&context)?;
+        let arena = Arc::new(MemoryRegion::of_region(&domain, region, Reach::Source)?);
+        let (name, region) = (format!("{}:{port}", place.name), Arc::clone(region));
+        let slabs = Mutex::default();
+        Ok(Self { name, port, place: place.clone(), domain, limits, region, arena, slabs })
+    }
+
+    /// Device and port.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn place(&self) -> &DevicePlace {
+        &self.place
+    }
+
+    pub(super) fn port(&self) -> u8 {
+        self.port
+    }
+
+    pub(super) fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    /// How the port is addressed, as of now: addresses come and go with those of its network device.
+    pub(super) fn address(&self, rule: GidRule) -> Result<PortAddress, VerbsError> {
+        let state = self.domain.context().port(self.port)?;
+        let is_infiniband = state.link_layer != raw::LINK_LAYER_ETHERNET;
+        let table = gid_table(self.domain.context(), &self.place.name, self.port, state.gid_tbl_len);
+        let gid = choose_gid(&table, GidRule { is_infiniband, ..rule }).ok_or_else(|| {
+            let reason = format!("{} has no address for RoCE version 2", self.name);
+            Unavailable::NoneFits { reason }
+        })?;
+        Ok(PortAddress { gid, lid: state.lid, mtu: state.active_mtu, is_infiniband })
+    }
+
+    /// The registration that `memory` lies in.
+    pub(super) fn registered(&self, memory: &Memory) -> Result<Arc<MemoryRegion>, VerbsError> {
+        match memory {
+            Memory::Arena(region) if Arc::ptr_eq(region, &self.region) => Ok(Arc::clone(&self.arena)),
+            Memory::Arena(region) => {
+                MemoryRegion::of_region(&self.domain, region, Reach::Source).map(Arc::new)
+            }
+            Memory::Staged(slab) => self.registered_slab(slab),
+        }
+    }
+
+    fn registered_slab(&self, slab: &Arc<Slab>) -> Result<Arc<MemoryRegion>, VerbsError> {
+        let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
+        // The address of a life is not used again while a `Weak` of it exists, unlike that of a slab.
+        let known = slabs.iter().find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(slab.life())));
+        if let Some((_, memory)) = known {
+            return Ok(Arc::clone(memory));
+        }
+        slabs.retain(|(known, _)| 0 < known.strong_count());
+        let memory = Arc::new(MemoryRegion::of_slab(&self.domain, slab)?);
+        slabs.push((Arc::downgrade(slab.life()), Arc::clone(&memory)));
+        Ok(memory)
+    }
+}
+
+/// Every port of every device, for people.
+///
+/// # Errors
+///
+/// Which of the ways of having no RDMA this machine has.
+pub fn ports() -> Result<Vec<PortReport>, Unavailable> {
+    let names = checked::device_names()?;
+    let places = topology::devices(Path::new(SYS));
+    let mut reports = Vec::new();
+    for name in names {
+        let place = places.iter().find(|place| place.name == name).cloned();
+        let place = place.unwrap_or(DevicePlace { name, place: Place::default(), local_cpus: String::new() });
+        match Context::open(&place.name) {
+            Ok(context) => reports.extend(
+                (1..=MAX_PORTS)
+                    .map_while(|port| Some(report(&context, &place, port, context.port(port).ok()?))),
+            ),
+            Err(error) => {
+                tracing::warn!(device = place.name, error = error.to_line(), "device cannot be opened")
+            }
+        }
+    }
+    Ok(reports)
+}
+
+fn report(context: &Context, place: &DevicePlace, port: u8, state: raw::PortAttr) -> PortReport {
+    let is_infiniband = state.link_layer != raw::LINK_LAYER_ETHERNET;
+    let table = gid_table(context, &place.name, port, state.gid_tbl_len);
+    let gid = choose_gid(&table, GidRule { is_infiniband, ..GidRule::default() });
+    PortReport {
+        name: format!("{}:{port}", place.name),
+        is_active: state.state == raw::PORT_ACTIVE,
+        link_layer: if is_infiniband { "InfiniBand" } else { "RoCE" },
+        mtu: mtu_bytes(state.active_mtu),
+        address: gid.map(|entry| entry.ip()),
+        place: place.clone(),
+    }
+}
+
+fn gid_table(context: &Context, device: &str, port: u8, len: i32) -> Vec<GidEntry> {
+    let types = Path::new(SYS).join(format!("class/infiniband/{device}/ports/{port}/gid_attrs/types"));
+    // The kernel's sort of an entry is only there when the entry is in use.
+    let entry = |index: u8| {
+        let gid = context.gid(port, index.into()).ok().filter(|gid| *gid != [0; 16])?;
+        let kind = std::fs::read_to_string(types.join(index.to_string())).ok();
+        let kind = kind.and_then(|text| match text.trim() {
+            "RoCE v2" => Some(GidKind::RoceV2),
+            "IB/RoCE v1" => Some(GidKind::InfiniBandOrRoceV1),
+            _ => None,
+        });
+        Some(GidEntry { index, gid, kind })
+    };
+    // Work requests name an entry by one byte.
+    let len = u8::try_from(len.clamp(0, u8::MAX.into())).expect("clamped");
+    (0..len).filter_map(entry).collect()
+}
+
+/// Bytes of an `enum ibv_mtu`.
+pub(super) const fn mtu_bytes(code: u32) -> u32 {
+    if code == 0 || 6 < code { 0 } else { 128 << code }
+}
+
+impl fmt::Debug for Nic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Nic({})", self.name)
+    }
+}
+
+const SYS: &str = "/sys";
+/// No device has more.
+const MAX_PORTS: u8 = 8;

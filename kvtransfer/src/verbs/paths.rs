@@ -1,0 +1,240 @@
+//! One of the ways to a peer: a queue pair, its flow control, and what it is about to post.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::checked::WorkCompletion;
+use super::device::Nic;
+use super::error::VerbsError;
+use super::memory_region::Landing;
+use super::queue_pair::{Ended, Operation, Outcome, Piece, QueuePair, Remote, Work};
+use super::setup::Tuning;
+use super::striping::{LONGEST, PathLoad};
+use super::window::{Bounds, Ticket, Window};
+use crate::source::SourceRange;
+use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
+
+/// A way to the peer.
+pub(super) struct Path {
+    nic: Arc<Nic>,
+    /// Which of the completion queues is its.
+    queue: usize,
+    /// `None` once it is dead.
+    pair: Option<QueuePair<Tag>>,
+    /// Whether the peer has ended its side, after which nothing that was sent here can land.
+    pub(super) is_fenced: bool,
+    /// The peer's arena.
+    remote: Remote,
+    window: Window,
+    /// To be posted with the next call.
+    batch: Vec<Work<Tag>>,
+    /// Acknowledged by the peer's device, but not yet certain to be visible to its processor.
+    unflushed: Vec<Chunk>,
+    /// Where flushes read to.
+    scratch: Arc<Landing>,
+    /// Bytes that arrived.
+    pub(super) delivered: u64,
+    /// Work requests posted.
+    pub(super) requests: u64,
+}
+
+/// A completion, and the position of the queue that it came from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Heard {
+    pub(super) queue: usize,
+    pub(super) completion: WorkCompletion,
+}
+
+/// A part of a write.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    /// Which write.
+    pub(super) write: u64,
+    pub(super) source: SourceRange,
+    /// Offset in the peer's arena.
+    pub(super) offset: u64,
+}
+
+/// What a request was for.
+#[derive(Debug)]
+pub(super) enum Tag {
+    /// These chunks, which lie one behind the other in the peer's arena.
+    Chunks(Vec<(Chunk, Ticket)>),
+    /// Sees to it that the chunks before it are visible.
+    Flush,
+    /// To see how fast the path is.
+    Probe,
+}
+
+impl Path {
+    pub(super) fn new(
+        nic: Arc<Nic>,
+        queue: usize,
+        pair: QueuePair<Tag>,
+        remote: Remote,
+        tuning: Tuning,
+    ) -> Result<Self, VerbsError> {
+        let scratch = Arc::new(Landing::new(&nic.domain, FLUSH_BYTES)?);
+        let most = u64::from(tuning.depth) * LONGEST as u64;
+        let window = Window::new(Bounds { least: LEAST_WINDOW.min(most), most });
+        Ok(Self {
+            nic,
+            queue,
+            pair: Some(pair),
+            is_fenced: false,
+            remote,
+            window,
+            batch: Vec::new(),
+            unflushed: Vec::new(),
+            scratch,
+            delivered: 0,
+            requests: 0,
+        })
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.pair.is_some()
+    }
+
+    pub(super) fn nic(&self) -> &Nic {
+        &self.nic
+    }
+
+    /// Bytes per second of late, once something has arrived.
+    pub(super) fn rate(&self) -> Option<f64> {
+        self.window.rate()
+    }
+
+    /// Whether a completion is its. Numbers of queue pairs only differ within one device.
+    pub(super) fn owns(&self, heard: &Heard) -> bool {
+        let number = heard.completion.queue_pair;
+        self.queue == heard.queue && self.pair.as_ref().is_some_and(|pair| pair.number() == number)
+    }
+
+    /// What the choice among paths has to know, for a chunk of `len` bytes.
+    pub(super) fn load(&self, len: u64) -> PathLoad {
+        let has_place = self.pair.as_ref().is_some_and(|pair| self.batch.len() + FLUSHES < pair.room());
+        PathLoad {
+            has_room: has_place && self.window.admits(len),
+            in_flight: self.window.in_flight(),
+            rate: self.window.rate(),
+        }
+    }
+
+    /// Whether `chunk` can travel in the request that was added last.
+    pub(super) fn continues(&self, chunk: &Chunk) -> bool {
+        let Some(pair) = &self.pair else { return false };
+        let Some(Work { operation: Operation::Write(pieces), remote, .. }) = self.batch.last() else {
+            return false;
+        };
+        let len: usize = pieces.iter().map(Piece::len).sum();
+        remote.address + len as u64 == self.remote.address + chunk.offset
+            && pieces.len() < pair.gather_limit()
+            && len + chunk.source.len() <= LONGEST
+            && self.window.admits(chunk.source.len() as u64)
+    }
+
+    /// Adds a chunk to what is posted next.
+    pub(super) fn add(&mut self, chunk: Chunk, now: Duration) -> Result<(), (Chunk, VerbsError)> {
+        let joins = self.continues(&chunk);
+        let piece = match Piece::new(&self.nic, chunk.source.clone()) {
+            Ok(piece) => piece,
+            Err(error) => return Err((chunk, error)),
+        };
+        let ticket = self.window.post(chunk.source.len() as u64, now);
+        match self.batch.last_mut() {
+            Some(Work { operation: Operation::Write(pieces), tag: Tag::Chunks(chunks), .. }) if joins => {
+                pieces.push(piece);
+                chunks.push((chunk, ticket));
+            }
+            _ => {
+                let remote = Remote { address: self.remote.address + chunk.offset, ..self.remote };
+                let (operation, tag) = (Operation::Write(vec![piece]), Tag::Chunks(vec![(chunk, ticket)]));
+                self.batch.push(Work { operation, remote, tag });
+            }
+        }
+        Ok(())
+    }
+
+    /// Posts what was added, and a flush behind it: the acknowledgement of a write says that the peer's device has
+    /// it, while a read that follows it is answered from memory.
+    pub(super) fn post(&mut self) -> Result<(), String> {
+        let mut batch = std::mem::take(&mut self.batch);
+        let Some(pair) = self.pair.as_mut().filter(|_| !batch.is_empty()) else { return Ok(()) };
+        let operation = Operation::Flush(Arc::clone(&self.scratch));
+        batch.push(Work { operation, remote: self.remote, tag: Tag::Flush });
+        self.requests += batch.len() as u64;
+        match pair.post(batch) {
+            Outcome::Posted => Ok(()),
+            Outcome::Broken(error) => Err(error.to_line()),
+        }
+    }
+
+    /// Reads `len` bytes from the beginning of the peer's arena, to see how long it takes.
+    pub(super) fn probe(&mut self, len: usize) -> Result<(), String> {
+        let Some(pair) = &mut self.pair else { return Ok(()) };
+        let landing = Landing::new(&self.nic.domain, len).map_err(|error| error.to_line())?;
+        let work = Work { operation: Operation::Read(landing), remote: self.remote, tag: Tag::Probe };
+        match pair.post(vec![work]) {
+            Outcome::Posted => Ok(()),
+            Outcome::Broken(error) => Err(error.to_line()),
+        }
+    }
+
+    /// Hears a completion of its queue pair. Adds chunks that the peer can see to `landed`, and to `read` the lengths
+    /// of probes that ended. `Err` says why the path is dead.
+    pub(super) fn complete(
+        &mut self,
+        completion: &WorkCompletion,
+        landed: &mut Vec<Chunk>,
+        read: &mut Vec<usize>,
+        now: Duration,
+    ) -> Result<(), String> {
+        let Some(pair) = &mut self.pair else { return Ok(()) };
+        let mut ended = Vec::new();
+        let outcome = pair.complete(completion, &mut ended);
+        for Ended { tag, landing } in ended {
+            match tag {
+                Tag::Chunks(chunks) => {
+                    for (chunk, ticket) in chunks {
+                        self.window.complete(ticket, now);
+                        self.unflushed.push(chunk);
+                    }
+                }
+                Tag::Flush => {
+                    self.delivered +=
+                        self.unflushed.iter().map(|chunk| chunk.source.len() as u64).sum::<u64>();
+                    landed.append(&mut self.unflushed);
+                }
+                Tag::Probe => read.push(landing.map_or(0, |landing| landing.bytes().len())),
+            }
+        }
+        outcome
+    }
+
+    /// Ends the path, if it has not ended, and gives back what did not arrive for certain. When this returns, nothing
+    /// that the peer sent here can land any more. Whether it was up.
+    pub(super) fn close(&mut self, chunks: &mut Vec<Chunk>, overheard: &mut Vec<Heard>) -> bool {
+        let Some(pair) = self.pair.take() else { return false };
+        chunks.append(&mut self.unflushed);
+        let unposted = std::mem::take(&mut self.batch).into_iter().map(|work| work.tag);
+        let mut flushed = Vec::new();
+        let unfinished = pair.close(&mut flushed);
+        overheard.extend(flushed.into_iter().map(|completion| Heard { queue: self.queue, completion }));
+        for tag in unfinished.into_iter().chain(unposted) {
+            let Tag::Chunks(tickets) = tag else { continue };
+            for (chunk, ticket) in tickets {
+                self.window.forget(ticket);
+                chunks.push(chunk);
+            }
+        }
+        true
+    }
+}
+
+/// What a flush reads: anything at all.
+const FLUSH_BYTES: usize = 8;
+/// Places in the queue that are kept for them.
+const FLUSHES: usize = 2;
+/// Two pieces: one arrives while the next is under way.
+const LEAST_WINDOW: u64 = 2 * LONGEST as u64;

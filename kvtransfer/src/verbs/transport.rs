@@ -1,0 +1,410 @@
+//! One-sided writes over several paths to one peer.
+//!
+//! A path that fails hands its unfinished chunks to the others: the same bytes go to the same place again, which
+//! changes nothing while the reservation lives. But packets that the dead path left in the network could land later,
+//! when the place belongs to somebody else. So a write that had to move counts as complete only when the peer has
+//! said that it ended its side of the dead path as well; each side ends its own before it speaks.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, Transport, WriteFault, WriteId};
+
+use super::checked::CompletionQueue;
+use super::memory_region::MemoryRegion;
+use super::paths::{Chunk, Heard, Path};
+use super::striping::{PathLoad, choose_path, piece_len};
+use crate::source::SourceRange;
+use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
+
+/// Both directions of the paths to one peer: writes of this side go out, and the peer's land in the arena without
+/// anybody here noticing.
+pub(crate) struct RdmaTransport {
+    /// Go first when dropped: then nobody reaches the memory.
+    paths: Vec<Path>,
+    queues: Vec<Queue>,
+    /// By which the peer reaches the arena.
+    access: Access,
+    remote_len: u64,
+    writes: BTreeMap<u64, Write>,
+    next_write: u64,
+    /// Not posted yet.
+    waiting: VecDeque<Chunk>,
+    /// Came while something else was being done.
+    overheard: Vec<Heard>,
+    completions: Vec<Completion>,
+    /// Paths that this side has ended and the peer was not told of.
+    news: Vec<u32>,
+    probe: Probe,
+    started: Instant,
+}
+
+/// The peer's rights to the arena. Dropping it takes them away, which takes long for much memory; when the drop
+/// returns, they are gone.
+#[derive(Debug)]
+pub(crate) struct Access(#[expect(dead_code, reason = "held until it is dropped")] Vec<MemoryRegion>);
+
+struct Queue {
+    completions: Arc<CompletionQueue>,
+    is_armed: bool,
+}
+
+#[derive(Debug)]
+struct Write {
+    id: WriteId,
+    chunks: usize,
+    /// Dead paths on which parts of it may still be travelling.
+    fences: BTreeSet<usize>,
+    outcome: Result<(), WriteFault>,
+}
+
+/// A measurement of the way.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Probe {
+    Idle,
+    Running { since: Instant, bytes: usize, reads: usize },
+    Done(f64),
+}
+
+/// A path as others see it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct PathReport {
+    /// Device and port of this side.
+    pub(crate) device: String,
+    /// Whether it works.
+    pub(crate) is_up: bool,
+    /// Bytes that arrived at the peer by it.
+    pub(crate) delivered: u64,
+    /// Work requests posted on it.
+    pub(crate) requests: u64,
+    /// Bytes per second of late.
+    pub(crate) rate: Option<f64>,
+}
+
+impl RdmaTransport {
+    pub(super) fn new(
+        paths: Vec<Path>,
+        queues: Vec<Arc<CompletionQueue>>,
+        access: Vec<MemoryRegion>,
+        remote_len: u64,
+    ) -> Self {
+        let queues = queues.into_iter().map(|completions| Queue { completions, is_armed: false }).collect();
+        Self {
+            paths,
+            queues,
+            access: Access(access),
+            remote_len,
+            writes: BTreeMap::new(),
+            next_write: 0,
+            waiting: VecDeque::new(),
+            overheard: Vec::new(),
+            completions: Vec::new(),
+            news: Vec::new(),
+            probe: Probe::Idle,
+            started: Instant::now(),
+        }
+    }
+
+    /// Readable when polling would move something on.
+    pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.queues.iter().map(|queue| queue.completions.fd())
+    }
+
+    /// To be called when a descriptor is readable, and followed by `poll`.
+    pub(crate) fn hear(&mut self, is_ready: impl Fn(BorrowedFd<'_>) -> bool) {
+        for queue in self.queues.iter_mut().filter(|queue| is_ready(queue.completions.fd())) {
+            if 0 < queue.completions.take_events() {
+                queue.is_armed = false;
+            }
+        }
+    }
+
+    /// Whether polling would move something on that no descriptor announces.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.completions.is_empty()
+            || !self.overheard.is_empty()
+            || self.queues.iter().any(|queue| !queue.is_armed)
+            || matches!(self.probe, Probe::Done(_))
+    }
+
+    /// The paths, for logs and counters.
+    pub(crate) fn paths(&self) -> Vec<PathReport> {
+        let report = |path: &Path| PathReport {
+            device: path.nic().name().to_owned(),
+            is_up: path.is_up(),
+            delivered: path.delivered,
+            requests: path.requests,
+            rate: path.rate(),
+        };
+        self.paths.iter().map(report).collect()
+    }
+
+    /// Paths that this side has ended since the last call: to be told to the peer.
+    pub(crate) fn take_news(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.news)
+    }
+
+    /// The peer has ended its side of a path. False when it has no such path.
+    pub(crate) fn fence(&mut self, path: u32) -> bool {
+        let index = path as usize;
+        let Some(path) = self.paths.get_mut(index) else { return false };
+        path.is_fenced = true;
+        self.bury(index, "the peer ended it");
+        for write in self.writes.values_mut() {
+            write.fences.remove(&index);
+        }
+        self.collect();
+        true
+    }
+
+    /// Ends all paths: every write completes as severed. When this returns, no write of this side reads memory any
+    /// more and none of the peer's can land.
+    pub(crate) fn sever(&mut self) {
+        let mut chunks = Vec::new();
+        for path in &mut self.paths {
+            path.close(&mut chunks, &mut self.overheard);
+        }
+        self.waiting.clear();
+        self.overheard.clear();
+        let writes = std::mem::take(&mut self.writes).into_values();
+        let severed = |write: Write| Completion { id: write.id, outcome: Err(WriteFault::Severed) };
+        self.completions.extend(writes.map(severed));
+        self.end_probe();
+    }
+
+    /// The peer's rights, to be dropped where there is time for it. Writes of the peer that come later fail.
+    pub(crate) fn take_access(&mut self) -> Access {
+        std::mem::replace(&mut self.access, Access(Vec::new()))
+    }
+
+    /// Begins to measure the way by reading about `len` bytes of the peer's arena over all paths.
+    pub(crate) fn probe(&mut self, len: usize) {
+        let up = self.paths.iter().filter(|path| path.is_up()).count();
+        let each = usize::try_from(self.remote_len).unwrap_or(usize::MAX).min(len.div_ceil(up.max(1)));
+        let (since, mut reads) = (Instant::now(), 0);
+        for index in 0..self.paths.len() {
+            if !self.paths[index].is_up() {
+                continue;
+            }
+            match self.paths[index].probe(each) {
+                Ok(()) => reads += 1,
+                Err(reason) => self.bury(index, &reason),
+            }
+        }
+        self.probe = Probe::Running { since, bytes: each * reads, reads };
+        if reads == 0 {
+            self.end_probe();
+        }
+    }
+
+    /// Bytes per second, once, when the measurement is over; zero when it came to nothing.
+    pub(crate) fn take_probed(&mut self) -> Option<f64> {
+        let Probe::Done(rate) = self.probe else { return None };
+        self.probe = Probe::Idle;
+        Some(rate)
+    }
+
+    fn end_probe(&mut self) {
+        if let Probe::Running { .. } = self.probe {
+            self.probe = Probe::Done(0.0);
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Gives chunks to paths and posts them.
+    fn pump(&mut self) {
+        let now = self.now();
+        let mut last = None;
+        while let Some(chunk) = self.waiting.pop_front() {
+            let continues = last.filter(|&index: &usize| self.paths[index].continues(&chunk));
+            let Some(index) = continues.or_else(|| self.choose(chunk.source.len())) else {
+                self.waiting.push_front(chunk);
+                break;
+            };
+            last = Some(index);
+            if let Err((chunk, error)) = self.paths[index].add(chunk, now) {
+                tracing::error!(error = error.to_line(), "memory to be sent cannot be registered");
+                self.chunk_ended(chunk.write, Err(WriteFault::Severed));
+            }
+        }
+        for index in 0..self.paths.len() {
+            if let Err(reason) = self.paths[index].post() {
+                self.bury(index, &reason);
+            }
+        }
+    }
+
+    fn choose(&self, len: usize) -> Option<usize> {
+        let loads: Vec<PathLoad> = self.paths.iter().map(|path| path.load(len as u64)).collect();
+        choose_path(&loads, len as u64)
+    }
+
+    /// Takes completions, up to a bound, and arms the queues that are empty.
+    fn reap(&mut self) {
+        for index in 0..self.queues.len() {
+            for _ in 0..POLLS_PER_TURN {
+                let mut found = Vec::new();
+                let queue = &mut self.queues[index];
+                let count = match queue.completions.poll(&mut found) {
+                    Ok(count) => count,
+                    Err(error) => {
+                        tracing::error!(error = error.to_line(), "a completion queue is broken");
+                        return self.sever();
+                    }
+                };
+                let mut heard = std::mem::take(&mut self.overheard);
+                if count == 0 && heard.is_empty() {
+                    if queue.is_armed {
+                        break;
+                    }
+                    if let Err(error) = queue.completions.arm() {
+                        tracing::error!(error = error.to_line(), "a completion queue is broken");
+                        return self.sever();
+                    }
+                    // One that came before is not announced, so look again.
+                    queue.is_armed = true;
+                    continue;
+                }
+                heard.extend(found.into_iter().map(|completion| Heard { queue: index, completion }));
+                self.hear_completions(&heard);
+            }
+        }
+    }
+
+    fn hear_completions(&mut self, heard: &[Heard]) {
+        let (now, mut landed, mut read, mut broken) = (self.now(), Vec::new(), Vec::new(), Vec::new());
+        for it in heard {
+            // What was flushed out of a queue pair that is gone has been seen to already.
+            let Some(index) = self.paths.iter().position(|path| path.owns(it)) else { continue };
+            if let Err(reason) = self.paths[index].complete(&it.completion, &mut landed, &mut read, now)
+                && !broken.iter().any(|(other, _)| *other == index)
+            {
+                broken.push((index, reason));
+            }
+        }
+        for chunk in landed {
+            self.chunk_ended(chunk.write, Ok(()));
+        }
+        for len in read {
+            self.probe_ended(len);
+        }
+        for (index, reason) in broken {
+            self.bury(index, &reason);
+        }
+    }
+
+    fn probe_ended(&mut self, len: usize) {
+        let Probe::Running { since, bytes, reads } = self.probe else { return };
+        debug_assert!(0 < len, "a read brings something");
+        self.probe = match reads {
+            1 => Probe::Done(bytes as f64 / since.elapsed().as_secs_f64().max(1e-9)),
+            _ => Probe::Running { since, bytes, reads: reads - 1 },
+        };
+    }
+
+    /// Ends a path, and has the others do what it did not.
+    fn bury(&mut self, index: usize, reason: &str) {
+        let mut chunks = Vec::new();
+        let path = &mut self.paths[index];
+        if !path.close(&mut chunks, &mut self.overheard) {
+            return;
+        }
+        let left = self.paths.iter().filter(|path| path.is_up()).count();
+        let path = &self.paths[index];
+        tracing::warn!(device = path.nic().name(), path = index, reason, left, "an RDMA path is dead");
+        self.news.push(u32::try_from(index).expect("few paths"));
+        self.end_probe();
+        if left == 0 {
+            return self.sever();
+        }
+        for chunk in &chunks {
+            if let Some(write) = self.writes.get_mut(&chunk.write)
+                && !self.paths[index].is_fenced
+            {
+                write.fences.insert(index);
+            }
+        }
+        for chunk in chunks.into_iter().rev() {
+            self.waiting.push_front(chunk);
+        }
+    }
+
+    fn chunk_ended(&mut self, key: u64, outcome: Result<(), WriteFault>) {
+        let Some(write) = self.writes.get_mut(&key) else { return };
+        write.chunks -= 1;
+        write.outcome = write.outcome.and(outcome);
+        if write.is_over() {
+            self.completions.push(Completion { id: write.id, outcome: write.outcome });
+            self.writes.remove(&key);
+        }
+    }
+
+    /// Writes that only waited for a fence.
+    fn collect(&mut self) {
+        let Self { writes, completions, .. } = self;
+        writes.retain(|_, write| {
+            if write.is_over() {
+                completions.push(Completion { id: write.id, outcome: write.outcome });
+            }
+            !write.is_over()
+        });
+    }
+}
+
+impl Write {
+    fn is_over(&self) -> bool {
+        self.chunks == 0 && self.fences.is_empty()
+    }
+}
+
+impl Transport for RdmaTransport {
+    type Source = SourceRange;
+
+    fn post_write(&mut self, id: WriteId, source: SourceRange, target: RemoteRange) -> Post {
+        assert_eq!(source.len(), target.len as usize, "the whole of the source is written");
+        if QUEUE <= self.writes.len() {
+            return Post::QueueFull;
+        }
+        let up = self.paths.iter().filter(|path| path.is_up()).count();
+        let is_inside =
+            target.offset.checked_add(target.len.into()).is_some_and(|end| end <= self.remote_len);
+        let fault = if up == 0 { Some(WriteFault::Severed) } else { None };
+        if let Some(fault) = fault.or((!is_inside).then_some(WriteFault::Outside)) {
+            self.completions.push(Completion { id, outcome: Err(fault) });
+            return Post::Accepted;
+        }
+        let (key, each) = (self.next_write, piece_len(source.len(), up));
+        self.next_write += 1;
+        let mut chunks = 0;
+        for at in (0..source.len()).step_by(each) {
+            let part = source.part(at, each.min(source.len() - at));
+            self.waiting.push_back(Chunk { write: key, source: part, offset: target.offset + at as u64 });
+            chunks += 1;
+        }
+        self.writes.insert(key, Write { id, chunks, fences: BTreeSet::new(), outcome: Ok(()) });
+        Post::Accepted
+    }
+
+    fn poll(&mut self, done: &mut Vec<Completion>) {
+        self.pump();
+        self.reap();
+        self.pump();
+        done.append(&mut self.completions);
+    }
+}
+
+impl std::fmt::Debug for RdmaTransport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RdmaTransport({} paths, {} writes)", self.paths.len(), self.writes.len())
+    }
+}
+
+/// Writes that may be under way or wait.
+const QUEUE: usize = 4096;
+/// Batches of completions before it is another peer's turn.
+const POLLS_PER_TURN: usize = 16;
