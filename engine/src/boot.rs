@@ -172,7 +172,14 @@ fn endpoint(
             transport: match config.transport {
                 TransportChoice::Auto => tidemill_kvtransfer::TransportChoice::Auto,
                 TransportChoice::SharedMemory => tidemill_kvtransfer::TransportChoice::SharedMemory,
+                TransportChoice::Rdma => tidemill_kvtransfer::TransportChoice::Rdma,
                 TransportChoice::Tcp => tidemill_kvtransfer::TransportChoice::Tcp,
+            },
+            rdma: tidemill_kvtransfer::RdmaConfig {
+                devices: config.rdma_devices.clone(),
+                gid_index: config.rdma_gid_index,
+                compute_cores: config.cores.clone(),
+                ..tidemill_kvtransfer::RdmaConfig::default()
             },
             require: config.require_transport,
             in_place: config.in_place,

@@ -46,11 +46,14 @@ pub enum LoadFormat {
 /// Which ways a handoff may take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TransportChoice {
-    /// Shared memory between processes of one host, otherwise TCP; what was chosen is logged and counted.
+    /// Shared memory between processes of one host, otherwise RDMA where both have a device, otherwise TCP; what was
+    /// chosen is logged and counted.
     #[default]
     Auto,
     /// Shared memory only.
     SharedMemory,
+    /// RDMA, on one host too.
+    Rdma,
     /// TCP only.
     Tcp,
 }
@@ -104,6 +107,10 @@ pub struct EngineConfig {
     pub transport: TransportChoice,
     /// Whether a peer that cannot be reached in the preferred way is not used at all.
     pub require_transport: bool,
+    /// RDMA devices to use, by name; empty takes those nearest to the KV cache.
+    pub rdma_devices: Vec<String>,
+    /// Which of a port's addresses RDMA connections take, by position; `None` goes by rule.
+    pub rdma_gid_index: Option<u8>,
     /// How much of each block a digest covers.
     pub digest: DigestCoverage,
     /// Whether a handoff on one host may compute in the peer's blocks (`docs/decisions/0002`).
@@ -190,10 +197,12 @@ pub struct PeerLink {
     pub name: String,
     /// The peer's instance number.
     pub instance: u64,
-    /// The transport in use ("shm", "tcp"), or why there is none.
+    /// The transport in use ("shm", "rdma", "tcp"), or why there is none.
     pub transport: Result<String, String>,
     /// What a probe of the path measured, bytes per second; zero when not measured.
     pub bytes_per_second: f64,
+    /// Whether it is a worse way than the one that was intended.
+    pub is_fallback: bool,
 }
 
 /// Receives the events of one request. Called on the engine thread: it must not block.

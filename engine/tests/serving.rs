@@ -283,6 +283,8 @@ fn config(model: &str, role: Role) -> EngineConfig {
         handoff_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         transport: TransportChoice::Auto,
         require_transport: true,
+        rdma_devices: Vec::new(),
+        rdma_gid_index: None,
         digest: DigestCoverage::Sampled,
         in_place: true,
         fault: None,

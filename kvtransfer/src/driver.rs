@@ -9,6 +9,7 @@ mod dialling;
 mod links;
 mod lobby;
 mod peers;
+mod rdma;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{SocketAddr, TcpListener};
@@ -26,6 +27,7 @@ use tidemill_kvtransfer_proto::units::Moment;
 
 use self::lobby::{MemoryVisitor, Visitor};
 use self::peers::Peer;
+use self::rdma::Rdma;
 use crate::endpoint::{Command, EndpointConfig, EventSink, LinkTable, TransportChoice};
 use crate::error::EndpointError;
 use crate::event::{HandoffEvent, Reserve};
@@ -49,6 +51,8 @@ pub(crate) struct Driver {
     address: SocketAddr,
     listener: TcpListener,
     memory_listener: Option<UnixListener>,
+    /// Where there are devices.
+    rdma: Option<Rdma>,
     /// Connections that have not said what they are.
     lobby: Vec<Visitor>,
     memory_lobby: Vec<MemoryVisitor>,
@@ -84,14 +88,17 @@ impl Driver {
         let token = host::token().map_err(system("draw a random number"))?;
         let socket_name = format!("tidemill-{:016x}-{token:016x}", config.instance);
         let memory_listener = match config.transport {
-            TransportChoice::Tcp => None,
+            TransportChoice::Tcp | TransportChoice::Rdma => None,
             TransportChoice::Auto | TransportChoice::SharedMemory => {
                 Some(exchange::listen(&socket_name).map_err(system("listen on a local socket"))?)
             }
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| system("make an event descriptor")(errno.into()))?;
-        let hello = hello(&config, address, memory_listener.is_some().then_some(socket_name));
+        let wake = Arc::new(wake);
+        let rdma = rdma::open(&config, &wake)?;
+        let socket_name = memory_listener.is_some().then_some(socket_name);
+        let hello = hello(&config, address, socket_name, rdma.is_some());
         let core = EndpointCore::new(rules(&config));
         let now = Instant::now();
         Ok(Self {
@@ -100,11 +107,12 @@ impl Driver {
             core,
             events,
             inbox,
-            wake: Arc::new(wake),
+            wake,
             links,
             address,
             listener,
             memory_listener,
+            rdma,
             lobby: Vec::new(),
             memory_lobby: Vec::new(),
             peers: BTreeMap::new(),
@@ -128,6 +136,9 @@ impl Driver {
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self) {
+        if let Some(rdma) = &self.rdma {
+            rdma.place_thread();
+        }
         while !self.is_stopping {
             self.wait();
             self.now = Instant::now();
@@ -136,6 +147,7 @@ impl Driver {
             self.advance_handshakes();
             self.read_links();
             self.check_processes();
+            self.hear_revoked();
             self.check_clocks();
             self.push();
             self.take_digests();
@@ -209,7 +221,8 @@ impl Driver {
     /// Whether there is something to do that no descriptor announces.
     fn has_work(&self) -> bool {
         let has_copies = |(&instance, peer): (&u64, &Peer)| {
-            peer.copies() && (peer.has_copies_to_make() || self.core.has_writes_for(instance))
+            peer.has_completions()
+                || peer.copies() && (peer.has_copies_to_make() || self.core.has_writes_for(instance))
         };
         !self.digesting.is_empty() || self.peers.iter().any(has_copies)
     }
@@ -255,9 +268,11 @@ fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
     Ok((listener, address))
 }
 
-fn hello(config: &EndpointConfig, address: SocketAddr, socket_name: Option<String>) -> Hello {
+fn hello(config: &EndpointConfig, address: SocketAddr, socket_name: Option<String>, rdma: bool) -> Hello {
     let shared_memory = socket_name.is_some();
-    let tcp = config.transport != TransportChoice::SharedMemory || !config.require;
+    let is_strict =
+        config.require && matches!(config.transport, TransportChoice::SharedMemory | TransportChoice::Rdma);
+    let tcp = !is_strict;
     let on_failure = if config.require { OnFailure::Fail } else { OnFailure::FallBack };
     Hello {
         protocol: PROTOCOL,
@@ -268,7 +283,7 @@ fn hello(config: &EndpointConfig, address: SocketAddr, socket_name: Option<Strin
         listen_port: address.port(),
         host: host::identity(),
         memory_socket: socket_name.unwrap_or_default(),
-        offer: Offer { shared_memory, tcp, on_failure },
+        offer: Offer { shared_memory, rdma, tcp, on_failure },
         lease: config.timing.lease,
     }
 }

@@ -20,15 +20,18 @@ use crate::driver::Driver;
 use crate::error::{EndpointError, MeetError};
 use crate::event::{HandoffEvent, Met, PeerAddress, PeerLink, PushWrite, Reserve};
 use crate::shm::Region;
+use crate::verbs::RdmaConfig;
 
 /// Which ways for data a pair may take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TransportChoice {
-    /// Shared memory between processes of one host, otherwise TCP.
+    /// Shared memory between processes of one host, otherwise RDMA where both sides have a device, otherwise TCP.
     #[default]
     Auto,
     /// Shared memory; TCP, with a warning, where it cannot be had.
     SharedMemory,
+    /// RDMA, on one host too; TCP, with a warning, where it cannot be had.
+    Rdma,
     /// TCP only.
     Tcp,
 }
@@ -61,9 +64,11 @@ pub struct EndpointConfig {
     pub listen: SocketAddr,
     /// Which ways for data are acceptable.
     pub transport: TransportChoice,
-    /// Whether a pair for which the preferred way cannot be had is not connected at all. `SharedMemory` then
-    /// excludes TCP, and `Auto` excludes it between processes of one host.
+    /// Whether a pair for which the preferred way cannot be had is not connected at all. `SharedMemory` and `Rdma`
+    /// then exclude TCP, and `Auto` excludes it between processes of one host and between workers with devices.
     pub require: bool,
+    /// Which RDMA devices to use and how.
+    pub rdma: RdmaConfig,
     /// Whether prompts may be computed right in the blocks of a peer on this host, when layouts are equal.
     pub in_place: bool,
     /// How much of each block the digests must cover that this side verifies, as decode side.

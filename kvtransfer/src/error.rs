@@ -5,6 +5,10 @@
 use std::io;
 use std::net::SocketAddr;
 
+use tidemill_kvtransfer_proto::error::TransferError;
+
+use crate::verbs::VerbsError;
+
 /// An endpoint that did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -27,6 +31,12 @@ pub enum EndpointError {
         #[source]
         source: io::Error,
     },
+    /// RDMA is required and cannot be had.
+    #[error("RDMA is required and cannot be had: {}", source.to_line())]
+    Rdma {
+        /// Why.
+        source: VerbsError,
+    },
     /// The region is smaller than one block of the layout.
     #[error("a region of {region_bytes} bytes holds no block of {block_bytes} bytes")]
     Region {
@@ -35,6 +45,36 @@ pub enum EndpointError {
         /// Size of a block.
         block_bytes: usize,
     },
+}
+
+/// A measurement that came to nothing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProbeError {
+    /// This side's end did not start.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// No connection came about.
+    #[error(transparent)]
+    Meet(#[from] MeetError),
+    /// A handoff failed.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// The other side said nothing more.
+    #[error("the other side fell silent")]
+    Silent,
+    /// The port for small packets, the one after that for handoffs, cannot be used.
+    #[error("no connection for small packets at {address}")]
+    Sink {
+        /// Its address.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Something that every process should be able to get.
+    #[error("the system refuses what every process should get")]
+    System(#[source] io::Error),
 }
 
 /// A peer with which no connection came about.

@@ -41,6 +41,8 @@ pub struct PeerLink {
     pub transport: TransportKind,
     /// What a short probe of it measured, in bytes per second; zero when the probe was not answered.
     pub bytes_per_second: f64,
+    /// Whether it is a worse way than the one that both sides offer, or that this side asks for; the log has the reason.
+    pub is_fallback: bool,
 }
 
 /// Decode side: blocks for the KV of a prompt.

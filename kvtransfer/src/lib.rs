@@ -23,9 +23,11 @@ mod endpoint;
 pub mod error;
 mod event;
 mod host;
+pub mod pair_probe;
 pub mod shm;
 mod source;
 mod tcp;
+pub mod verbs;
 mod verification;
 
 pub use endpoint::{Endpoint, EndpointConfig, EventSink, Timing, TransportChoice};
@@ -33,3 +35,4 @@ pub use event::{
     HandoffEvent, HandoffStats, Met, Path, PeerAddress, PeerLink, PushWrite, Reserve, Reserved, Source,
 };
 pub use shm::{Access, Region, Slab};
+pub use verbs::RdmaConfig;

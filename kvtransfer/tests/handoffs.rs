@@ -14,13 +14,13 @@ use tidemill_kvtransfer_proto::error::{CommitFault, TransferError};
 use tidemill_kvtransfer_proto::layout::{Bridge, KvDtype};
 use tidemill_kvtransfer_proto::message::TransportKind;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
-use worker::{PATIENCE, WAYS, Way, Worker, config, content, pair};
+use worker::{PATIENCE, Way, Worker, config, content, pair, ways};
 
 const HANDOFF: HandoffId = HandoffId(77);
 
 #[test]
 fn a_handoff_brings_every_byte() {
-    for way in WAYS {
+    for way in ways() {
         let (mut prefill, mut decode) = pair(way);
         assert_eq!(prefill.endpoint.reaches_in_place(2), way == Way::InPlace);
         decode.reserve(HANDOFF, 1, 5);
@@ -84,7 +84,7 @@ fn writes_come_from_the_arena_too_and_whole_blocks_are_one_write() {
 #[test]
 fn hundreds_at_once() {
     const HANDOFFS: u64 = 400;
-    for way in WAYS {
+    for way in ways() {
         let prefill = Worker::start(config("prefill", 1, way, 4));
         let mut decode = Worker::start(config("decode", 2, way, 1000));
         decode.meet(prefill.address());
@@ -180,7 +180,7 @@ fn every_stage_can_be_the_last() {
     let early = "D reserve cancel released! P expect send-failed:cancelled!";
     // What was not written is noticed; what was not computed in place only the engine can know.
     let missing = "D reserve P expect reserved! half finish D reserve-failed:badcommit! P send-failed:refused! D released!";
-    for way in WAYS {
+    for way in ways() {
         for script in scripts {
             play(way, script);
         }
@@ -195,7 +195,7 @@ fn every_stage_can_be_the_last() {
 
 #[test]
 fn a_changed_byte_is_noticed() {
-    for way in WAYS {
+    for way in ways() {
         let (mut prefill, mut decode) = pair(way);
         decode.reserve(HANDOFF, 1, 3);
         prefill.endpoint.expect(HANDOFF, 2, PATIENCE);
@@ -277,7 +277,7 @@ fn a_push_outside_its_target_ends_the_handoff() {
 
 #[test]
 fn a_peer_that_leaves_in_good_order_leaves_nothing_behind() {
-    for way in WAYS {
+    for way in ways() {
         // The prefill side leaves: writes end with it, but an engine that computes in place it cannot stop.
         let (prefill, mut decode) = pair(way);
         decode.reserve(HANDOFF, 1, 3);
@@ -414,7 +414,7 @@ fn shared_memory_falls_back_to_tcp_only_where_that_is_allowed() {
 
 #[test]
 fn a_connection_is_remembered_and_made_again_on_demand() {
-    for way in WAYS {
+    for way in ways() {
         let (prefill, mut decode) = pair(way);
         // Who is met already is only reported.
         let again = decode.endpoint.meet(vec![prefill.address()], PATIENCE);

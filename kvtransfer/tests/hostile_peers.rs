@@ -34,7 +34,7 @@ fn hello(instance: u64) -> Hello {
         listen_port: 1,
         host: "elsewhere".into(),
         memory_socket: String::new(),
-        offer: Offer { shared_memory: false, tcp: true, on_failure: OnFailure::FallBack },
+        offer: Offer { shared_memory: false, rdma: false, tcp: true, on_failure: OnFailure::FallBack },
         lease: Duration::from_secs(60),
     }
 }

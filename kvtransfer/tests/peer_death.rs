@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use tidemill_kvtransfer::{HandoffEvent, Path, PeerAddress};
 use tidemill_kvtransfer_proto::units::HandoffId;
-use worker::{PATIENCE, WAYS, Way, Worker, config};
+use worker::{PATIENCE, Way, Worker, config, ways};
 
 const HANDOFF: HandoffId = HandoffId(5);
 
@@ -85,7 +85,7 @@ fn peer_process() {
     let mut lines = std::io::stdin().lines().map(|line| line.expect("text"));
     let first = lines.next().expect("the role");
     let (role, way) = first.split_once(' ').expect("role and way");
-    let way = WAYS.into_iter().find(|it| format!("{it:?}") == way).expect("a way");
+    let way = ways().into_iter().find(|it| format!("{it:?}") == way).expect("a way");
     let mut config = config(role, 9, way, 16);
     if lease_matters(role) {
         config.timing.lease = SHORT_LEASE;
@@ -128,7 +128,7 @@ fn decode_worker(way: Way) -> Worker {
 
 #[test]
 fn a_prefill_worker_that_is_killed_leaves_no_block_behind() {
-    for way in WAYS {
+    for way in ways() {
         for orders in [
             &[][..],
             &["expect", "await-reserved"],
@@ -152,7 +152,7 @@ fn a_prefill_worker_that_is_killed_leaves_no_block_behind() {
 
 #[test]
 fn what_was_committed_survives_the_death_of_its_sender() {
-    for way in WAYS {
+    for way in ways() {
         for adopts in [true, false] {
             let mut decode = decode_worker(way);
             let mut peer = Peer::start("prefill", way);
@@ -177,7 +177,7 @@ fn what_was_committed_survives_the_death_of_its_sender() {
 
 #[test]
 fn a_decode_worker_that_is_killed_lets_go_of_the_senders_blocks() {
-    for way in WAYS {
+    for way in ways() {
         for layers in [0, 1, 3] {
             let mut prefill = Worker::start(config("prefill", 1, way, 4));
             let mut peer = Peer::start("decode", way);
@@ -213,7 +213,7 @@ fn a_decode_worker_that_is_killed_lets_go_of_the_senders_blocks() {
 /// until it says itself, on a new connection, that it has stopped.
 #[test]
 fn a_prefill_worker_that_hangs_is_lost_and_its_blocks_come_back_when_it_is_quiet() {
-    for way in WAYS {
+    for way in ways() {
         let mut config = config("decode", 1, way, 16);
         config.timing.lease = SHORT_LEASE;
         let mut decode = Worker::start(config);

@@ -18,6 +18,7 @@ pub(crate) fn meet(endpoint: &Endpoint, peers: Vec<Peer>) -> Vec<PeerLink> {
             name: met.name,
             instance: met.instance,
             bytes_per_second: met.outcome.as_ref().map_or(0.0, |link| link.bytes_per_second),
+            is_fallback: met.outcome.as_ref().is_ok_and(|link| link.is_fallback),
             transport: met
                 .outcome
                 .map(|link| link.transport.name().to_owned())
@@ -33,10 +34,12 @@ pub(crate) fn refresh(endpoint: &Endpoint, links: &mut [PeerLink]) {
             Some(now) => {
                 link.transport = Ok(now.transport.name().to_owned());
                 link.bytes_per_second = now.bytes_per_second;
+                link.is_fallback = now.is_fallback;
             }
             None if link.transport.is_ok() => {
                 link.transport = Err("the connection broke".to_owned());
                 link.bytes_per_second = 0.0;
+                link.is_fallback = false;
             }
             None => {}
         }

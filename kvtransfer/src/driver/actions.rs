@@ -10,6 +10,8 @@ use tidemill_kvtransfer_proto::message::Message;
 use tidemill_kvtransfer_proto::units::HandoffId;
 
 use super::Driver;
+use super::peers::DataPath;
+use super::rdma::Rdma;
 use crate::event::{HandoffEvent, Path, PushWrite, Reserved, Source};
 use crate::shm::Region;
 use crate::source::{Memory, SourceRange};
@@ -50,6 +52,11 @@ impl Driver {
         severed.path.sever();
         let mut done = Vec::new();
         severed.path.transport().poll(&mut done);
+        if let DataPath::Rdma(transport) = &mut severed.path
+            && let Some(Rdma { registrar, .. }) = &self.rdma
+        {
+            registrar.revoke(instance, link, transport.take_access());
+        }
         drop(severed); // From here on nothing of it can be received.
         self.core.completed(&done, self.moment());
     }
@@ -108,6 +115,7 @@ impl Driver {
             transport.poll(&mut done);
             core.completed(&done, now);
             self.act();
+            self.follow_paths(instance);
         }
     }
 

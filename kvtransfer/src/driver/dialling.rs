@@ -4,19 +4,21 @@ use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::Sender;
-use std::time::Instant;
+use std::sync::mpsc::{Sender, TryRecvError};
+use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use tidemill_kvtransfer_proto::message::{Attach, Message, Ready, TransportKind, Welcome};
+use tidemill_kvtransfer_proto::message::{Attach, Message, Paths, Ready, TransportKind, Welcome};
 
 use super::Driver;
 use super::lobby::{CROSSED, attach_frame, prepare};
 use super::peers::{DataPath, Established, Peer};
+use super::rdma;
 use crate::error::MeetError;
 use crate::event::{Met, PeerAddress};
 use crate::shm::{Access, Process, Region, SharedMemoryTransport, exchange};
 use crate::tcp::{self, Connection, DataConnection, Loss};
+use crate::verbs::{Draft, Drafting};
 
 /// A handshake that this side began.
 #[derive(Debug)]
@@ -33,6 +35,10 @@ enum Stage {
     AwaitingWelcome(Connection),
     /// This side's arena was passed, the peer's is awaited.
     AwaitingMemory { control: Connection, welcome: Box<Welcome>, stream: UnixStream },
+    /// This side's ends of RDMA paths are being made.
+    Drafting { control: Connection, welcome: Box<Welcome>, drafting: Drafting },
+    /// They were said, the peer's are awaited.
+    AwaitingPaths { control: Connection, welcome: Box<Welcome>, draft: Box<Draft> },
     /// The data connection is being made.
     ConnectingData { control: Connection, welcome: Box<Welcome>, stream: TcpStream, fallback: Option<String> },
     /// The way for data is there.
@@ -51,9 +57,19 @@ enum Step {
     Crossed,
 }
 
+impl Stage {
+    /// How much longer than usual it may take.
+    fn extra(&self) -> Duration {
+        match self {
+            Self::Drafting { .. } | Self::AwaitingPaths { .. } => rdma::REGISTRATION,
+            _ => Duration::ZERO,
+        }
+    }
+}
+
 impl Dial {
     pub(super) fn deadline(&self) -> Instant {
-        self.deadline
+        self.deadline + self.stage.extra()
     }
 
     pub(super) fn interests<'a>(&'a self, interest: &mut impl FnMut(BorrowedFd<'a>, PollFlags)) {
@@ -61,6 +77,8 @@ impl Dial {
             Stage::Connecting(stream) => interest(stream.as_fd(), PollFlags::OUT),
             Stage::AwaitingWelcome(control) => interest(control.fd(), PollFlags::IN),
             Stage::AwaitingMemory { stream, .. } => interest(stream.as_fd(), PollFlags::IN),
+            Stage::Drafting { .. } => {} // Who makes them wakes the thread.
+            Stage::AwaitingPaths { control, .. } => interest(control.fd(), PollFlags::IN),
             Stage::ConnectingData { stream, .. } => interest(stream.as_fd(), PollFlags::OUT),
             Stage::AwaitingReady(established) => interest(established.connection.fd(), PollFlags::IN),
         }
@@ -123,7 +141,7 @@ impl Driver {
         loop {
             match self.step(instance, stage) {
                 Ok(Step::Next(next)) => stage = next,
-                Ok(Step::Wait(stage)) if self.now < deadline => {
+                Ok(Step::Wait(stage)) if self.now < deadline + stage.extra() => {
                     if let Some(peer) = self.peers.get_mut(&instance) {
                         peer.dial = Some(Dial { stage, deadline });
                     }
@@ -168,8 +186,16 @@ impl Driver {
                         let path = DataPath::SharedMemory(SharedMemoryTransport::new(region));
                         self.await_ready(instance, control, *welcome, path, Some(process), None)
                     }
-                    Err(error) => self.fall_back(instance, control, welcome, &error),
+                    Err(error) => {
+                        self.fall_back(instance, control, welcome, format!("shared memory: {error}"))
+                    }
                 }
+            }
+            Stage::Drafting { control, welcome, drafting } => {
+                self.advance_draft(instance, control, welcome, drafting)
+            }
+            Stage::AwaitingPaths { control, welcome, draft } => {
+                self.await_paths(instance, control, welcome, draft)
             }
             Stage::ConnectingData { control, welcome, stream, fallback } => {
                 if !self.is_ready(stream.as_fd()) {
@@ -221,7 +247,11 @@ impl Driver {
         match self.hello.offer.common(theirs.offer, self.is_same_host(theirs)) {
             Some(TransportKind::SharedMemory) => match self.pass_memory(&welcome) {
                 Ok(stream) => Ok(Step::Next(Stage::AwaitingMemory { control, welcome, stream })),
-                Err(error) => self.fall_back(instance, control, welcome, &error),
+                Err(error) => self.fall_back(instance, control, welcome, format!("shared memory: {error}")),
+            },
+            Some(TransportKind::Rdma) => match self.begin_draft(&control) {
+                Some(drafting) => Ok(Step::Next(Stage::Drafting { control, welcome, drafting })),
+                None => self.fall_back(instance, control, welcome, "RDMA: no device".to_owned()),
             },
             Some(TransportKind::Tcp) => self.connect_data(instance, control, welcome, None),
             None => Err(MeetError::Transport { reason: "none that both sides accept".to_owned() }),
@@ -235,15 +265,61 @@ impl Driver {
         Ok(stream)
     }
 
-    /// Takes TCP instead of shared memory, if both sides allow it.
+    fn advance_draft(
+        &mut self,
+        instance: u64,
+        mut control: Connection,
+        welcome: Box<Welcome>,
+        drafting: Drafting,
+    ) -> Result<Step, MeetError> {
+        let reason = match drafting.try_recv() {
+            Ok(Ok(draft)) => {
+                let paths = Paths { ends: draft.ends(), failure: None };
+                say(&mut control, &Message::Paths(paths))?;
+                let draft = Box::new(draft);
+                return Ok(Step::Next(Stage::AwaitingPaths { control, welcome, draft }));
+            }
+            Err(TryRecvError::Empty) => {
+                return Ok(Step::Wait(Stage::Drafting { control, welcome, drafting }));
+            }
+            Ok(Err(error)) => error.to_line(),
+            Err(TryRecvError::Disconnected) => "registration failed".to_owned(),
+        };
+        self.fall_back(instance, control, welcome, format!("RDMA: {reason}"))
+    }
+
+    fn await_paths(
+        &mut self,
+        instance: u64,
+        mut control: Connection,
+        welcome: Box<Welcome>,
+        draft: Box<Draft>,
+    ) -> Result<Step, MeetError> {
+        let wait = |control, welcome, draft| Ok(Step::Wait(Stage::AwaitingPaths { control, welcome, draft }));
+        if !self.is_ready(control.fd()) {
+            return wait(control, welcome, draft);
+        }
+        let paths = match control.receive_one().map_err(|loss| lost(&loss))? {
+            Some(Message::Paths(paths)) => paths,
+            Some(_) => return Err(odd_message()),
+            None => return wait(control, welcome, draft),
+        };
+        match rdma::connect(*draft, &paths, welcome.hello.region_bytes) {
+            Ok(transport) => {
+                self.await_ready(instance, control, *welcome, DataPath::Rdma(transport), None, None)
+            }
+            Err(reason) => self.fall_back(instance, control, welcome, format!("RDMA: {reason}")),
+        }
+    }
+
+    /// Takes TCP instead of a better way, if both sides allow it.
     fn fall_back(
         &mut self,
         instance: u64,
         control: Connection,
         welcome: Box<Welcome>,
-        error: &io::Error,
+        reason: String,
     ) -> Result<Step, MeetError> {
-        let reason = format!("shared memory: {error}");
         if self.hello.offer.may_fall_back(welcome.hello.offer) {
             self.connect_data(instance, control, welcome, Some(reason))
         } else {

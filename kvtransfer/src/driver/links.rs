@@ -9,6 +9,7 @@ use tidemill_kvtransfer_proto::units::Moment;
 
 use super::Driver;
 use super::peers::{DataPath, Established, FIRST_BACKOFF, Link, Probe};
+use super::rdma;
 use crate::endpoint::{LinkEntry, TransportChoice};
 use crate::event::{HandoffEvent, Met, PeerLink};
 use crate::shm::Region;
@@ -21,11 +22,17 @@ impl Driver {
         // A side that dials has no older link, and one that is dialled has ended it: only to be sure.
         self.lose(instance, &Loss::Replaced);
         let kind = path.kind();
-        self.log_way(&hello.name, kind, fallback.as_deref());
+        let is_fallback = self.log_way(&hello.name, kind, fallback.as_deref());
         let probe = match &mut path {
             DataPath::SharedMemory(transport) => Probe::Done(read_speed(transport.arena())),
             DataPath::Tcp(data) => {
                 data.probe(PROBE_BYTES);
+                Probe::Running(Instant::now())
+            }
+            DataPath::Rdma(transport) => {
+                let paths: Vec<String> = transport.paths().into_iter().map(|path| path.device).collect();
+                tracing::info!(peer = hello.name, paths = paths.join(" "), "RDMA paths");
+                transport.probe(PROBE_BYTES as usize);
                 Probe::Running(Instant::now())
             }
         };
@@ -37,35 +44,49 @@ impl Driver {
         peer.backoff = FIRST_BACKOFF;
         let up = LinkUp { hello, proof: kind.quiet_proof(), busy };
         let id = self.core.link_up(instance, up, Moment(self.origin.elapsed()));
-        peer.link = Some(Link { id, connection, path, is_fresh: true, probe });
+        peer.link = Some(Link { id, connection, path, is_fresh: true, is_fallback, probe });
         let in_place = self.core.reaches_in_place(instance);
-        let link = PeerLink { transport: kind, bytes_per_second: 0.0 };
+        let link = PeerLink { transport: kind, bytes_per_second: 0.0, is_fallback };
         self.links.set(instance, Some(LinkEntry { link, in_place }));
         self.act();
         self.report_up(instance);
     }
 
-    fn log_way(&self, peer: &str, kind: TransportKind, fallback: Option<&str>) {
+    /// Says which way is taken; whether it is a worse one than intended.
+    fn log_way(&self, peer: &str, kind: TransportKind, fallback: Option<&str>) -> bool {
         let transport = kind.name();
-        match fallback {
+        let missed = match self.config.transport {
+            TransportChoice::SharedMemory => Some("shared memory: not on this host, or not offered"),
+            TransportChoice::Rdma => Some("RDMA: no device on one of the two"),
+            TransportChoice::Auto | TransportChoice::Tcp => None,
+        };
+        let missed = fallback.or(missed.filter(|_| kind == TransportKind::Tcp));
+        match missed {
             Some(reason) => tracing::warn!(peer, transport, reason, "peer connected by the second-best way"),
-            None if self.config.transport == TransportChoice::SharedMemory && kind == TransportKind::Tcp => {
-                tracing::warn!(peer, transport, reason = "not on this host", "no shared memory with peer");
-            }
             None => tracing::info!(peer, transport, "peer connected"),
+        }
+        missed.is_some()
+    }
+
+    /// The speed of a link is known, unless that was given up.
+    pub(super) fn measured(&mut self, instance: u64, bytes_per_second: f64) {
+        if let Some(link) = self.link_mut(instance)
+            && let Probe::Running(_) = link.probe
+        {
+            link.probe = Probe::Done(bytes_per_second);
+            self.report_up(instance);
         }
     }
 
     /// Reports a link once its speed is known.
     fn report_up(&mut self, instance: u64) {
         let Some(peer) = self.peers.get(&instance) else { return };
-        let Some(Link { probe: Probe::Done(bytes_per_second), path, .. }) = &peer.link else { return };
-        let link = PeerLink { transport: path.kind(), bytes_per_second: *bytes_per_second };
+        let Some(link) = peer.link.as_ref().and_then(Link::report) else { return };
         let name = peer.name.clone();
         tracing::info!(
             peer = name,
             transport = link.transport.name(),
-            gigabytes_per_second = bytes_per_second / 1e9,
+            gigabytes_per_second = link.bytes_per_second / 1e9,
             "peer measured"
         );
         let in_place = self.links.get(instance).is_some_and(|entry| entry.in_place);
@@ -77,8 +98,7 @@ impl Driver {
     /// Tells those who wait for a peer, if it is up and measured.
     pub(super) fn answer_meets(&mut self, instance: u64) {
         let Some(peer) = self.peers.get_mut(&instance) else { return };
-        let Some(Link { probe: Probe::Done(bytes_per_second), path, .. }) = &peer.link else { return };
-        let link = PeerLink { transport: path.kind(), bytes_per_second: *bytes_per_second };
+        let Some(link) = peer.link.as_ref().and_then(Link::report) else { return };
         for meet in peer.meets.drain(..) {
             // Who does not wait any more does not need to know.
             let _ = meet.send(Met { name: peer.name.clone(), instance, outcome: Ok(link) });
@@ -92,6 +112,9 @@ impl Driver {
         for instance in instances {
             let outcome = self.read_link(instance, &mut messages);
             for message in messages.drain(..) {
+                if let Message::PathDown { path } = message {
+                    self.hear_path_down(instance, path);
+                }
                 self.core.hear(instance, message, self.moment());
                 self.act();
             }
@@ -108,6 +131,9 @@ impl Driver {
         if std::mem::take(&mut link.is_fresh) || is_in(ready, link.connection.fd()) {
             link.connection.receive(messages)?;
         }
+        if let DataPath::Rdma(transport) = &mut link.path {
+            rdma::hear(transport, ready);
+        }
         if let DataPath::Tcp(data) = &mut link.path
             && is_in(ready, data.fd())
         {
@@ -117,8 +143,8 @@ impl Driver {
             if let Probe::Running(since) = link.probe
                 && data.take_probed()
             {
-                link.probe = Probe::Done(f64::from(PROBE_BYTES) / since.elapsed().as_secs_f64());
-                self.report_up(instance);
+                let rate = f64::from(PROBE_BYTES) / since.elapsed().as_secs_f64();
+                self.measured(instance, rate);
             }
         }
         Ok(())
@@ -170,8 +196,7 @@ impl Driver {
                 && let Probe::Running(since) = link.probe
                 && since + PROBE_PATIENCE <= now
             {
-                link.probe = Probe::Done(0.0);
-                self.report_up(instance);
+                self.measured(instance, 0.0);
             }
         }
         self.forget_idle_peers();

@@ -14,6 +14,7 @@ use tidemill_kvtransfer_proto::message::{
 
 use super::Driver;
 use super::peers::{DataPath, Established, Inbound, Peer};
+use super::rdma::RdmaAnswer;
 use crate::host;
 use crate::shm::{Access, Process, Region, SharedMemoryTransport, exchange};
 use crate::tcp::{Connection, DataConnection};
@@ -133,8 +134,16 @@ impl Driver {
         // Of two that cross, the one begun by the smaller instance is the one that counts.
         peer.dial = None;
         let deadline = self.now + self.config.timing.handshake;
-        peer.inbound =
-            Some(Inbound { connection, hello, token, deadline, memory: None, data: None, ready: None });
+        peer.inbound = Some(Inbound {
+            connection,
+            hello,
+            token,
+            deadline,
+            memory: None,
+            rdma: RdmaAnswer::Unasked,
+            data: None,
+            ready: None,
+        });
     }
 
     /// Whether this side can work with whoever says so about itself.
@@ -209,17 +218,25 @@ impl Driver {
             match inbound.connection.receive_one() {
                 Ok(None) => {}
                 Ok(Some(Message::Ready(ready))) if inbound.ready.is_none() => inbound.ready = Some(ready),
+                Ok(Some(Message::Paths(paths))) => {
+                    if let Err(loss) = self.hear_paths(&mut inbound, paths) {
+                        return tracing::warn!(peer = inbound.hello.name, %loss, "handshake broken");
+                    }
+                }
                 Ok(Some(_)) => {
                     return tracing::warn!(peer = inbound.hello.name, "handshake broken by an odd message");
                 }
                 Err(loss) => return tracing::debug!(peer = inbound.hello.name, %loss, "handshake ended"),
             }
         }
+        if let Err(loss) = self.advance_paths(&mut inbound) {
+            return tracing::warn!(peer = inbound.hello.name, %loss, "handshake broken");
+        }
         match inbound.complete() {
             Ok((connection, hello, ready, path, process)) => {
                 self.welcome_in(instance, connection, hello, ready, path, process);
             }
-            Err(inbound) if self.now < inbound.deadline => {
+            Err(inbound) if self.now < inbound.deadline() => {
                 if let Some(peer) = self.peers.get_mut(&instance) {
                     peer.inbound = Some(*inbound);
                 }
@@ -266,6 +283,13 @@ impl Inbound {
             Some(TransportKind::SharedMemory) => self.memory.take().map(|(region, process)| {
                 (DataPath::SharedMemory(SharedMemoryTransport::new(region)), Some(process))
             }),
+            Some(TransportKind::Rdma) => match std::mem::take(&mut self.rdma) {
+                RdmaAnswer::Connected(transport) => Some((DataPath::Rdma(transport), None)),
+                other => {
+                    self.rdma = other;
+                    None
+                }
+            },
             Some(TransportKind::Tcp) => self.data.take().map(|data| (DataPath::Tcp(Box::new(data)), None)),
             None => None,
         };

@@ -13,10 +13,12 @@ use tidemill_kvtransfer_proto::transport::Transport;
 use tidemill_kvtransfer_proto::units::HandoffId;
 
 use super::dialling::Dial;
-use crate::event::Met;
+use super::rdma::{self, RdmaAnswer};
+use crate::event::{Met, PeerLink};
 use crate::shm::{Process, Region, SharedMemoryTransport};
 use crate::source::SourceRange;
 use crate::tcp::{Connection, DataConnection};
+use crate::verbs::RdmaTransport;
 
 /// Another worker.
 #[derive(Debug)]
@@ -45,8 +47,10 @@ pub(super) struct Inbound {
     pub(super) connection: Connection,
     pub(super) hello: Hello,
     pub(super) token: u64,
+    /// When it has taken too long, should nothing take longer by its nature.
     pub(super) deadline: Instant,
     pub(super) memory: Option<(Arc<Region>, Process)>,
+    pub(super) rdma: RdmaAnswer,
     pub(super) data: Option<DataConnection>,
     pub(super) ready: Option<Ready>,
 }
@@ -71,6 +75,8 @@ pub(super) struct Link {
     pub(super) path: DataPath,
     /// Messages may have come along with the end of the handshake.
     pub(super) is_fresh: bool,
+    /// Whether it is a worse way than the one intended.
+    pub(super) is_fallback: bool,
     pub(super) probe: Probe,
 }
 
@@ -87,6 +93,7 @@ pub(super) enum Probe {
 #[derive(Debug)]
 pub(super) enum DataPath {
     SharedMemory(SharedMemoryTransport),
+    Rdma(Box<RdmaTransport>),
     Tcp(Box<DataConnection>),
 }
 
@@ -111,8 +118,10 @@ impl Peer {
         let flags = |wants_write| if wants_write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
         if let Some(link) = &self.link {
             interest(link.connection.fd(), flags(link.connection.wants_write()));
-            if let DataPath::Tcp(data) = &link.path {
-                interest(data.fd(), flags(data.wants_write()));
+            match &link.path {
+                DataPath::SharedMemory(_) => {}
+                DataPath::Rdma(transport) => rdma::interests(transport, interest),
+                DataPath::Tcp(data) => interest(data.fd(), flags(data.wants_write())),
             }
         }
         if let Some(dial) = &self.dial {
@@ -135,14 +144,22 @@ impl Peer {
     pub(super) fn has_copies_to_make(&self) -> bool {
         self.link.as_ref().is_some_and(|link| match &link.path {
             DataPath::SharedMemory(transport) => transport.has_work(),
-            DataPath::Tcp(_) => false,
+            DataPath::Rdma(_) | DataPath::Tcp(_) => false,
+        })
+    }
+
+    /// Whether completions of its device wait that no descriptor announces.
+    pub(super) fn has_completions(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| match &link.path {
+            DataPath::Rdma(transport) => transport.has_work(),
+            DataPath::SharedMemory(_) | DataPath::Tcp(_) => false,
         })
     }
 
     /// When something about it is due that is not the core's.
     pub(super) fn next_clock(&self, is_wanted: impl FnOnce() -> bool) -> Option<Instant> {
         let dial = self.dial.as_ref().map(Dial::deadline);
-        let inbound = self.inbound.as_ref().map(|inbound| inbound.deadline);
+        let inbound = self.inbound.as_ref().map(Inbound::deadline);
         let is_away = self.link.is_none() && dial.is_none() && inbound.is_none();
         let retry = (is_away && is_wanted()).then_some(self.retry_at);
         [dial, inbound, retry].into_iter().flatten().min()
@@ -155,10 +172,27 @@ impl Peer {
     }
 }
 
+impl Link {
+    /// What others are told of it, once it was measured.
+    pub(super) fn report(&self) -> Option<PeerLink> {
+        let Probe::Done(bytes_per_second) = self.probe else { return None };
+        Some(PeerLink { transport: self.path.kind(), bytes_per_second, is_fallback: self.is_fallback })
+    }
+}
+
+impl Inbound {
+    /// When it has taken too long.
+    pub(super) fn deadline(&self) -> Instant {
+        let extra = if self.rdma.is_under_way() { rdma::REGISTRATION } else { Duration::ZERO };
+        self.deadline + extra
+    }
+}
+
 impl DataPath {
     pub(super) fn kind(&self) -> TransportKind {
         match self {
             Self::SharedMemory(_) => TransportKind::SharedMemory,
+            Self::Rdma(_) => TransportKind::Rdma,
             Self::Tcp(_) => TransportKind::Tcp,
         }
     }
@@ -167,13 +201,14 @@ impl DataPath {
     pub(super) fn arena(&self) -> Option<&Arc<Region>> {
         match self {
             Self::SharedMemory(transport) => Some(transport.arena()),
-            Self::Tcp(_) => None,
+            Self::Rdma(_) | Self::Tcp(_) => None,
         }
     }
 
     pub(super) fn transport(&mut self) -> &mut dyn Transport<Source = SourceRange> {
         match self {
             Self::SharedMemory(transport) => transport,
+            Self::Rdma(transport) => &mut **transport,
             Self::Tcp(data) => &mut **data,
         }
     }
@@ -182,6 +217,7 @@ impl DataPath {
     pub(super) fn sever(&mut self) {
         match self {
             Self::SharedMemory(transport) => transport.sever(),
+            Self::Rdma(transport) => transport.sever(),
             Self::Tcp(data) => data.sever(),
         }
     }

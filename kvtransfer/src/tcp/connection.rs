@@ -1,7 +1,7 @@
 //! A control connection that never blocks: messages in, messages out, with a bound on what may queue up.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::io::Errno;
@@ -54,6 +54,11 @@ impl Connection {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+
+    /// This side's address, if it can still be had.
+    pub(crate) fn local_ip(&self) -> Option<IpAddr> {
+        self.stream.local_addr().ok().map(|address| address.ip())
     }
 
     /// The stream itself, once it turned out to be a data connection.

@@ -9,8 +9,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use tidemill_kvtransfer::{
-    Endpoint, EndpointConfig, HandoffEvent, Met, Path, PeerAddress, PushWrite, Region, Reserve, Reserved,
-    Slab, Source, Timing, TransportChoice,
+    Endpoint, EndpointConfig, HandoffEvent, Met, Path, PeerAddress, PushWrite, RdmaConfig, Region, Reserve,
+    Reserved, Slab, Source, Timing, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
@@ -38,9 +38,15 @@ pub(crate) enum Way {
     InPlace,
     SharedMemory,
     Tcp,
+    Rdma,
 }
 
-pub(crate) const WAYS: [Way; 3] = [Way::InPlace, Way::SharedMemory, Way::Tcp];
+/// Every way there is on this machine. `tests/rdma/run` gives one that has RDMA devices, and says so.
+pub(crate) fn ways() -> Vec<Way> {
+    let everywhere = [Way::InPlace, Way::SharedMemory, Way::Tcp];
+    let rdma = std::env::var_os("RDMA_VM").map(|_| Way::Rdma);
+    everywhere.into_iter().chain(rdma).collect()
+}
 
 pub(crate) fn layout() -> KvLayout {
     KvLayout {
@@ -64,7 +70,12 @@ pub(crate) fn config(name: &str, instance: u64, way: Way, blocks: u32) -> Endpoi
         layout,
         region,
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-        transport: if way == Way::Tcp { TransportChoice::Tcp } else { TransportChoice::SharedMemory },
+        rdma: RdmaConfig::default(),
+        transport: match way {
+            Way::InPlace | Way::SharedMemory => TransportChoice::SharedMemory,
+            Way::Tcp => TransportChoice::Tcp,
+            Way::Rdma => TransportChoice::Rdma,
+        },
         require: true,
         in_place: way == Way::InPlace,
         coverage: Coverage::Full,

@@ -1,0 +1,210 @@
+//! Handshakes over RDMA, from either side, and what links of that kind need beside the rest.
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::TryRecvError;
+use std::time::Duration;
+
+use rustix::event::PollFlags;
+use rustix::thread::{CpuSet, sched_setaffinity};
+use tidemill_kvtransfer_proto::message::{Message, Paths};
+use tidemill_kvtransfer_proto::path::PathEnd;
+
+use super::Driver;
+use super::peers::{DataPath, Inbound};
+use crate::endpoint::{EndpointConfig, TransportChoice};
+use crate::error::EndpointError;
+use crate::tcp::{Connection, Loss};
+use crate::verbs::{Draft, Drafting, Fabric, RdmaTransport, Registrar, Tuning};
+
+/// What a worker with devices has.
+#[derive(Debug)]
+pub(super) struct Rdma {
+    pub(super) registrar: Registrar,
+    /// Where the thread is to run.
+    cores: Option<Vec<usize>>,
+}
+
+/// How far the peer's wish for RDMA has come.
+#[derive(Debug, Default)]
+pub(super) enum RdmaAnswer {
+    /// It has not said any.
+    #[default]
+    Unasked,
+    /// This side's ends are being made.
+    Drafting(Drafting, Vec<PathEnd>),
+    /// Both sides' ends are known.
+    Connected(Box<RdmaTransport>),
+    /// It came to nothing; the peer was told.
+    Failed,
+}
+
+impl Rdma {
+    /// Moves this thread near the device, and says where it is.
+    pub(super) fn place_thread(&self) {
+        let Some(cores) = &self.cores else { return };
+        let mut set = CpuSet::new();
+        for &core in cores.iter().filter(|&&core| core < CpuSet::MAX_CPU) {
+            set.set(core);
+        }
+        match sched_setaffinity(None, &set) {
+            Ok(()) => tracing::info!(?cores, "transfer thread placed near its RDMA device"),
+            // Where the process may not use them it stays where it is.
+            Err(error) => {
+                tracing::warn!(?cores, %error, "transfer thread cannot be placed near its RDMA device")
+            }
+        }
+    }
+}
+
+impl RdmaAnswer {
+    /// Whether memory is being registered, here or at the peer.
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self, Self::Drafting(..) | Self::Connected(_))
+    }
+}
+
+/// Opens devices, as far as they are wanted.
+pub(super) fn open(config: &EndpointConfig, wake: &Arc<OwnedFd>) -> Result<Option<Rdma>, EndpointError> {
+    if !matches!(config.transport, TransportChoice::Auto | TransportChoice::Rdma) {
+        return Ok(None);
+    }
+    let is_required = config.require && config.transport == TransportChoice::Rdma;
+    let fabric = match Fabric::open(config.rdma.clone(), &config.region) {
+        Ok(fabric) => fabric,
+        Err(source) if is_required => return Err(EndpointError::Rdma { source }),
+        Err(error) if config.transport == TransportChoice::Rdma => {
+            tracing::warn!(reason = error.to_line(), "no RDMA on this worker: its peers are reached by TCP");
+            return Ok(None);
+        }
+        Err(error) => {
+            tracing::info!(reason = error.to_line(), "no RDMA on this worker");
+            return Ok(None);
+        }
+    };
+    for nic in &fabric.nics {
+        let place = nic.place();
+        tracing::info!(device = nic.name(), node = place.place.node, cpus = place.local_cpus, "RDMA device");
+    }
+    let (operation, cores) = ("start a thread", fabric.cores());
+    let registrar = Registrar::start(fabric, Arc::clone(wake))
+        .map_err(|source| EndpointError::System { operation, source })?;
+    Ok(Some(Rdma { registrar, cores }))
+}
+
+impl Driver {
+    /// Has this side's ends made, as the first to speak. `None` without a device.
+    pub(super) fn begin_draft(&self, control: &Connection) -> Option<Drafting> {
+        Some(self.rdma.as_ref()?.registrar.draft(control.local_ip(), None))
+    }
+
+    /// The peer has ends; this side's answer is begun.
+    pub(super) fn hear_paths(&self, inbound: &mut Inbound, paths: Paths) -> Result<(), Loss> {
+        let is_first = matches!(inbound.rdma, RdmaAnswer::Unasked);
+        if !is_first || paths.ends.is_empty() {
+            return Err(Loss::Protocol("paths that nobody asked for"));
+        }
+        let Some(Rdma { registrar, .. }) = &self.rdma else {
+            return refuse_paths(inbound, "this side has no device".to_owned());
+        };
+        let drafting = registrar.draft(inbound.connection.local_ip(), Some(paths.ends.clone()));
+        inbound.rdma = RdmaAnswer::Drafting(drafting, paths.ends);
+        Ok(())
+    }
+
+    /// Goes on with the answer.
+    pub(super) fn advance_paths(&self, inbound: &mut Inbound) -> Result<(), Loss> {
+        let RdmaAnswer::Drafting(drafting, theirs) = &inbound.rdma else { return Ok(()) };
+        let draft = match drafting.try_recv() {
+            Ok(Ok(draft)) => draft,
+            Ok(Err(error)) => return refuse_paths(inbound, error.to_line()),
+            Err(TryRecvError::Empty) => return Ok(()),
+            Err(TryRecvError::Disconnected) => {
+                return refuse_paths(inbound, "registration failed".to_owned());
+            }
+        };
+        let ends = draft.ends();
+        match draft.connect(theirs, inbound.hello.region_bytes, Tuning::default()) {
+            Ok(transport) => {
+                inbound.rdma = RdmaAnswer::Connected(Box::new(transport));
+                inbound.connection.send(&Message::Paths(Paths { ends, failure: None }))?;
+                inbound.connection.flush()
+            }
+            Err(error) => refuse_paths(inbound, error.to_line()),
+        }
+    }
+
+    /// Peers that have lost their rights to this side's memory.
+    pub(super) fn hear_revoked(&mut self) {
+        let revoked = self.rdma.as_ref().map(|rdma| rdma.registrar.revoked()).unwrap_or_default();
+        for (instance, link) in revoked {
+            self.core.access_ended(instance, link);
+            self.act();
+        }
+    }
+
+    /// Says which paths have ended, and takes note of a measurement.
+    pub(super) fn follow_paths(&mut self, instance: u64) {
+        let Some(link) = self.link_mut(instance) else { return };
+        let DataPath::Rdma(transport) = &mut link.path else { return };
+        let (news, rate) = (transport.take_news(), transport.take_probed());
+        let lost = news
+            .into_iter()
+            .map(|path| link.connection.send(&Message::PathDown { path }))
+            .find_map(Result::err);
+        let id = link.id;
+        if let Some(loss) = lost {
+            self.doomed.push((instance, id, loss));
+        }
+        if let Some(rate) = rate {
+            self.measured(instance, rate);
+        }
+    }
+
+    /// The peer has ended its side of a path.
+    pub(super) fn hear_path_down(&mut self, instance: u64, path: u32) {
+        let Some(link) = self.link_mut(instance) else { return };
+        let id = link.id;
+        let is_known = match &mut link.path {
+            DataPath::Rdma(transport) => transport.fence(path),
+            DataPath::SharedMemory(_) | DataPath::Tcp(_) => false,
+        };
+        if !is_known {
+            self.doomed.push((instance, id, Loss::Protocol("it spoke of a path that there is not")));
+        }
+    }
+}
+
+/// The dialling side has heard the other's ends, or that there are none.
+pub(super) fn connect(draft: Draft, paths: &Paths, region_bytes: u64) -> Result<Box<RdmaTransport>, String> {
+    if let Some(failure) = &paths.failure {
+        return Err(format!("the peer says: {failure}"));
+    }
+    let transport = draft.connect(&paths.ends, region_bytes, Tuning::default());
+    transport.map(Box::new).map_err(|error| error.to_line())
+}
+
+/// Names the descriptors of a transport.
+pub(super) fn interests<'a>(
+    transport: &'a RdmaTransport,
+    interest: &mut impl FnMut(BorrowedFd<'a>, PollFlags),
+) {
+    for fd in transport.fds() {
+        interest(fd, PollFlags::IN);
+    }
+}
+
+/// Takes note of descriptors that became readable.
+pub(super) fn hear(transport: &mut RdmaTransport, ready: &[i32]) {
+    transport.hear(|fd| ready.contains(&fd.as_raw_fd()));
+}
+
+fn refuse_paths(inbound: &mut Inbound, reason: String) -> Result<(), Loss> {
+    tracing::warn!(peer = inbound.hello.name, reason, "RDMA cannot be had");
+    inbound.rdma = RdmaAnswer::Failed;
+    inbound.connection.send(&Message::Paths(Paths { ends: Vec::new(), failure: Some(reason) }))?;
+    inbound.connection.flush()
+}
+
+/// How much longer a handshake may take while memory is registered: that walks all pages of the arena.
+pub(super) const REGISTRATION: Duration = Duration::from_secs(30);
