@@ -286,13 +286,19 @@ pub(crate) fn link_to_wire(link: &PeerLink) -> proto::PeerLink {
         transport,
         error,
         measured_bytes_per_second: link.bytes_per_second,
+        is_fallback: link.is_fallback,
     }
 }
 
 pub(crate) fn link_from_wire(wire: proto::PeerLink) -> PeerLink {
     let transport = if wire.transport.is_empty() { Err(wire.error) } else { Ok(wire.transport) };
-    let (name, instance) = (wire.name, wire.instance);
-    PeerLink { name, instance, transport, bytes_per_second: wire.measured_bytes_per_second }
+    PeerLink {
+        name: wire.name,
+        instance: wire.instance,
+        transport,
+        bytes_per_second: wire.measured_bytes_per_second,
+        is_fallback: wire.is_fallback,
+    }
 }
 
 pub(crate) fn introduction_to_wire(introduction: &Introduction) -> proto::Description {
@@ -573,12 +579,14 @@ mod tests {
                     instance: 1,
                     transport: Ok("shm".into()),
                     bytes_per_second: 2.0,
+                    is_fallback: true,
                 },
                 PeerLink {
                     name: "b".into(),
                     instance: u64::MAX,
                     transport: Err("refused".into()),
                     bytes_per_second: 0.0,
+                    is_fallback: false,
                 },
             ],
             samples: vec![Sample { name: "handoff_seconds".into(), value: 0.5 }],

@@ -5,6 +5,7 @@
 //! is meant); what vLLM has no name for is `tidemill_*`. Workers report sums since their own start, so their counters
 //! grow here by differences: a restarted worker starts again at zero and ours must not.
 
+mod links;
 mod names;
 mod request;
 

@@ -138,6 +138,8 @@ fn engine_config(flags: &WorkerFlags, model: &ResolvedModel) -> EngineConfig {
         handoff_listen: flags.handoff_listen,
         transport: engine.transport.choice(),
         require_transport: engine.require_transport,
+        rdma_devices: engine.rdma_devices.clone(),
+        rdma_gid_index: engine.rdma_gid_index,
         digest: engine.digest.coverage(),
         in_place: !engine.no_in_place,
         fault: engine.fault_point.as_ref().map(|point| point.0.clone()),

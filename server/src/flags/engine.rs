@@ -98,6 +98,14 @@ pub(crate) struct EngineFlags {
     /// Refuse to start, or to be ready, while workers have no connection of that kind
     #[arg(long, env = "TIDEMILL_REQUIRE_TRANSPORT")]
     pub(crate) require_transport: bool,
+    /// RDMA devices for handoffs, such as mlx5_0, or mlx5_0:2 for the second port [default: those nearest to the KV
+    /// cache]
+    #[arg(long, env = "TIDEMILL_RDMA_DEVICES", value_name = "NAMES", value_delimiter = ',')]
+    pub(crate) rdma_devices: Vec<String>,
+    /// Which of an RDMA port's addresses (GIDs) to use, by its position [default: RoCE v2, that of the worker's own
+    /// address]
+    #[arg(long, env = "TIDEMILL_RDMA_GID_INDEX", value_name = "N")]
+    pub(crate) rdma_gid_index: Option<u8>,
     /// How much of each handed-over block is verified
     #[arg(long, env = "TIDEMILL_DIGEST", value_enum, default_value_t)]
     pub(crate) digest: DigestName,
@@ -194,6 +202,12 @@ impl EngineFlags {
         set("seed", self.seed.to_string());
         set("transport", typed(self.transport));
         set("digest", typed(self.digest));
+        if !self.rdma_devices.is_empty() {
+            set("rdma-devices", self.rdma_devices.join(","));
+        }
+        if let Some(index) = self.rdma_gid_index {
+            set("rdma-gid-index", index.to_string());
+        }
         if let Some(tokens) = self.max_model_len {
             set("max-model-len", tokens.to_string());
         }
@@ -266,7 +280,11 @@ mod tests {
             "--digest",
             "full",
             "--transport",
-            "tcp",
+            "rdma",
+            "--rdma-devices",
+            "mlx5_0,mlx5_1:2",
+            "--rdma-gid-index",
+            "3",
         ];
         let Command::Serve(serve) = Cli::parse_from(typed).command else { panic!("typed serve") };
         let parsed = |role: RoleName| {
@@ -289,6 +307,10 @@ mod tests {
         assert_eq!(decode.kv_cache_memory, Some(ByteSize(3 << 20)));
         assert!(prefill.no_enable_prefix_caching && decode.no_enable_prefix_caching);
         assert_eq!((decode.max_model_len, decode.digest), (Some(99), DigestName::Full));
-        assert_eq!(decode.transport, TransportName::Tcp);
+        assert_eq!(decode.transport, TransportName::Rdma);
+        assert_eq!(
+            (decode.rdma_devices.join(" "), decode.rdma_gid_index),
+            ("mlx5_0 mlx5_1:2".into(), Some(3))
+        );
     }
 }

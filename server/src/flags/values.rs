@@ -65,11 +65,13 @@ pub(crate) enum LoadFormatName {
 /// See [`TransportChoice`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TransportName {
-    /// Shared memory between processes of one host, otherwise TCP
+    /// Shared memory between processes of one host, otherwise RDMA where both have a device, otherwise TCP
     #[default]
     Auto,
     /// Shared memory only
     Shm,
+    /// RDMA, on one host too
+    Rdma,
     /// TCP only
     Tcp,
 }
@@ -232,6 +234,7 @@ impl TransportName {
         match self {
             Self::Auto => TransportChoice::Auto,
             Self::Shm => TransportChoice::SharedMemory,
+            Self::Rdma => TransportChoice::Rdma,
             Self::Tcp => TransportChoice::Tcp,
         }
     }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use tidemill_kvtransfer_proto::units::BlockCount;
 
+use tidemill_engine::handle::PeerLink;
+
 use super::*;
 
 fn status(instance: u64, bytes: u64, seconds: f64) -> WorkerStatusSnapshot<'static> {
@@ -48,6 +50,36 @@ fn a_worker_is_down_until_it_reports_again() {
     assert_eq!(value(&metrics.render(), up), Some(0.0));
     metrics.record_worker_status(&status(2, 0, 0.0));
     assert_eq!(value(&metrics.render(), up), Some(1.0));
+}
+
+#[test]
+fn each_pair_has_its_way_and_a_worse_one_is_counted_once() {
+    let metrics = Metrics::new("m");
+    let link = |transport: &str, bytes_per_second, is_fallback| {
+        let transport = Ok(transport.to_owned());
+        vec![PeerLink { name: "d0".into(), instance: 7, transport, bytes_per_second, is_fallback }]
+    };
+    let gone = vec![PeerLink { transport: Err("refused".into()), ..link("", 0.0, false)[0].clone() }];
+    let (rdma, tcp) = (link("rdma", 2e9, false), link("tcp", 1e9, true));
+    let speed = |transport: &str| {
+        format!(r#"tidemill_link_bytes_per_second{{worker="p0",peer="d0",transport="{transport}"}}"#)
+    };
+    let fallbacks = r#"tidemill_fallbacks_total{reason="transport"}"#;
+    // before, now, speed of RDMA, speed of TCP, fallbacks so far
+    let rows = [
+        ("connected as intended", &gone, &rdma, Some(2e9), None, None),
+        ("lost", &rdma, &gone, Some(0.0), None, None),
+        ("connected in a worse way", &gone, &tcp, Some(0.0), Some(1e9), Some(1.0)),
+        ("and still so", &tcp, &tcp, Some(0.0), Some(1e9), Some(1.0)),
+        ("replaced by the intended one", &tcp, &rdma, Some(2e9), Some(0.0), Some(1.0)),
+    ];
+    for (name, before, now, by_rdma, by_tcp, counted) in rows {
+        metrics.record_links("p0", before, now);
+        let text = metrics.render();
+        assert_eq!(value(&text, &speed("rdma")), by_rdma, "{name}");
+        assert_eq!(value(&text, &speed("tcp")), by_tcp, "{name}");
+        assert_eq!(value(&text, fallbacks), counted, "{name}");
+    }
 }
 
 #[test]

@@ -142,6 +142,7 @@ impl Cluster {
         let mut slots = self.lock();
         let live = slots.iter_mut().filter_map(|slot| slot.live.as_mut());
         if let Some(live) = live.into_iter().find(|live| live.instance() == instance) {
+            self.metrics.record_links(&live.introduction.engine.name, &live.links, &links);
             live.links = links;
         }
         drop(slots);
@@ -299,6 +300,7 @@ impl Cluster {
         let mut slots = self.lock();
         if let Some(live) = &mut slots[index].live {
             // Its next status says the same, but comes later.
+            self.metrics.record_links(&live.introduction.engine.name, &live.links, &links);
             live.links = links;
             live.is_introduced = true;
         }
@@ -315,6 +317,7 @@ impl Cluster {
         }
         if !status.links.is_empty() {
             // An empty list may be from before the introduction.
+            self.metrics.record_links(&live.introduction.engine.name, &live.links, &status.links);
             live.links = status.links;
         }
         live.cached.extend(status.cache_added);

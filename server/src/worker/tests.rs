@@ -67,6 +67,8 @@ pub(crate) fn config(name: &str, role: Role) -> EngineConfig {
         handoff_listen: ([127, 0, 0, 1], 0).into(),
         transport: TransportChoice::Auto,
         require_transport: false,
+        rdma_devices: Vec::new(),
+        rdma_gid_index: None,
         digest: DigestCoverage::Sampled,
         in_place: true,
         fault: None,
