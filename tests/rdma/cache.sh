@@ -18,8 +18,10 @@ declare -A rdma_programs=(
   [run]="ip:iproute2 rdma:iproute2 busybox:busybox-static setpriv:util-linux python3:python3"
   [uml]=""
   [qemu]="qemu-system-x86_64:qemu-system-x86"
+  [lint]="shellcheck:shellcheck"
   [prepare-uml]="gcc:gcc make:make flex:flex bison:bison bc:bc xz:xz-utils dpkg-deb:dpkg"
   [prepare-qemu]="modprobe:kmod cpio:cpio zstd:zstd xz:xz-utils dpkg-deb:dpkg"
+  [prepare-lint]=""
 )
 # Libraries that programs in the machine load at run time.
 rdma_libraries="libibverbs.so.1:libibverbs1 libibverbs/librxe-rdmav*.so:ibverbs-providers"
