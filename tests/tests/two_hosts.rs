@@ -21,7 +21,7 @@ async fn split_over_two_hosts_equals_whole() {
     let expected = whole_answers().await;
     for (transport, is_rdma) in TRANSPORTS {
         let before = Host::Second.rdma_packets_sent();
-        let split = Split::start(transport, Host::address, &[]);
+        let split = Split::start(transport, Host::address, REQUIRED, &[]);
         same(expected, &answers(&split.client).await, transport);
         let bytes = split.client.metric("tidemill_handoff_bytes_total", "").await;
         assert!(0.0 < bytes, "{transport}: nothing was written\n{}", split.front.log());
@@ -53,7 +53,7 @@ async fn a_handoff_wire_that_is_cut_costs_no_answer_and_is_used_again_when_resto
     let expected = whole_answers().await;
     for (transport, _) in TRANSPORTS {
         // The router reaches both workers all the time; they cannot reach one another.
-        let mut split = Split::start(transport, Host::management_address, &[]);
+        let mut split = Split::start(transport, Host::management_address, &[], &[]);
         split.splits(transport).await;
         pair.cut();
         same(expected, &answers(&split.client).await, &format!("{transport}, cut"));
@@ -67,11 +67,29 @@ async fn a_handoff_wire_that_is_cut_costs_no_answer_and_is_used_again_when_resto
 
 #[tokio::test]
 #[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
+async fn a_required_wire_that_is_cut_makes_the_front_end_unready_until_it_is_restored() {
+    let pair = Pair::take();
+    for (transport, _) in TRANSPORTS {
+        let split = Split::start(transport, Host::management_address, REQUIRED, &[]);
+        split.splits(transport).await;
+        pair.cut();
+        eventually("the loss is seen", LIMIT, || async { split.client.get("/ready").await.0 == 503 }).await;
+        let reply = split.client.complete(&prompt(20), 4, json!({})).await;
+        assert_eq!(reply.status, 503, "{}", reply.body);
+        pair.restore();
+        eventually("the link is back", LIMIT, || async { split.client.get("/ready").await.0 == 200 }).await;
+        split.splits(&format!("{transport}, restored")).await;
+        split.is_settled(transport).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
 async fn a_partition_in_mid_transfer_costs_no_answer_and_heals() {
     let pair = Pair::take();
     let expected = whole_answers().await;
     for (transport, _) in TRANSPORTS {
-        let split = Split::start(transport, Host::address, &[]);
+        let split = Split::start(transport, Host::address, REQUIRED, &[]);
         split.splits(transport).await;
         // Slow enough that the cut falls into transfers.
         pair.worsen(&["rate", "20mbit"]);
@@ -99,8 +117,12 @@ async fn a_prefill_host_whose_worker_dies_while_pushing_costs_no_answer_and_come
     for (transport, _) in TRANSPORTS {
         let folder = Host::Second.run(&["mktemp", "--directory"]);
         let trigger = format!("{}/armed", folder.trim());
-        let mut split =
-            Split::start(transport, Host::address, &["--fault-point", &format!("pushing={trigger}")]);
+        let mut split = Split::start(
+            transport,
+            Host::address,
+            REQUIRED,
+            &["--fault-point", &format!("pushing={trigger}")],
+        );
         split.splits(transport).await;
         Host::Second.run(&["touch", &trigger]);
         same(expected, &answers(&split.client).await, &format!("{transport}, killed"));
@@ -121,14 +143,19 @@ struct Split {
 }
 
 impl Split {
-    /// Workers hand over on the first wire; the router reaches them at `reach`. `faults` are for the prefill worker.
-    fn start(transport: &str, reach: fn(Host) -> std::net::Ipv4Addr, faults: &[&str]) -> Self {
+    /// Workers hand over on the first wire; the router reaches them at `reach`. `required` is for all three, `faults`
+    /// for the prefill worker.
+    fn start(
+        transport: &str,
+        reach: fn(Host) -> std::net::Ipv4Addr,
+        required: &[&str],
+        faults: &[&str],
+    ) -> Self {
         let worker = |host: Host, role: &str, more: &[&str]| {
             let (listen, handoff) = (format!("{}:0", reach(host)), format!("{}:0", host.address()));
             let mut command = command(&["worker", "--role", role, "--name", role, "--listen", &listen]);
             command.extend(["--handoff-listen", &handoff, "--transport", transport].map(str::to_owned));
-            command.push("--require-transport".into());
-            command.extend(ENGINE.iter().chain(more).map(|word| (*word).to_owned()));
+            command.extend(ENGINE.iter().chain(required).chain(more).map(|word| (*word).to_owned()));
             command
         };
         let mut prefill_command = worker(Host::Second, "prefill", faults);
@@ -136,10 +163,8 @@ impl Split {
         let mut decode = start(Host::First, &worker(Host::First, "decode", &[]));
         let prefill_address = prefill.wait_for("address=");
         let workers = format!("{prefill_address},{}", decode.wait_for("address="));
-        let mut front = start(
-            Host::First,
-            &command(&["route", "--workers", &workers, "--require-transport", "--port", "0"]),
-        );
+        let route = ["route", "--workers", &workers, "--port", "0"];
+        let mut front = start(Host::First, &command(&[&route, required].concat()));
         let port = front.wait_for("http://127.0.0.1:");
         let port = port.split('/').next().expect("split gives at least one part");
         let client = Client::new(&format!("http://127.0.0.1:{port}"));
@@ -234,6 +259,8 @@ fn prompt(length: u32) -> Vec<u32> {
     (0..length).map(|index| 3 + (index * 7 + length) % 200).collect()
 }
 
+/// Another way than the one asked for is an error.
+const REQUIRED: &[&str] = &["--require-transport"];
 /// Every prompt is computed and handed over anew, and the cache fits a small machine.
 const ENGINE: [&str; 3] = ["--no-enable-prefix-caching", "--kv-cache-memory", "64MiB"];
 /// Not a promise about speed: the bound after which something counts as stuck on a loaded, emulated machine.
