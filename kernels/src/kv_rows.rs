@@ -78,6 +78,11 @@ pub(crate) fn write_row(
     }
 }
 
+/// Stored bytes of neighbouring rows, or of their scales.
+pub(crate) fn run<'a>(shape: &KvBlockShape, block: BlockAddress, offset: usize, len: usize) -> &'a [u8] {
+    bytes(shape, block, offset, len)
+}
+
 fn bytes<'a>(shape: &KvBlockShape, block: BlockAddress, offset: usize, len: usize) -> &'a [u8] {
     // SAFETY: `checked` keeps the range inside the block, which by the invariant of `BlockAddress` is good for reads
     // for as long as the address is given to kernels; nothing writes what a kernel reads, by the same invariant.

@@ -53,6 +53,17 @@ pub struct TokenSpan<'a> {
     pub count: usize,
 }
 
+/// Which KV heads of one shape are which of another: tensor-parallel workers hold different ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadSpan {
+    /// The first head in the source.
+    pub from: usize,
+    /// Where it goes in the target.
+    pub to: usize,
+    /// How many heads.
+    pub count: usize,
+}
+
 impl AttentionParams {
     /// First key position that a query at `position` attends to; the last is `position` itself.
     pub const fn first_key(&self, position: usize) -> usize {

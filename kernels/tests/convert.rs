@@ -7,7 +7,7 @@ use support::{Blocks, ISAS, KV_DTYPES, Numbers, Order, cpu, shape};
 use tidemill_kernels::{
     kv::{BlockAddress, KvBlockShape, KvDtype},
     reference,
-    step::{SequenceRows, TokenSpan},
+    step::{HeadSpan, SequenceRows, TokenSpan},
 };
 
 #[derive(Clone, Debug)]
@@ -67,9 +67,202 @@ fn expected_row(from: KvDtype, to: KvDtype, row: &[f32]) -> Vec<f32> {
             KvDtype::F16 => half::f16::from_f32(x).to_f32(),
             KvDtype::Bf16 => half::bf16::from_f32(x).to_f32(),
             KvDtype::Int8 if scale == 0.0 => 0.0,
-            KvDtype::Int8 => scale * (x / scale).round_ties_even(),
+            KvDtype::Int8 => scale * (x * (1.0 / scale)).round_ties_even(),
         })
         .collect()
+}
+
+/// By how much a number can change when it is stored as `dtype` in a row whose greatest number is `greatest`: half a
+/// unit in the last place, or half a step of the row's scale.
+fn rounding(dtype: KvDtype, x: f32, greatest: f32) -> f32 {
+    match dtype {
+        KvDtype::F32 => 0.0,
+        KvDtype::F16 => (x.abs() * 2f32.powi(-11)).max(2f32.powi(-25)),
+        KvDtype::Bf16 => x.abs() * 2f32.powi(-8),
+        // The step itself and the way to it are rounded to f32, hence a little more than half.
+        KvDtype::Int8 => greatest / 127.0 * 0.5001,
+    }
+}
+
+/// Whether every number of one type is one of the other.
+fn embeds(from: KvDtype, to: KvDtype) -> bool {
+    from == to || (to == KvDtype::F32 && from != KvDtype::Int8)
+}
+
+/// All tokens of a sequence, converted block by block.
+fn convert(
+    cpu: &tidemill_kernels::cpu::Cpu,
+    source: &Blocks,
+    from: &KvBlockShape,
+    to: KvBlockShape,
+    tokens: usize,
+) -> Blocks {
+    let target = Blocks::new(to, tokens);
+    for (index, &block) in target.addresses.iter().enumerate() {
+        let first = index * to.block_len;
+        let count = to.block_len.min(tokens - first);
+        let span = TokenSpan { shape: from, blocks: &source.addresses, first, count };
+        cpu.convert_block(image(block, &to), &to, 0..to.layers, span);
+    }
+    target
+}
+
+/// The bytes of a block that one operation at a time is given.
+fn image(block: BlockAddress, shape: &KvBlockShape) -> &'static mut [u8] {
+    // SAFETY: the bytes of one block of a `Blocks`, which outlives the operation that the slice is made for.
+    unsafe { std::slice::from_raw_parts_mut(block.as_ptr(), shape.block_bytes()) }
+}
+
+/// Every pair of layouts, there and back: block length, order of axes and type on either side.
+#[test]
+fn every_pair_of_layouts_there_and_back_is_the_same_within_the_rounding() {
+    let (tokens, layers, heads, head_size) = (37, 2, 2, 20);
+    let sides: Vec<KvBlockShape> = KV_DTYPES
+        .into_iter()
+        .flat_map(|dtype| [1, 4, 16, 64].map(|block_len| (dtype, block_len)))
+        .flat_map(|(dtype, block_len)| {
+            [Order::TokenHead, Order::HeadToken].map(|order| (dtype, block_len, order))
+        })
+        .map(|(dtype, block_len, order)| shape(dtype, layers, block_len, heads, head_size, order))
+        .collect();
+    for cpu in support::cpus(1) {
+        for from in &sides {
+            let source = sequence(*from, tokens, 7);
+            for to in &sides {
+                let there = convert(&cpu, &source, from, *to, tokens);
+                let back = convert(&cpu, &there, to, *from, tokens);
+                for (layer, position, head) in places(layers, tokens, heads) {
+                    let was = read(from, &source.addresses, layer, position, head);
+                    let is = read(from, &back.addresses, layer, position, head);
+                    for (was, is) in was.iter().zip(&is) {
+                        let greatest = was.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+                        for (&was, &is) in was.iter().zip(is) {
+                            let bound = if embeds(from.dtype, to.dtype) {
+                                0.0
+                            } else {
+                                let there = rounding(to.dtype, was, greatest);
+                                there + rounding(from.dtype, was.abs() + there, greatest + there)
+                            };
+                            assert!(
+                                (was - is).abs() <= bound,
+                                "{was} became {is}: {from:?} to {to:?} and back"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn places(layers: usize, tokens: usize, heads: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    (0..layers).flat_map(move |layer| {
+        (0..tokens).flat_map(move |position| (0..heads).map(move |head| (layer, position, head)))
+    })
+}
+
+/// One worker with all heads, two with half of them each, and one again: the bytes of a plain conversion.
+#[test]
+fn tensor_parallel_workers_split_and_join_heads() {
+    let (tokens, layers, head_size) = (41, 2, 12);
+    for cpu in support::cpus(1) {
+        for dtype in KV_DTYPES {
+            for (wide_order, narrow_order) in [Order::TokenHead, Order::HeadToken]
+                .into_iter()
+                .flat_map(|a| [(a, Order::TokenHead), (a, Order::HeadToken)])
+            {
+                let wide = shape(dtype, layers, 16, 6, head_size, wide_order);
+                let narrow = shape(dtype, layers, 8, 3, head_size, narrow_order);
+                let source = sequence(wide, tokens, 5);
+                let ranks = [0, 3].map(|first| {
+                    let rank = Blocks::new(narrow, tokens);
+                    convert_heads(
+                        &cpu,
+                        (&source, &wide),
+                        (&rank, &narrow),
+                        tokens,
+                        HeadSpan { from: first, to: 0, count: 3 },
+                    );
+                    rank
+                });
+                let joined = Blocks::new(wide, tokens);
+                for (rank, first) in ranks.iter().zip([0, 3]) {
+                    convert_heads(
+                        &cpu,
+                        (rank, &narrow),
+                        (&joined, &wide),
+                        tokens,
+                        HeadSpan { from: 0, to: first, count: 3 },
+                    );
+                }
+                let plain = convert(&cpu, &source, &wide, wide, tokens);
+                for block in 0..plain.addresses.len() {
+                    assert!(
+                        joined.bytes(block) == plain.bytes(block),
+                        "block {block}, {dtype:?}, {wide_order:?}, {narrow_order:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Some heads of all tokens; the first call for a block begins with zeros. Held against the reference as it goes.
+fn convert_heads(
+    cpu: &tidemill_kernels::cpu::Cpu,
+    (source, from): (&Blocks, &KvBlockShape),
+    (target, to): (&Blocks, &KvBlockShape),
+    tokens: usize,
+    heads: HeadSpan,
+) {
+    for (index, &block) in target.addresses.iter().enumerate() {
+        let first = index * to.block_len;
+        let count = to.block_len.min(tokens - first);
+        let span = TokenSpan { shape: from, blocks: &source.addresses, first, count };
+        let image = image(block, to);
+        if heads.to == 0 {
+            image.fill(0);
+        }
+        let mut plain = image.to_vec();
+        reference::convert_heads(&mut plain, to, 0..to.layers, span, heads);
+        cpu.convert_heads(image, to, 0..to.layers, span, heads);
+        assert!(*image == *plain, "{heads:?} of {from:?} to {to:?}");
+    }
+}
+
+/// Rows that no model makes: the fast way of a type hands them to the slow one.
+#[test]
+fn odd_numbers_are_stored_as_the_reference_stores_them() {
+    let rows: [(&str, [f32; 9]); 7] = [
+        ("zeros", [0.0; 9]),
+        ("subnormal", [1e-44, -3e-44, 2e-45, 0.0, 1e-40, 0.0, 0.0, 0.0, 0.0]),
+        ("a scale that is subnormal", [1e-37, -5e-38, 1e-39, 0.0, 0.0, 0.0, 0.0, 0.0, 1e-38]),
+        ("not a number", [f32::NAN, 1.0, -2.0, 3.0, 0.5, 0.25, -0.125, 1e-9, 2.0]),
+        ("infinite", [f32::INFINITY, 1.0, f32::NEG_INFINITY, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        ("the greatest", [f32::MAX, f32::MIN, 1.0, -1.0, 1e38, 0.0, 0.0, 0.0, -1e38]),
+        ("ties", [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5]),
+    ];
+    let from = shape(KvDtype::F32, 1, 1, 1, 9, Order::TokenHead);
+    for (name, values) in rows {
+        let source = Blocks::new(from, 1);
+        let rows = SequenceRows { first_row: 0, rows: 1, first_position: 0, blocks: &source.addresses };
+        reference::write_kv(&from, 0, &values, &values, &[rows]);
+        for dtype in KV_DTYPES {
+            let to = shape(dtype, 1, 1, 1, 9, Order::TokenHead);
+            let span = TokenSpan { shape: &from, blocks: &source.addresses, first: 0, count: 1 };
+            let mut plain = vec![0; to.block_bytes()];
+            reference::convert_block(&mut plain, &to, 0..1, span);
+            for cpu in support::cpus(1) {
+                let mut image = vec![0; to.block_bytes()];
+                cpu.convert_block(&mut image, &to, 0..1, span);
+                assert!(
+                    image == plain,
+                    "{name} as {dtype:?} on {}: {image:?}, not {plain:?}",
+                    cpu.describe()
+                );
+            }
+        }
+    }
 }
 
 proptest! {
@@ -124,22 +317,10 @@ proptest! {
         );
         let cpu = support::cpus(1).next().unwrap();
         let source = sequence(from, tokens, seed);
-        let convert = |from: &KvBlockShape, source: &Blocks, to: KvBlockShape| {
-            let target = Blocks::new(to, tokens);
-            for (index, &block) in target.addresses.iter().enumerate() {
-                let first = index * to.block_len;
-                let count = to.block_len.min(tokens - first);
-                let span = TokenSpan { shape: from, blocks: &source.addresses, first, count };
-                // SAFETY: the bytes of one block, which belongs to `target`.
-                let image = unsafe { std::slice::from_raw_parts_mut(block.as_ptr(), to.block_bytes()) };
-                cpu.convert_block(image, &to, 0..to.layers, span);
-            }
-            target
-        };
-        let there = convert(&from, &source, to);
-        let back = convert(&to, &there, from);
+        let there = convert(&cpu, &source, &from, to, tokens);
+        let back = convert(&cpu, &there, &to, from, tokens);
         // What the source never wrote came back as zeros: compare what a clean source would hold.
-        let clean = convert(&from, &source, from);
+        let clean = convert(&cpu, &source, &from, from, tokens);
         for block in 0..back.addresses.len() {
             prop_assert!(back.bytes(block) == clean.bytes(block), "block {}", block);
         }

@@ -12,10 +12,9 @@ use tidemill_engine_core::pushes::{Due, Pushes};
 use tidemill_engine_core::request::RequestId;
 use tidemill_kernels::cpu::Cpu;
 use tidemill_kernels::kv::BlockAddress;
-use tidemill_kernels::kv::KvBlockShape;
-use tidemill_kernels::step::TokenSpan;
+use tidemill_kernels::step::{HeadSpan, TokenSpan};
 use tidemill_kvtransfer::{Endpoint, Path, PushWrite, Reserved, Slab, Source};
-use tidemill_kvtransfer_proto::layout::Bridge;
+use tidemill_kvtransfer_proto::layout::{Bridge, KvLayout};
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
 use super::FirstToken;
@@ -46,7 +45,7 @@ enum Target {
     /// In the peer's memory, which is computed in directly.
     InPlace { blocks: Vec<BlockAddress>, _arena: Arena },
     /// In blocks that are written to.
-    Pushed { pushes: Pushes, bridge: Bridge, shape: KvBlockShape },
+    Pushed { pushes: Pushes, bridge: Bridge, layout: Arc<KvLayout> },
 }
 
 /// What the driver does about an announced reservation.
@@ -99,7 +98,7 @@ impl Outgoings {
                 let pushes =
                     Pushes::new(layout.block_len, reserved.first_block, targets, reserved.tokens, layers);
                 outgoing.target =
-                    Target::Pushed { pushes, bridge: reserved.bridge, shape: block_shape(layout) };
+                    Target::Pushed { pushes, bridge: reserved.bridge, layout: Arc::clone(layout) };
                 Announced::ComputeAndPush
             }
         }
@@ -129,7 +128,7 @@ impl Outgoings {
         origin: &Origin<'_>,
     ) -> bool {
         let Some(outgoing) = self.by_handoff.get_mut(&handoff) else { return false };
-        let Target::Pushed { pushes, bridge, shape } = &mut outgoing.target else { return false };
+        let Target::Pushed { pushes, bridge, layout } = &mut outgoing.target else { return false };
         let due = pushes.take_due(layers, computed);
         if outgoing.ended || due.is_empty() {
             return false;
@@ -140,7 +139,7 @@ impl Outgoings {
             .collect();
         let writes = match bridge {
             Bridge::Identical => origin.as_it_is(pushes, pieces, table),
-            Bridge::Convert { .. } => origin.converted(pushes, pieces, table, shape),
+            Bridge::Convert { .. } => origin.converted(pushes, pieces, table, layout),
         };
         origin.endpoint.push(handoff, writes);
         true
@@ -212,8 +211,15 @@ impl Origin<'_> {
         pushes: &Pushes,
         pieces: Vec<(Range<usize>, u32)>,
         table: &[BlockRef],
-        shape: &KvBlockShape,
+        layout: &KvLayout,
     ) -> Vec<PushWrite> {
+        let shape = &block_shape(layout);
+        // A tensor-parallel peer holds some of our heads.
+        let heads = HeadSpan {
+            from: usize::from(layout.heads.first - self.arena.layout().heads.first),
+            to: 0,
+            count: shape.kv_heads,
+        };
         let blocks: Vec<BlockAddress> =
             table.iter().map(|reference| self.arena.address(reference.block)).collect();
         let bytes = |layers: &Range<usize>| layers.len() * shape.layer_stride;
@@ -225,7 +231,8 @@ impl Origin<'_> {
             let tokens = pushes.tokens_of(*target);
             let (first, count) = (tokens.start as usize, tokens.len());
             let from = TokenSpan { shape: self.arena.shape(), blocks: &blocks, first, count };
-            self.cpu.convert_block(image, shape, layers.clone(), from);
+            // A new slab is zeros, as the call asks.
+            self.cpu.convert_heads(image, shape, layers.clone(), from, heads);
             rest = behind;
         }
         let slab = Arc::new(slab);

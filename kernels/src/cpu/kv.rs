@@ -1,8 +1,8 @@
-//! Rows of K and V into blocks, and blocks of one layout into another.
+//! Rows of K and V into blocks.
 
 use super::{
     Level,
-    kv_codec::{decode_row, encode_row},
+    kv_codec::encode_row,
     pool::Pool,
     row_tiles::{RowTile, RowTiles},
     simd::{Kernel, Simd},
@@ -10,9 +10,8 @@ use super::{
 use crate::{
     kv::KvBlockShape,
     kv_rows::{self, Part},
-    step::{SequenceRows, TokenSpan},
+    step::SequenceRows,
 };
-use std::ops::Range;
 
 /// K and V rows on their way into blocks.
 #[derive(Clone, Copy)]
@@ -67,51 +66,5 @@ impl Kernel for WriteTile<'_> {
     }
 }
 
-/// One block of another layout, filled from the tokens of a span.
-pub(crate) struct ConvertBlock<'a> {
-    pub(crate) image: &'a mut [u8],
-    pub(crate) to: &'a KvBlockShape,
-    pub(crate) layers: Range<usize>,
-    pub(crate) from: TokenSpan<'a>,
-}
-
-impl Kernel for ConvertBlock<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { image, to, layers, from } = self;
-        from.assert_converts(to, &layers, image);
-        image.fill(0);
-        let shape = from.shape;
-        let mut buffer = [0.0; WIDEST_HEAD];
-        assert!(shape.head_size <= WIDEST_HEAD, "convert: heads of {}", shape.head_size);
-        let values = &mut buffer[..shape.head_size];
-        for position in from.first..from.first + from.count {
-            let block = from.blocks[position / shape.block_len];
-            for layer in layers.clone() {
-                let targets = to.rows_of_token(layer - layers.start, position % to.block_len);
-                for (source, target) in shape.rows_of_token(layer, position % shape.block_len).zip(targets) {
-                    let stored = kv_rows::row(shape, block, source);
-                    let mut scale = kv_rows::scale(shape, block, source);
-                    let bytes = &mut image[to.row_offset(target)..][..to.row_bytes()];
-                    if shape.dtype == to.dtype {
-                        bytes.copy_from_slice(stored);
-                    } else {
-                        decode_row(simd, shape.dtype, stored, scale, values);
-                        scale = encode_row(simd, to.dtype, values, bytes);
-                    }
-                    if let Some(offset) = to.scale_offset(target) {
-                        image[offset..offset + size_of::<f32>()].copy_from_slice(&scale.to_ne_bytes());
-                    }
-                }
-            }
-        }
-    }
-}
-
 /// Rows per chunk of `write_kv`.
 const ROWS_PER_CHUNK: usize = 16;
-
-/// Elements of the widest head that a conversion has room for: no model has more than 576 (the latent of DeepSeek).
-const WIDEST_HEAD: usize = 1024;

@@ -85,17 +85,40 @@ fn to_bf16(value: f32) -> u16 {
 
 #[inline(always)]
 fn encode_int8(values: &[f32], stored: &mut [u8]) -> f32 {
-    let scale = values.iter().fold(0.0f32, |max, value| max.max(value.abs())) / 127.0;
-    if scale == 0.0 {
-        stored.fill(0);
-        return scale;
+    // As integers the bits of positive numbers have their order, and the greatest of integers becomes lanes, which the
+    // greatest of floats does not.
+    let greatest = values.iter().fold(0, |max: u32, value| max.max(value.to_bits() & !SIGN));
+    let scale = f32::from_bits(greatest) / 127.0;
+    if scale < f32::MIN_POSITIVE || INFINITE <= greatest {
+        return encode_odd_int8(values, stored);
     }
+    let inverse = 1.0 / scale;
     for (stored, value) in stored.iter_mut().zip(values) {
-        // `as` saturates and turns NaN into zero.
-        *stored = ((value / scale).round_ties_even().clamp(-127.0, 127.0) as i8).cast_unsigned();
+        // The sum has room for no fraction: it rounds to nearest, ties to even, and its last byte is the result.
+        *stored = (value * inverse + NO_FRACTION).to_bits() as u8;
     }
     scale
 }
+
+/// Rows with numbers that are hardly any, or none.
+#[cold]
+fn encode_odd_int8(values: &[f32], stored: &mut [u8]) -> f32 {
+    let scale = values.iter().fold(0.0f32, |max, value| max.max(value.abs())) / 127.0;
+    for (stored, value) in stored.iter_mut().zip(values) {
+        let steps = if scale < f32::MIN_POSITIVE { value / scale } else { value * (1.0 / scale) };
+        let steps = if scale == 0.0 { 0.0 } else { steps };
+        // `as` saturates and turns NaN into zero.
+        *stored = (steps.round_ties_even().clamp(-127.0, 127.0) as i8).cast_unsigned();
+    }
+    scale
+}
+
+/// The sign of an f32.
+const SIGN: u32 = 1 << 31;
+/// The bits of infinity; those of NaN are greater.
+const INFINITE: u32 = f32::INFINITY.to_bits();
+/// 1.5 * 2^23: between 2^23 and 2^24 neighbouring numbers are one apart.
+const NO_FRACTION: f32 = 12_582_912.0;
 
 /// The bit that keeps a NaN a NaN when its low half is cut off.
 const QUIET_NAN: u32 = 1 << 22;

@@ -5,6 +5,7 @@
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod convert;
 mod gate;
 mod isa;
 mod kv;
@@ -21,7 +22,8 @@ mod sync;
 
 use self::{
     attention::{Attention, Workspace},
-    kv::{ConvertBlock, KvRows},
+    convert::{ConvertHeads, clear_uncovered},
+    kv::KvRows,
     matmul::{Product, Store},
     pool::{Pool, lock},
     row_tiles::RowTiles,
@@ -33,7 +35,7 @@ use crate::{
     kv::{BlockAddress, KvBlockShape},
     matrix::PackedMatrix,
     reference,
-    step::{AttentionParams, RopeTable, SequenceRows, TokenSpan},
+    step::{AttentionParams, HeadSpan, RopeTable, SequenceRows, TokenSpan},
 };
 pub use isa::Isa;
 use std::{io, ops::Range, sync::Mutex, thread};
@@ -249,7 +251,27 @@ impl Cpu {
         layers: Range<usize>,
         from: TokenSpan<'_>,
     ) {
-        self.level.run(ConvertBlock { image, to, layers, from });
+        from.assert_fills(to);
+        from.assert_converts(to, &layers, image);
+        clear_uncovered(image, to, layers.len(), from);
+        let heads = HeadSpan { from: 0, to: 0, count: to.kv_heads };
+        self.level.run(ConvertHeads { image, to, layers, from, heads });
+    }
+
+    /// The same for some heads, between workers that hold different ones: everything else in the image stays as it is.
+    /// A block for all heads is put together from the blocks of several workers by one call for each of them, into an
+    /// image that began as zeros.
+    pub fn convert_heads(
+        &self,
+        image: &mut [u8],
+        to: &KvBlockShape,
+        layers: Range<usize>,
+        from: TokenSpan<'_>,
+        heads: HeadSpan,
+    ) {
+        from.assert_converts(to, &layers, image);
+        heads.assert_fits(from.shape, to);
+        self.level.run(ConvertHeads { image, to, layers, from, heads });
     }
 
     /// Zeroes the token slots of a block from `from_token` on: K, V and scales of all layers. Runs on the calling

@@ -3,8 +3,8 @@
 use super::kv::{decode_row, encode_row};
 use crate::{
     kv::{BlockAddress, KvBlockShape},
-    kv_rows,
-    step::TokenSpan,
+    kv_rows::{self, RowIndex},
+    step::{HeadSpan, TokenSpan},
 };
 use std::ops::Range;
 
@@ -12,14 +12,33 @@ use std::ops::Range;
 ///
 /// Token `p` goes to slot `p % to.block_len`; all else in the image becomes zero. Equal types copy bits (and scales).
 pub fn convert_block(image: &mut [u8], to: &KvBlockShape, layers: Range<usize>, from: TokenSpan<'_>) {
-    from.assert_converts(to, &layers, image);
+    from.assert_fills(to);
     image.fill(0);
+    convert_heads(image, to, layers, from, HeadSpan { from: 0, to: 0, count: to.kv_heads });
+}
+
+/// The same for some heads; everything else in the image stays as it is.
+pub fn convert_heads(
+    image: &mut [u8],
+    to: &KvBlockShape,
+    layers: Range<usize>,
+    from: TokenSpan<'_>,
+    heads: HeadSpan,
+) {
+    from.assert_converts(to, &layers, image);
+    heads.assert_fits(from.shape, to);
     let shape = from.shape;
     for position in from.first..from.first + from.count {
         let block = from.blocks[position / shape.block_len];
         for layer in layers.clone() {
-            let targets = to.rows_of_token(layer - layers.start, position % to.block_len);
-            for (source, target) in shape.rows_of_token(layer, position % shape.block_len).zip(targets) {
+            let rows = shape.rows_of_token(layer, position % shape.block_len);
+            for source in rows.filter(|row| heads.holds(row.head)) {
+                let target = RowIndex {
+                    layer: layer - layers.start,
+                    token: position % to.block_len,
+                    head: source.head - heads.from + heads.to,
+                    ..source
+                };
                 let stored = kv_rows::row(shape, block, source);
                 let mut scale = kv_rows::scale(shape, block, source);
                 let bytes = &mut image[to.row_offset(target)..][..to.row_bytes()];
@@ -51,10 +70,27 @@ pub fn zero_tail(shape: &KvBlockShape, block: BlockAddress, from_token: usize) {
     }
 }
 
+impl HeadSpan {
+    pub(crate) fn assert_fits(self, from: &KvBlockShape, to: &KvBlockShape) {
+        let (source, target) = (self.from + self.count, self.to + self.count);
+        assert!(source <= from.kv_heads, "convert: heads up to {source} of {}", from.kv_heads);
+        assert!(target <= to.kv_heads, "convert: heads up to {target} of {}", to.kv_heads);
+    }
+
+    fn holds(self, source: usize) -> bool {
+        (self.from..self.from + self.count).contains(&source)
+    }
+}
+
 impl TokenSpan<'_> {
+    /// That one call can fill a whole block.
+    pub(crate) fn assert_fills(&self, to: &KvBlockShape) {
+        assert_eq!(self.shape.kv_heads, to.kv_heads, "convert: equal heads");
+    }
+
     pub(crate) fn assert_converts(&self, to: &KvBlockShape, layers: &Range<usize>, image: &[u8]) {
         let from = self.shape;
-        assert_eq!((from.kv_heads, from.head_size), (to.kv_heads, to.head_size), "convert: equal heads");
+        assert_eq!(from.head_size, to.head_size, "convert: heads of equal size");
         assert!(layers.end <= from.layers.min(to.layers), "convert: layers {layers:?} of {}", from.layers);
         assert_eq!(image.len(), layers.len() * to.layer_stride, "convert: an image of {layers:?}");
         assert!(

@@ -9,8 +9,8 @@ use half::{bf16, f16};
 
 /// Writes the K and V rows of a step, `[rows][kv_heads][head_size]` each, into `layer` of the sequences' blocks.
 ///
-/// f16 and bf16 round to nearest, ties to even. Int8 rows get the scale `max|row| / 127` and store `row / scale`
-/// rounded likewise; a row of zeros has scale zero.
+/// f16 and bf16 round to nearest, ties to even. Int8 rows get the scale `max|row| / 127` and store `row * (1 / scale)`
+/// rounded likewise, which is within half a scale (and a millionth) of the value; a row of zeros has scale zero.
 pub fn write_kv(shape: &KvBlockShape, layer: usize, k: &[f32], v: &[f32], sequences: &[SequenceRows<'_>]) {
     assert_eq!(k.len(), v.len(), "write_kv: as many keys as values");
     for sequence in sequences {
@@ -79,6 +79,8 @@ fn quantize(value: f32, scale: f32) -> i8 {
     if scale == 0.0 {
         return 0;
     }
+    // The inverse of a subnormal number may be infinite.
+    let steps = if scale < f32::MIN_POSITIVE { value / scale } else { value * (1.0 / scale) };
     // `as` saturates and turns NaN into zero.
-    (value / scale).round_ties_even().clamp(-127.0, 127.0) as i8
+    steps.round_ties_even().clamp(-127.0, 127.0) as i8
 }

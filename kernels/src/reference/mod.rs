@@ -13,7 +13,7 @@ mod sampling;
 
 pub use activation::{add, silu_mul};
 pub use attention::attention;
-pub use convert::{convert_block, zero_tail};
+pub use convert::{convert_block, convert_heads, zero_tail};
 pub use kv::{read_kv, write_kv};
 pub use linear::{matmul, widen_matrix};
 pub use normalize::rms_norm;

@@ -209,7 +209,8 @@ impl KvLayout {
         if self.head_size != to.head_size {
             return differs("head_size", &self.head_size, &to.head_size);
         }
-        if self.heads != to.heads {
+        if !self.heads.contains(to.heads) {
+            // One sender fills a reservation, so it must have all that the reservation is for.
             return differs("heads", &self.heads.to_text(), &to.heads.to_text());
         }
         if self.dtype == KvDtype::Int8 && to.dtype != KvDtype::Int8 {
@@ -224,6 +225,12 @@ impl KvLayout {
 }
 
 impl HeadRange {
+    /// Whether all of `other` is held.
+    pub fn contains(self, other: Self) -> bool {
+        let end = |it: Self| u32::from(it.first) + u32::from(it.count);
+        self.first <= other.first && end(other) <= end(self)
+    }
+
     fn to_text(self) -> String {
         format!("{}..{}", self.first, self.first + self.count)
     }
@@ -280,11 +287,13 @@ mod tests {
             ("block length converts",             other(|l| l.block_len = BlockLen::new(64).unwrap()),  lossless),
             ("axis order converts",               other(|l| l.order = AxisOrder::HeadToken),            lossless),
             ("bf16 widens to f32 unchanged",      other(|l| l.dtype = KvDtype::F32),                    lossless),
+            ("one rank of two gets its heads",    other(|l| l.heads = HeadRange { first: 1, count: 1 }), lossless),
             ("bf16 to f16 may lose bits",         other(|l| l.dtype = KvDtype::F16),                    lossy),
             ("bf16 to int8 loses bits",           other(|l| l.dtype = KvDtype::Int8),                   lossy),
             ("another model is refused by name",  other(|l| l.model = "n".into()),                      Err("model")),
             ("another depth is refused by name",  other(|l| l.layers = 4),                              Err("layers")),
             ("another head size is refused",      other(|l| l.head_size = 32),                          Err("head_size")),
+            ("heads that are not here",           other(|l| l.heads = HeadRange { first: 1, count: 2 }), Err("heads")),
         ];
         for (name, to, expected) in rows {
             assert_eq!(layout().bridge(&to).map_err(|mismatch| mismatch.field), expected, "{name}");
