@@ -52,6 +52,14 @@ impl SourceRange {
         }
     }
 
+    /// The bytes from `at` on, for a system call that sends them.
+    pub(crate) fn to_send(&self, at: usize) -> &[u8] {
+        match &self.memory {
+            Memory::Arena(region) => region.to_send(self.offset + at, self.len - at),
+            Memory::Staged(slab) => &slab.as_slice()[self.offset + at..self.offset + self.len],
+        }
+    }
+
     /// Copies `len` bytes, starting `at` bytes into the range, to `offset` in `target`.
     pub(crate) fn copy_to(&self, at: usize, target: &Region, offset: usize, len: usize) {
         assert!(at + len <= self.len, "a read stays inside its source");

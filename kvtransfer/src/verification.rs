@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tidemill_kvtransfer_proto::digest::{Coverage, granule_digest};
+use tidemill_kvtransfer_proto::digest::{Coverage, granule_digests, spots};
 use tidemill_kvtransfer_proto::endpoint_core::{DigestOrder, DigestTicket};
 use tidemill_kvtransfer_proto::units::HandoffId;
 
@@ -13,8 +13,10 @@ use crate::shm::Region;
 pub(crate) struct DigestJob {
     order: DigestOrder,
     memory: Arc<Region>,
-    /// Target and granule that come next.
-    next: (usize, usize),
+    /// Of the granules to look at, those that were.
+    done: usize,
+    /// Which granules are looked at, when not all are, as (target, index).
+    spots: Option<Vec<(usize, usize)>>,
     digests: Vec<u64>,
 }
 
@@ -22,7 +24,8 @@ impl DigestJob {
     /// Starts on blocks of `memory`.
     pub(crate) fn new(order: DigestOrder, memory: Arc<Region>) -> Self {
         let digests = vec![0; order.targets.len()];
-        Self { order, memory, next: (0, 0), digests }
+        let spots = order.spots.then(|| spots(order.handoff, order.targets.len(), order.shape));
+        Self { order, memory, done: 0, spots, digests }
     }
 
     /// Who asked for them.
@@ -32,30 +35,40 @@ impl DigestJob {
 
     /// Goes on for a while; the digests, one for each target, when done.
     pub(crate) fn advance(&mut self) -> Option<Vec<u64>> {
-        let DigestOrder { handoff, coverage, shape, ref targets, .. } = self.order;
+        let Self {
+            order: DigestOrder { handoff, coverage, shape, targets, .. },
+            memory,
+            done,
+            spots,
+            digests,
+        } = self;
+        let per_block = shape.block / shape.granule;
+        let all = spots.as_ref().map_or(targets.len() * per_block, Vec::len);
         let cost = match coverage {
             Coverage::Sampled => SAMPLE_COST,
             Coverage::Full => shape.granule,
         };
-        let mut budget = BYTES_PER_TURN;
-        while let Some(target) = targets.get(self.next.0) {
-            if budget < cost && budget < BYTES_PER_TURN {
-                return None;
-            }
-            budget = budget.saturating_sub(cost);
-            let (position, index) = self.next;
-            let start = target.block.0 as usize * shape.block + index * shape.granule;
-            let granule = shape.granule_of(handoff, position, index);
-            let digest = granule_digest(coverage, granule, shape.granule, |offset, buffer| {
-                self.memory.read(start + offset, buffer);
-            });
-            self.digests[position] = self.digests[position].wrapping_add(digest);
-            self.next = match index + 1 {
-                next if next * shape.granule < shape.block => (position, next),
-                _ => (position + 1, 0),
-            };
-        }
-        Some(std::mem::take(&mut self.digests))
+        let now = (BYTES_PER_TURN / cost).max(1).min(all - *done);
+        let (first, spots) = (*done, &*spots);
+        let place = |which: usize| match spots {
+            Some(spots) => spots[first + which],
+            None => ((first + which) / per_block, (first + which) % per_block),
+        };
+        let granules = (0..now).map(|which| {
+            let (target, index) = place(which);
+            shape.granule_of(*handoff, target, index)
+        });
+        let read = |which: usize, offset: usize, buffer: &mut [u8]| {
+            let (target, index) = place(which);
+            let start = targets[target].block.0 as usize * shape.block + index * shape.granule;
+            memory.read(start + offset, buffer);
+        };
+        granule_digests(*coverage, granules, shape.granule, read, |which, digest| {
+            let sum = &mut digests[place(which).0];
+            *sum = sum.wrapping_add(digest);
+        });
+        *done += now;
+        (*done == all).then(|| std::mem::take(digests))
     }
 }
 

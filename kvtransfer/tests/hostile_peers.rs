@@ -158,7 +158,14 @@ fn writes_and_commits_of_another_epoch_are_refused() {
     let mut targets = reserve.targets.clone();
     targets[1].epoch.0 -= 1;
     let (tokens, digests) = (reserve.tokens, vec![0; 2]);
-    impostor.say(&Message::Commit(Commit { handoff: HANDOFF, tokens, targets, digests, payload: vec![] }));
+    impostor.say(&Message::Commit(Commit {
+        handoff: HANDOFF,
+        tokens,
+        targets,
+        digests,
+        payload: vec![],
+        in_place: false,
+    }));
     assert!(matches!(impostor.hear(), Some(Message::Refused { handoff: HANDOFF, .. })));
     match decode.event() {
         HandoffEvent::ReserveFailed {

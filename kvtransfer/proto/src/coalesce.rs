@@ -17,7 +17,8 @@ pub struct Span {
 /// Sorts `spans` by target and joins those that continue each other at both ends, up to `limit` bytes each: one
 /// huge write would hold up those of other peers.
 pub fn coalesce(spans: &mut Vec<Span>, limit: u64) {
-    spans.sort_unstable_by_key(|span| span.target);
+    // Spans come in runs, which a stable sort merges instead of comparing them anew.
+    spans.sort_by_key(|span| span.target);
     spans.dedup_by(|next, merged| {
         let continues = merged.source.checked_add(merged.len) == Some(next.source)
             && merged.target.checked_add(merged.len) == Some(next.target);

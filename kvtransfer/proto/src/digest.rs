@@ -52,7 +52,7 @@ pub fn granule_digest(
     mut read: impl FnMut(usize, &mut [u8]),
 ) -> u64 {
     let seed = granule.seed();
-    if coverage == Coverage::Full || len <= LINES * LINE {
+    if coverage == Coverage::Full || len <= SAMPLE {
         let mut hasher = Xxh3::with_seed(seed);
         let mut buffer = [0; CHUNK];
         let mut offset = 0;
@@ -64,11 +64,63 @@ pub fn granule_digest(
         }
         return hasher.digest();
     }
-    let mut sample = [0; LINES * LINE];
-    for (slot, offset) in granule.lines(len).into_iter().enumerate() {
-        read(offset, &mut sample[slot * LINE..(slot + 1) * LINE]);
-    }
+    let mut sample = [0; SAMPLE];
+    granule.take_sample(len, &mut sample, read);
     xxh3_64_with_seed(&sample, seed)
+}
+
+/// Digests of several granules of `len` bytes: `read(which, offset, buffer)` copies bytes of the granule `which`
+/// into the buffer, `tell(which, digest)` hears of each.
+///
+/// Sampled lines are taken of some granules before any of them is hashed: the memory then looks for all of them at
+/// once, instead of for one after the other.
+pub fn granule_digests(
+    coverage: Coverage,
+    granules: impl ExactSizeIterator<Item = Granule>,
+    len: usize,
+    mut read: impl FnMut(usize, usize, &mut [u8]),
+    mut tell: impl FnMut(usize, u64),
+) {
+    if coverage == Coverage::Full || len <= SAMPLE {
+        for (which, granule) in granules.enumerate() {
+            tell(which, granule_digest(coverage, granule, len, |offset, buffer| read(which, offset, buffer)));
+        }
+        return;
+    }
+    let mut samples = [[0; SAMPLE]; BATCH];
+    let mut seeds = [0; BATCH];
+    let count = granules.len();
+    for (which, granule) in granules.enumerate() {
+        let slot = which % BATCH;
+        granule.take_sample(len, &mut samples[slot], |offset, buffer| read(which, offset, buffer));
+        seeds[slot] = granule.seed();
+        if slot + 1 == BATCH || which + 1 == count {
+            for (slot, (sample, &seed)) in samples.iter().zip(&seeds).enumerate().take(slot + 1) {
+                tell(which - which % BATCH + slot, xxh3_64_with_seed(sample, seed));
+            }
+        }
+    }
+}
+
+/// The granules, as (target, index), that a sampled digest looks at when the prompt was computed in the
+/// targets themselves: the first, the last, and some between that change with the handoff. Prefill and decode then read the
+/// same memory, where no byte can be lost on the way; what is left to notice is memory that is not what one of them
+/// takes it for, and any place shows that. So the cost does not grow with the handoff.
+pub fn spots(handoff: HandoffId, targets: usize, shape: BlockShape) -> Vec<(usize, usize)> {
+    let per_block = shape.block / shape.granule;
+    let all = targets * per_block;
+    let mut numbers: Vec<usize> = if all <= SPOTS {
+        (0..all).collect()
+    } else {
+        let choice = |spot: u64| {
+            let number = xxh3_64_with_seed(&spot.to_le_bytes(), handoff.0) % all as u64;
+            usize::try_from(number).expect("less than a usize")
+        };
+        [0, all - 1].into_iter().chain((2..SPOTS as u64).map(choice)).collect()
+    };
+    numbers.sort_unstable();
+    numbers.dedup();
+    numbers.into_iter().map(|number| (number / per_block, number % per_block)).collect()
 }
 
 impl BlockShape {
@@ -94,6 +146,12 @@ impl Granule {
         (u64::from(self.target) << 32) | u64::from(self.index)
     }
 
+    fn take_sample(self, len: usize, sample: &mut [u8; SAMPLE], mut read: impl FnMut(usize, &mut [u8])) {
+        for (line, offset) in sample.chunks_exact_mut(LINE).zip(self.lines(len)) {
+            read(offset, line);
+        }
+    }
+
     /// Where the sampled lines start. A different choice for each handoff, so that no byte of a block that is
     /// handed over again and again stays unseen for ever.
     fn lines(self, len: usize) -> [usize; LINES] {
@@ -113,6 +171,12 @@ impl Granule {
 const LINE: usize = 64;
 /// Lines of a granule that a sampled digest looks at.
 const LINES: usize = 4;
+/// Bytes of a sample.
+const SAMPLE: usize = LINES * LINE;
+/// Granules looked at of a handoff that moved nothing.
+const SPOTS: usize = 16;
+/// Samples taken before they are hashed: as many lines as a core can have under way.
+const BATCH: usize = 8;
 /// Bytes hashed at a time.
 const CHUNK: usize = 8192;
 
@@ -150,6 +214,43 @@ mod tests {
         assert_eq!(full, digest(Coverage::Full, other, &bytes), "full digests do not depend on the handoff");
         let tiny = [1, 2, 3];
         assert_ne!(digest(Coverage::Sampled, GRANULE, &tiny), digest(Coverage::Sampled, GRANULE, &[1, 2, 4]));
+    }
+
+    #[test]
+    fn spots_are_few_and_change_with_the_handoff() {
+        let shape = BlockShape { block: 1000, granule: 100 };
+        let of = |handoff: u64, targets: usize| spots(HandoffId(handoff), targets, shape);
+        assert_eq!(
+            of(1, 1),
+            (0..10).map(|index| (0, index)).collect::<Vec<_>>(),
+            "a small handoff is looked at whole"
+        );
+        let (large, other) = (of(1, 5000), of(2, 5000));
+        assert!(large.len() <= SPOTS && SPOTS / 2 < large.len(), "{large:?}");
+        assert_eq!((large[0], *large.last().unwrap()), ((0, 0), (4999, 9)), "both ends are always looked at");
+        assert_ne!(large, other);
+        assert_eq!(large, of(1, 5000), "both sides choose the same");
+    }
+
+    #[test]
+    fn many_digests_are_the_digests_of_each() {
+        let bytes: Vec<u8> = (0..40_000u32).map(|index| (index * 31 % 251) as u8).collect();
+        for coverage in [Coverage::Sampled, Coverage::Full] {
+            for (count, len) in [(0, 300), (1, 300), (8, 300), (19, 300), (5, 100), (7, 5000)] {
+                let granule = |index: usize| Granule { index: index as u32, ..GRANULE };
+                let mut found = Vec::new();
+                let read = |which: usize, offset: usize, buffer: &mut [u8]| {
+                    buffer.copy_from_slice(&bytes[which * len + offset..][..buffer.len()]);
+                };
+                granule_digests(coverage, (0..count).map(granule), len, read, |which, digest| {
+                    assert_eq!(which, found.len(), "told in order");
+                    found.push(digest);
+                });
+                let each =
+                    (0..count).map(|it| digest(coverage, granule(it), &bytes[it * len..(it + 1) * len]));
+                assert_eq!(found, each.collect::<Vec<_>>(), "{coverage:?}, {count} of {len} bytes");
+            }
+        }
     }
 
     #[test]

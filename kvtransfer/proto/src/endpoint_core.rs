@@ -154,6 +154,8 @@ pub struct DigestOrder {
     pub shape: BlockShape,
     /// The blocks.
     pub targets: Vec<BlockRef>,
+    /// Whether only [`spots`](crate::digest::spots) of them are looked at: both sides see the same memory.
+    pub spots: bool,
 }
 
 /// News for the engine.

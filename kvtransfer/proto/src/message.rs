@@ -216,6 +216,8 @@ pub struct Commit {
     pub digests: Vec<u64>,
     /// Opaque to this crate: the first token, the sampler's state.
     pub payload: Vec<u8>,
+    /// Whether nothing was written: the prompt was computed in the targets themselves.
+    pub in_place: bool,
 }
 
 impl Offer {

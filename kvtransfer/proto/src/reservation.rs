@@ -382,6 +382,7 @@ mod tests {
             targets: targets(),
             digests: vec![10, 11, 12],
             payload: vec![1],
+            in_place: false,
         }
     }
 

@@ -89,13 +89,14 @@ fn reserve() -> impl Strategy<Value = Reserve> {
 fn commit() -> impl Strategy<Value = Commit> {
     let digests = prop::collection::vec(any::<u64>(), 0..40);
     let payload = prop::collection::vec(any::<u8>(), 0..200);
-    (handoff(), any::<u32>(), blocks(), digests, payload).prop_map(
-        |(handoff, tokens, targets, digests, payload)| Commit {
+    (handoff(), any::<u32>(), blocks(), digests, payload, any::<bool>()).prop_map(
+        |(handoff, tokens, targets, digests, payload, in_place)| Commit {
             handoff,
             tokens: TokenCount(tokens),
             targets,
             digests,
             payload,
+            in_place,
         },
     )
 }

@@ -260,6 +260,7 @@ impl World {
                         targets: prefill.reserve.targets.clone(),
                         digests: prefill.digests.clone(),
                         payload,
+                        in_place: false,
                     };
                     self.to_decode.send(Message::Commit(commit), &mut self.chance);
                 }

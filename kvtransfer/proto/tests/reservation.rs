@@ -27,6 +27,7 @@ fn commit() -> impl Strategy<Value = Commit> {
         targets: targets(),
         digests: vec![1, 2, 3],
         payload: vec![9],
+        in_place: false,
     };
     prop_oneof![
         4 => Just(good.clone()),

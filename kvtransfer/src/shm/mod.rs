@@ -9,6 +9,7 @@ mod mapping;
 mod process;
 mod region;
 mod slab;
+mod streaming;
 mod transport;
 
 pub(crate) use process::Process;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::mapping::Mapping;
+use super::streaming;
 
 /// What a mapping may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +116,45 @@ impl Region {
         let target = self.mapping.range(offset, source.len());
         // SAFETY: `range` checked that the target is mapped for this many bytes, and the assertion that it may
         // be stored to; `source` is a slice and thus no part of a region. See `read` for other processes.
-        unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), target, source.len()) };
+        unsafe { streaming::copy(source.as_ptr(), target, source.len()) };
+    }
+
+    /// The bytes of a range, for a system call that sends them.
+    ///
+    /// # Panics
+    ///
+    /// When the range is outside the region.
+    pub(crate) fn to_send(&self, offset: usize, len: usize) -> &[u8] {
+        let source = self.mapping.range(offset, len).cast_const();
+        // SAFETY: `range` checked that the source is mapped and readable for this many bytes, for as long as `self`
+        // lives. Nothing in this process looks through the slice: it is handed to the kernel, for which memory that
+        // a peer changes meanwhile is like any other.
+        unsafe { std::slice::from_raw_parts(source, len) }
+    }
+
+    /// Receives from `stream`: first into the range, what comes behind it into `behind`. Returns how many bytes came.
+    ///
+    /// # Errors
+    ///
+    /// Those of the system; nothing is there to be received.
+    ///
+    /// # Panics
+    ///
+    /// When the range is outside the region or the region is mapped for reading only.
+    pub(crate) fn receive_from(
+        &self,
+        offset: usize,
+        len: usize,
+        stream: BorrowedFd<'_>,
+        behind: &mut [u8],
+    ) -> io::Result<usize> {
+        assert_eq!(self.mapping.access(), Access::ReadWrite, "the region is mapped for reading only");
+        let target = self.mapping.range(offset, len);
+        // SAFETY: `range` checked that the target is mapped for this many bytes, and the assertion that it may be
+        // stored to; the slice goes to the kernel at once and ends with this call. See `to_send` for peers.
+        let target = unsafe { std::slice::from_raw_parts_mut(target, len) };
+        let mut parts = [io::IoSliceMut::new(target), io::IoSliceMut::new(behind)];
+        Ok(rustix::io::readv(stream, &mut parts)?)
     }
 
     /// Copies `len` bytes from `source` at `source_offset` to `offset`. The two may be the same region.
@@ -125,11 +164,17 @@ impl Region {
     /// When a range is outside its region or this region is mapped for reading only.
     pub fn copy_from(&self, offset: usize, source: &Self, source_offset: usize, len: usize) {
         assert_eq!(self.mapping.access(), Access::ReadWrite, "the region is mapped for reading only");
-        let source = source.mapping.range(source_offset, len);
+        let source = source.mapping.range(source_offset, len).cast_const();
         let target = self.mapping.range(offset, len);
-        // SAFETY: `range` checked both sides for this many bytes; `copy` allows them to overlap, which two
-        // mappings of one memfd can do. See `read` for other processes.
-        unsafe { std::ptr::copy(source.cast_const(), target, len) };
+        if source.addr().abs_diff(target.addr()) < len {
+            // SAFETY: `range` checked both sides for this many bytes; `copy` allows them to overlap. See `read` for
+            // other processes.
+            return unsafe { std::ptr::copy(source, target, len) };
+        }
+        // SAFETY: `range` checked both sides for this many bytes, and their addresses are further apart. Two mappings
+        // of one memfd may still be the same memory: then bytes that are copied while they change are a mixture, as
+        // with a peer that writes. See `read` for other processes.
+        unsafe { streaming::copy(source, target, len) };
     }
 }
 

@@ -91,5 +91,5 @@ impl Transport for SharedMemoryTransport {
 
 /// Writes that may be queued.
 const QUEUE: usize = 4096;
-/// A quarter of a millisecond of copying: what another peer may have to wait.
-const BYTES_PER_POLL: usize = 2 << 20;
+/// Half a millisecond of copying: what another peer may have to wait.
+const BYTES_PER_POLL: usize = 4 << 20;

@@ -3,6 +3,7 @@
 mod connection;
 mod data;
 mod frame;
+mod outgoing;
 
 pub(crate) use connection::{Connection, Loss, connect};
 pub(crate) use data::DataConnection;

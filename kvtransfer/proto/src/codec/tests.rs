@@ -84,6 +84,7 @@ fn messages() -> Vec<Message> {
             targets: blocks(2),
             digests: vec![0, u64::MAX],
             payload: vec![0, 255, 3],
+            in_place: true,
         }),
         Message::Adopted { handoff },
         Message::Refused { handoff, reason: reason.clone() },
@@ -179,6 +180,7 @@ fn a_message_that_is_too_long_is_not_sent() {
         targets: vec![],
         digests: vec![],
         payload: vec![0; MAX_FRAME],
+        in_place: false,
     });
     assert!(matches!(encode(&message, &mut out), Err(CodecError::TooLong { .. })));
     assert_eq!(out, [1]);

@@ -156,6 +156,8 @@ struct Commit {
     digests: Vec<u64>,
     #[prost(bytes = "vec", tag = "5")]
     payload: Vec<u8>,
+    #[prost(bool, tag = "6")]
+    in_place: bool,
 }
 
 /// A handoff and, where there is one, the reason for what happens to it.
@@ -332,13 +334,9 @@ impl TryFrom<Reserve> for message::Reserve {
 
 impl From<message::Commit> for Commit {
     fn from(it: message::Commit) -> Self {
-        Self {
-            handoff: it.handoff.0,
-            tokens: it.tokens.0,
-            targets: Some(it.targets.into()),
-            digests: it.digests,
-            payload: it.payload,
-        }
+        let message::Commit { handoff, tokens, targets, digests, payload, in_place } = it;
+        let (handoff, tokens, targets) = (handoff.0, tokens.0, Some(targets.into()));
+        Self { handoff, tokens, targets, digests, payload, in_place }
     }
 }
 
@@ -346,13 +344,9 @@ impl TryFrom<Commit> for message::Commit {
     type Error = CodecError;
 
     fn try_from(it: Commit) -> Result<Self, CodecError> {
-        Ok(Self {
-            handoff: HandoffId(it.handoff),
-            tokens: TokenCount(it.tokens),
-            targets: block_refs(it.targets)?,
-            digests: it.digests,
-            payload: it.payload,
-        })
+        let Commit { handoff, tokens, targets, digests, payload, in_place } = it;
+        let (handoff, tokens) = (HandoffId(handoff), TokenCount(tokens));
+        Ok(Self { handoff, tokens, targets: block_refs(targets)?, digests, payload, in_place })
     }
 }
 

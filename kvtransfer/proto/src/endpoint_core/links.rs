@@ -137,6 +137,7 @@ impl<S: WriteSource> EndpointCore<S> {
                 self.hear_of_reservation(peer, handoff, ReservationEvent::Declined { reason });
             }
             Message::Commit(commit) => {
+                self.note_in_place(peer, &commit);
                 self.hear_of_reservation(peer, commit.handoff, ReservationEvent::Commit(commit));
             }
             Message::Quiet { handoff, reason } => {

@@ -314,9 +314,16 @@ impl<S: WriteSource> EndpointCore<S> {
         }
         let (peer, coverage, shape) = (outgoing.peer, outgoing.coverage, outgoing.shape);
         let targets = outgoing.targets.clone();
-        let owner = Some(peer);
-        let ticket =
-            self.order_digests(|ticket| DigestOrder { ticket, handoff, owner, coverage, shape, targets });
+        let (owner, spots) = (Some(peer), coverage == Coverage::Sampled);
+        let ticket = self.order_digests(|ticket| DigestOrder {
+            ticket,
+            handoff,
+            owner,
+            coverage,
+            shape,
+            targets,
+            spots,
+        });
         if let Some(outgoing) = self.outgoing.get_mut(&handoff) {
             outgoing.hashing = Some((ticket, payload));
         }
@@ -332,7 +339,8 @@ impl<S: WriteSource> EndpointCore<S> {
     fn send_commit(&mut self, handoff: HandoffId, digests: Vec<u64>, payload: Vec<u8>) {
         let Some(outgoing) = self.outgoing.get(&handoff) else { return };
         let (peer, tokens, targets) = (outgoing.peer, outgoing.tokens, outgoing.targets.clone());
-        self.send(peer, Message::Commit(Commit { handoff, tokens, targets, digests, payload }));
+        let in_place = outgoing.computes_in_place();
+        self.send(peer, Message::Commit(Commit { handoff, tokens, targets, digests, payload, in_place }));
     }
 }
 

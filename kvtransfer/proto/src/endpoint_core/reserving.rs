@@ -4,7 +4,9 @@ use super::writing::WriteSource;
 use super::{
     DigestOrder, DigestTicket, EndpointCore, EndpointEvent, LinkId, QuietProof, ReserveOrder, check_shape,
 };
+use crate::digest::Coverage;
 use crate::error::{CommitFault, TransferError};
+use crate::layout::Bridge;
 use crate::message::{self, Message};
 use crate::reservation::{Reservation, ReservationAction, ReservationEvent, ReservationState};
 use crate::transport::{RemoteRange, WriteFault};
@@ -21,6 +23,8 @@ pub(super) struct Incoming {
     via: Option<(LinkId, QuietProof)>,
     /// Digests in the making, and what they should be.
     verification: Option<(DigestTicket, Vec<u64>)>,
+    /// Whether the peer says that it computed in the blocks, and can have done so.
+    in_place: bool,
 }
 
 impl Incoming {
@@ -68,7 +72,8 @@ impl<S: WriteSource> EndpointCore<S> {
             targets: order.targets,
             coverage: self.rules.coverage,
         });
-        let incoming = Incoming { peer, reservation, announcement, via: None, verification: None };
+        let incoming =
+            Incoming { peer, reservation, announcement, via: None, verification: None, in_place: false };
         self.incoming.insert(handoff, incoming);
         self.announce(handoff);
     }
@@ -154,6 +159,16 @@ impl<S: WriteSource> EndpointCore<S> {
         self.apply_to_reservation(handoff, event);
     }
 
+    /// Notes whether a commit is about blocks that were computed in: only memory that both have mapped can be.
+    pub(super) fn note_in_place(&mut self, peer: u64, commit: &message::Commit) {
+        let link = self.link(peer);
+        let is_possible =
+            link.is_some_and(|it| it.proof == QuietProof::Process && it.bridge == Ok(Bridge::Identical));
+        if let Some(incoming) = self.incoming.get_mut(&commit.handoff).filter(|it| it.peer == peer) {
+            incoming.in_place = commit.in_place && is_possible;
+        }
+    }
+
     /// Whether the peer can know that nothing of it will land any more.
     fn may_vouch(&self, incoming: &Incoming) -> bool {
         incoming.proof() != Some(QuietProof::AccessEnded)
@@ -225,6 +240,7 @@ impl<S: WriteSource> EndpointCore<S> {
             return;
         };
         let (coverage, shape) = (self.rules.coverage, self.shape);
+        let spots = self.incoming[&handoff].in_place && coverage == Coverage::Sampled;
         let ticket = self.order_digests(|ticket| DigestOrder {
             ticket,
             handoff,
@@ -232,6 +248,7 @@ impl<S: WriteSource> EndpointCore<S> {
             coverage,
             shape,
             targets,
+            spots,
         });
         if let Some(incoming) = self.incoming.get_mut(&handoff) {
             incoming.verification = Some((ticket, expected));

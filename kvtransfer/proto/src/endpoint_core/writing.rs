@@ -1,11 +1,9 @@
 //! Writes, from the engine's order to their completion.
 
-use std::collections::BTreeMap;
-
 use super::prefilling::Outgoing;
 use super::{EndpointCore, PostedWrite};
 use crate::coalesce::{Span, coalesce};
-use crate::digest::granule_digest;
+use crate::digest::granule_digests;
 use crate::sender::SenderEvent;
 use crate::transport::{Completion, Post, RemoteRange, WriteFault, WriteId, stamp};
 use crate::units::{BlockId, BlockRef, HandoffId, Moment};
@@ -42,12 +40,16 @@ pub struct TargetWrite<S> {
 
 impl<S: WriteSource> EndpointCore<S> {
     /// The engine has bytes for the peer. Those for a handoff that has failed meanwhile are dropped.
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "pieces of memory that are held until here and no longer"
+    )]
     pub fn push(&mut self, handoff: HandoffId, writes: Vec<TargetWrite<S>>, now: Moment) {
         let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return };
         if !outgoing.sender.accepts_writes() || writes.is_empty() {
             return;
         }
-        let Some(ranges) = outgoing.ranges(handoff, writes) else {
+        let Some(ranges) = outgoing.ranges(handoff, &writes) else {
             self.log(0, handoff, "it pushed outside the targets, their layers or its source");
             let reason = "this side pushed what it must not".to_owned();
             return self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason }, now);
@@ -125,11 +127,13 @@ impl<S: WriteSource> EndpointCore<S> {
 
 impl<S: WriteSource> Outgoing<S> {
     /// Checks writes and joins neighbours; `None` when one of them is not what it may be.
-    fn ranges(&self, handoff: HandoffId, writes: Vec<TargetWrite<S>>) -> Option<Vec<(S, RemoteRange)>> {
-        // Offsets continue each other only within one memory.
-        let mut by_memory: BTreeMap<usize, (S, Vec<Span>)> = BTreeMap::new();
-        for TargetWrite { target_index, offset, source } in writes {
-            let (target, source) = (self.targets.get(target_index as usize)?, source?);
+    fn ranges(&self, handoff: HandoffId, writes: &[TargetWrite<S>]) -> Option<Vec<(S, RemoteRange)>> {
+        // Offsets continue each other only within one memory, of which there are few.
+        let mut memories: Vec<(&S, Vec<Span>)> = Vec::new();
+        let mut last = 0;
+        for index in self.in_order_of_blocks(writes)? {
+            let TargetWrite { target_index, offset, source } = &writes[index as usize];
+            let source = source.as_ref()?;
             let len = source.len();
             let is_aligned =
                 offset.is_multiple_of(self.shape.granule) && len.is_multiple_of(self.shape.granule);
@@ -137,12 +141,19 @@ impl<S: WriteSource> Outgoing<S> {
             if len == 0 || !is_aligned || !is_inside {
                 return None;
             }
-            let start = target.block.0 as usize * self.shape.block + offset;
-            let span = Span { source: source.offset() as u64, target: start as u64, len: len as u64 };
-            by_memory.entry(source.memory()).or_insert_with(|| (source, Vec::new())).1.push(span);
+            let key = source.memory();
+            if memories.get(last).is_none_or(|(memory, _)| memory.memory() != key) {
+                last = memories.iter().position(|(memory, _)| memory.memory() == key).unwrap_or_else(|| {
+                    memories.push((source, Vec::with_capacity(writes.len())));
+                    memories.len() - 1
+                });
+            }
+            let block = self.targets[*target_index as usize].block.0 as usize;
+            let target = (block * self.shape.block + offset) as u64;
+            memories[last].1.push(Span { source: source.offset() as u64, target, len: len as u64 });
         }
         let mut ranges = Vec::new();
-        for (memory, mut spans) in by_memory.into_values() {
+        for (memory, mut spans) in memories {
             coalesce(&mut spans, LONGEST_WRITE);
             for Span { source, target, len } in spans {
                 let source = memory.range(usize::try_from(source).ok()?, usize::try_from(len).ok()?)?;
@@ -150,6 +161,31 @@ impl<S: WriteSource> Outgoing<S> {
             }
         }
         Some(ranges)
+    }
+
+    /// Indices of pieces by the number of their block, those of one block in the order in which they came: then they
+    /// are nearly sorted by address, without having been compared. Pieces come layer by layer, thousands of them.
+    /// `None` when a target does not exist.
+    fn in_order_of_blocks(&self, writes: &[TargetWrite<S>]) -> Option<Vec<u32>> {
+        let mut ranks = vec![0; self.targets.len()];
+        for (rank, &target) in self.positions.values().enumerate() {
+            ranks[target] = rank;
+        }
+        let mut ends = vec![0u32; ranks.len()];
+        for write in writes {
+            ends[*ranks.get(write.target_index as usize)?] += 1;
+        }
+        let mut sum = 0;
+        for end in &mut ends {
+            sum += std::mem::replace(end, sum);
+        }
+        let mut order = vec![0; writes.len()];
+        for (index, write) in writes.iter().enumerate() {
+            let place = &mut ends[ranks[write.target_index as usize]];
+            order[*place as usize] = u32::try_from(index).ok()?;
+            *place += 1;
+        }
+        Some(order)
     }
 
     /// Names a range of targets to the peer, with their epochs.
@@ -164,17 +200,23 @@ impl<S: WriteSource> Outgoing<S> {
 
     /// Adds up the digests of the granules of one write.
     fn add_digests(&mut self, handoff: HandoffId, source: &S, range: &RemoteRange) {
+        let Self { positions, digests, shape, coverage, .. } = self;
         let start = usize::try_from(range.offset).expect("inside the peer's arena");
-        for done in (0..source.len()).step_by(self.shape.granule) {
-            let (block, within) = ((start + done) / self.shape.block, (start + done) % self.shape.block);
-            let block = BlockId(u32::try_from(block).expect("a target"));
-            let position = self.positions[&block];
-            let granule = self.shape.granule_of(handoff, position, within / self.shape.granule);
-            let digest = granule_digest(self.coverage, granule, self.shape.granule, |offset, buffer| {
-                source.read(done + offset, buffer);
-            });
-            self.digests[position] = self.digests[position].wrapping_add(digest);
-        }
+        let position = |which: usize| {
+            let block = (start + which * shape.granule) / shape.block;
+            positions[&BlockId(u32::try_from(block).expect("a target"))]
+        };
+        let granules = (0..source.len() / shape.granule).map(|which| {
+            let within = (start + which * shape.granule) % shape.block;
+            shape.granule_of(handoff, position(which), within / shape.granule)
+        });
+        let read = |which: usize, offset: usize, buffer: &mut [u8]| {
+            source.read(which * shape.granule + offset, buffer);
+        };
+        granule_digests(*coverage, granules, shape.granule, read, |which, digest| {
+            let sum = &mut digests[position(which)];
+            *sum = sum.wrapping_add(digest);
+        });
     }
 }
 

@@ -306,7 +306,7 @@ impl World {
             if in_place { memory[target.block.0 as usize] } else { content(handoff, position) }
         };
         let digests = targets.iter().enumerate().map(digest).collect();
-        let commit = Commit { handoff, tokens, targets, digests, payload: vec![1] };
+        let commit = Commit { handoff, tokens, targets, digests, payload: vec![1], in_place };
         if is_up {
             self.to_decode.push_back(Message::Commit(commit));
         }
