@@ -5,6 +5,7 @@
 
 mod arrows;
 mod lengths;
+mod named_tests;
 mod words;
 
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ pub fn check(root: &Path) -> Vec<String> {
     let mut findings = arrows::check(root);
     findings.extend(words::check(&sources));
     findings.extend(lengths::check(&sources, &read_offenders(root)));
+    findings.extend(named_tests::check(root, &sources));
     findings
 }
 
