@@ -173,8 +173,9 @@ pub async fn eventually<F: Future<Output = bool>>(
 /// The binary under test, in the profile that the tests run in.
 pub fn binary() -> PathBuf {
     static BUILD: Once = Once::new();
-    let profile = env::current_exe().expect("a test has a path");
-    let profile = profile.ancestors().nth(2).expect("target/PROFILE/deps/test");
+    let program = env::current_exe().expect("a program has a path");
+    let folder = program.parent().expect("target/PROFILE, or target/PROFILE/deps for a test");
+    let profile = if folder.ends_with("deps") { folder.parent().expect("target/PROFILE") } else { folder };
     let path = profile.join("tidemill");
     BUILD.call_once(|| {
         // `cargo test --workspace` has built it; `cargo test -p tidemill-tests` alone may have not.

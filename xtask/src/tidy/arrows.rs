@@ -7,7 +7,7 @@ use std::process;
 use serde_json::Value;
 
 /// Allowed arrows between our packages (normal dependencies). `tests` may use anything; nothing uses `server`.
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: [(&str, &[&str]); 10] = [
     ("tidemill-kvtransfer-proto", &[]),
     ("tidemill-kvtransfer", &["tidemill-kvtransfer-proto"]),
     ("tidemill-kernels", &[]),
@@ -29,6 +29,17 @@ const ARROWS: [(&str, &[&str]); 9] = [
             "tidemill-kernels",
             "tidemill-kvtransfer",
             "tidemill-kvtransfer-proto",
+        ],
+    ),
+    (
+        "tidemill-bench",
+        &[
+            "tidemill-engine",
+            "tidemill-engine-core",
+            "tidemill-kernels",
+            "tidemill-kvtransfer",
+            "tidemill-kvtransfer-proto",
+            "tidemill-tests",
         ],
     ),
     ("xtask", &["tidemill-engine-core"]),

@@ -1,0 +1,85 @@
+//! Measures what Tidemill promises about speed, each number beside what limits it.
+//!
+//! `cargo run --release -p tidemill-bench -- handoff` prints one table and appends one JSON line for each row to a
+//! file. A number and its limit are taken in turns within one run, and medians are compared: on a machine that
+//! does other things too, only ratios of neighbours in time mean anything.
+#![forbid(unsafe_code)]
+
+mod conversion;
+mod copied;
+mod digests;
+mod owner_change;
+mod posting;
+mod report;
+mod tcp;
+mod timing;
+mod whole_system;
+mod workers;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use report::{Report, Row};
+
+#[derive(Parser)]
+#[command(about = "How fast Tidemill is, beside what limits it")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Everything about moving KV cache from one worker to another
+    Handoff {
+        /// Only rows whose name contains this
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// Repetitions of each measurement
+        #[arg(long, value_name = "N", default_value_t = 31)]
+        rounds: usize,
+        /// Where to append one JSON line for each row
+        #[arg(long, value_name = "FILE", default_value = "benches/results/handoff.jsonl")]
+        out: PathBuf,
+    },
+}
+
+/// One group of rows: what `--only` chooses by, and how they are measured.
+type Group = (&'static str, fn(usize) -> anyhow::Result<Vec<Row>>);
+
+const GROUPS: [Group; 7] = [
+    ("copied", copied::measure),
+    ("owner", owner_change::measure),
+    ("tcp", tcp::measure),
+    ("posting", posting::measure),
+    ("conversion", conversion::measure),
+    ("digest", digests::measure),
+    ("system", whole_system::measure),
+];
+
+fn main() -> ExitCode {
+    let Command::Handoff { only, rounds, out } = Cli::parse().command;
+    let mut report = Report::begin();
+    let mut is_whole = true;
+    for (name, measure) in GROUPS {
+        if only.as_ref().is_some_and(|only| !name.contains(only.as_str())) {
+            continue;
+        }
+        eprintln!("measuring: {name}");
+        match measure(rounds.max(3)) {
+            Ok(rows) => report.add(rows),
+            Err(error) => {
+                eprintln!("{name} could not be measured: {error:#}");
+                is_whole = false;
+            }
+        }
+    }
+    report.print();
+    if let Err(error) = report.append(&out) {
+        eprintln!("{}: {error}", out.display());
+        is_whole = false;
+    }
+    if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

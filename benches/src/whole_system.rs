@@ -1,0 +1,198 @@
+//! Real processes: what a split costs the second token, what the front end costs, and how long a dead worker hurts.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use futures::StreamExt;
+use serde_json::{Value, json};
+use tidemill_tests::client::Client;
+use tidemill_tests::deployment::Deployment;
+
+use crate::report::{Row, Target};
+use crate::timing::{median, quantile};
+
+pub(crate) fn measure(rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut rows = Vec::new();
+    rows.push(runtime.block_on(exposed_transfer(rounds))?);
+    rows.push(runtime.block_on(front_end(rounds))?);
+    rows.extend(runtime.block_on(killed_prefill())?);
+    Ok(rows)
+}
+
+/// Every worker has one core, so that a split deployment computes no faster than a colocated one.
+const ONE_CORE: [&str; 4] = ["--cores", "0", "--max-num-batched-tokens", "512"];
+
+async fn exposed_transfer(rounds: usize) -> anyhow::Result<Row> {
+    let options = ["--no-enable-prefix-caching", "--max-num-batched-tokens", "512"];
+    let split = ["--transport", "shm", "--prefill-cores", "0", "--decode-cores", "1"];
+    let split = Deployment::start(&[&options[..], &split].concat());
+    let whole = Deployment::start(&[&options[..], &["--colocated", "--cores", "0"]].concat());
+    let mut pairs = Vec::new();
+    let mut first_tokens = Vec::new();
+    for round in 0..rounds as u32 + 1 {
+        let (split_first, split_second) = first_two(&split.client, round).await?;
+        let (whole_first, whole_second) = first_two(&whole.client, round).await?;
+        if 0 < round {
+            pairs.push((split_first, split_second, whole_first, whole_second));
+            first_tokens.push(whole_first);
+        }
+    }
+    let of = |pick: fn(&(Duration, Duration, Duration, Duration)) -> Duration| {
+        median(&pairs.iter().map(pick).collect::<Vec<_>>()).as_secs_f64() * 1e3
+    };
+    let mut differences: Vec<f64> =
+        pairs.iter().map(|(_, split, _, whole)| split.as_secs_f64() - whole.as_secs_f64()).collect();
+    differences.sort_by(f64::total_cmp);
+    let exposed = differences[differences.len() / 2];
+    let ttft = median(&first_tokens).as_secs_f64();
+    let handed_over = split.client.metric("tidemill_handoff_total", "").await;
+    ensure!(rounds as f64 <= handed_over, "the split deployment handed {handed_over} prompts over");
+    Ok(Row {
+        measure: "exposed transfer: second token, split − colocated, 2k tokens, shm".to_owned(),
+        value: exposed * 1e3,
+        unit: "ms",
+        limit: Some((ttft * 1e3, "TTFT, colocated")),
+        target: Some(Target::Share { measured: exposed / ttft, at_most: 0.01 }),
+        note: format!(
+            "demo model, one core a worker; first → second token: split {:.1} → {:.1} ms, colocated {:.1} → {:.1} ms",
+            of(|it| it.0),
+            of(|it| it.1),
+            of(|it| it.2),
+            of(|it| it.3)
+        ),
+    })
+}
+
+/// When the first and the second token of an answer arrive.
+async fn first_two(client: &Client, which: u32) -> anyhow::Result<(Duration, Duration)> {
+    let start = Instant::now();
+    let (status, mut events) = client.stream("/v1/completions", &prompt(which)).await;
+    ensure!(status == 200, "status {status}");
+    let mut times = Vec::new();
+    while let Some(event) = events.next().await {
+        if event["choices"][0]["text"].is_string() {
+            times.push(start.elapsed());
+        }
+    }
+    ensure!(2 <= times.len(), "{} events", times.len());
+    Ok((times[0], times[1]))
+}
+
+/// About 2,000 tokens of text, which begins differently each time.
+fn prompt(which: u32) -> Value {
+    let text = format!("{which} {}", "Once upon a time there was a little cat. ".repeat(198));
+    json!({"prompt": text, "max_tokens": 4, "temperature": 0, "ignore_eos": true, "stream": true})
+}
+
+/// The whole way of the shortest request there is, through HTTP, admission, routing, gRPC and one step of the demo
+/// model: more than the front end alone costs.
+async fn front_end(rounds: usize) -> anyhow::Result<Row> {
+    let whole = Deployment::start(&[&ONE_CORE[..], &["--colocated"]].concat());
+    let request = json!({"prompt": [5], "max_tokens": 1, "temperature": 0, "ignore_eos": true});
+    let mut times = Vec::new();
+    for round in 0..rounds * 40 + 50 {
+        let start = Instant::now();
+        let reply = whole.client.post("/v1/completions", &request).await;
+        ensure!(reply.status == 200, "{}", reply.body);
+        if 50 <= round {
+            times.push(start.elapsed());
+        }
+    }
+    let milliseconds = |q| quantile(&times, q).as_secs_f64() * 1e3;
+    Ok(Row {
+        measure: "router overhead, p99 (upper bound: the whole request)".to_owned(),
+        value: milliseconds(0.99),
+        unit: "ms",
+        limit: None,
+        target: Some(Target::AtMost(1.0)),
+        note: format!(
+            "{} requests of one token, HTTP client, a step of the demo model and its worker included; median {:.2} ms, p90 {:.2} ms",
+            times.len(),
+            milliseconds(0.5),
+            milliseconds(0.9)
+        ),
+    })
+}
+
+/// A prefill worker is killed in the middle of a prompt.
+async fn killed_prefill() -> anyhow::Result<Vec<Row>> {
+    let mut rehomed = Vec::new();
+    let mut reclaimed = Vec::new();
+    for round in 0..KILLS {
+        let deployment = Deployment::start(&[
+            "--transport",
+            "shm",
+            "--no-enable-prefix-caching",
+            "--prefill-cores",
+            "0",
+            "--decode-cores",
+            "1",
+        ]);
+        first_two(&deployment.client, 0).await?;
+        let client = deployment.client.clone();
+        let request = tokio::spawn(async move { first_two(&client, round + 1).await });
+        // As soon as blocks wait for the prompt that is being computed.
+        wait_for(&deployment.client, |held| 0.0 < held).await.context("no block was ever reserved")?;
+        let victim = *deployment.workers("prefill").first().context("no prefill worker")?;
+        let before = deployment.log().lines().count();
+        let killed = Instant::now();
+        victim.kill();
+        rehomed.push(log_line(&deployment, before, killed).await?);
+        wait_for(&deployment.client, |held| held == 0.0).await.context("blocks stay reserved")?;
+        reclaimed.push(killed.elapsed());
+        request.await?.context("the request did not survive")?;
+    }
+    let row = |measure: &str, times: &[Duration], most: f64, note: &str| Row {
+        measure: measure.to_owned(),
+        value: median(times).as_secs_f64() * 1e3,
+        unit: "ms",
+        limit: None,
+        target: Some(Target::AtMost(most)),
+        note: format!("{note}; worst of {} {:.0} ms", times.len(), quantile(times, 1.0).as_secs_f64() * 1e3),
+    };
+    Ok(vec![
+        row(
+            "SIGKILL of prefill → request sent to another worker",
+            &rehomed,
+            1000.0,
+            "until the front end says so",
+        ),
+        row(
+            "SIGKILL of prefill → no block reserved or quarantined on decode",
+            &reclaimed,
+            2000.0,
+            "as /metrics shows it, which lags by a worker's report",
+        ),
+    ])
+}
+
+/// When the front end says that it sends the request elsewhere.
+async fn log_line(deployment: &Deployment, before: usize, since: Instant) -> anyhow::Result<Duration> {
+    while since.elapsed() < LIMIT {
+        if deployment.log().lines().skip(before).any(|line| line.contains("fallback")) {
+            return Ok(since.elapsed());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    anyhow::bail!("nothing was re-homed within {LIMIT:?}:\n{}", deployment.log())
+}
+
+/// Waits until the blocks that decode holds for a peer are as `wanted`.
+async fn wait_for(client: &Client, wanted: impl Fn(f64) -> bool) -> Option<()> {
+    let start = Instant::now();
+    while start.elapsed() < LIMIT {
+        let metrics = client.metrics().await;
+        let is_held = |name: &str| name.contains("reserved") || name.contains("quarantined");
+        let held = metrics.iter().filter(|(name, _)| name.starts_with("tidemill_blocks") && is_held(name));
+        if wanted(held.map(|(_, blocks)| blocks).sum()) {
+            return Some(());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    None
+}
+
+const KILLS: u32 = 5;
+const POLL: Duration = Duration::from_millis(2);
+const LIMIT: Duration = Duration::from_secs(20);
