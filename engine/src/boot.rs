@@ -40,7 +40,7 @@ pub(crate) fn boot(
     let cpu = Cpu::new(CpuOptions { cores: config.cores.clone(), threads: config.threads, isa: None })
         .map_err(|error| EngineError::Device(error.to_string()))?;
     let cpu = Arc::new(cpu);
-    let model = Arc::new(Model::load(&config.model, config.load_format, progress)?);
+    let model = Arc::new(Model::load_on(cpu.threads(), &config.model, config.load_format, progress)?);
     let layout = layout(&config, &model)?;
     let (max_model_len, blocks) = capacity(&config, &model, &layout, available_bytes())?;
     progress(LoadProgress { stage: "reserving KV cache", done: 0, total: blocks.0.into() });

@@ -58,14 +58,38 @@ impl PackedMatrix {
     ///
     /// When the source does not have exactly `outputs * inputs` elements.
     pub fn pack(outputs: usize, inputs: usize, source: MatrixSource<'_>) -> Self {
+        Self::pack_on(1, outputs, inputs, source)
+    }
+
+    /// The same, with the panels of a large matrix shared out among `threads` threads: a single one can neither fault
+    /// in the pages nor move the bytes as fast as memory allows.
+    ///
+    /// # Panics
+    ///
+    /// When the source does not have exactly `outputs * inputs` elements.
+    pub fn pack_on(threads: usize, outputs: usize, inputs: usize, source: MatrixSource<'_>) -> Self {
         source.assert_holds(outputs, inputs);
-        let elements = outputs.div_ceil(PANEL) * PANEL * inputs;
-        let mut panels = AlignedBuffer::zeroed(elements * source.dtype.bytes());
-        match source.dtype {
-            WeightDtype::F32 => pack_panels::<4>(panels.as_mut_slice(), source.bytes, inputs, natural_order),
-            WeightDtype::F16 => pack_panels::<2>(panels.as_mut_slice(), source.bytes, inputs, natural_order),
-            WeightDtype::Bf16 => pack_panels::<2>(panels.as_mut_slice(), source.bytes, inputs, paired_order),
-        }
+        let panel_count = outputs.div_ceil(PANEL);
+        let panel_bytes = PANEL * inputs * source.dtype.bytes();
+        let mut panels = AlignedBuffer::zeroed(panel_count * panel_bytes);
+        let threads = if source.bytes.len() < SHARED_FROM { 1 } else { threads };
+        // At least one byte, for matrices without inputs.
+        let share = (panel_count.div_ceil(threads.max(1)) * panel_bytes).max(1);
+        let pack = |panels: &mut [u8], source_bytes: &[u8]| match source.dtype {
+            WeightDtype::F32 => pack_panels::<4>(panels, source_bytes, inputs, natural_order),
+            WeightDtype::F16 => pack_panels::<2>(panels, source_bytes, inputs, natural_order),
+            WeightDtype::Bf16 => pack_panels::<2>(panels, source_bytes, inputs, paired_order),
+        };
+        std::thread::scope(|scope| {
+            let mut shares = panels.as_mut_slice::<u8>().chunks_mut(share).zip(source.bytes.chunks(share));
+            let own = shares.next();
+            for (panels, source) in shares {
+                scope.spawn(move || pack(panels, source));
+            }
+            if let Some((panels, source)) = own {
+                pack(panels, source);
+            }
+        });
         Self { outputs, inputs, dtype: source.dtype, panels }
     }
 
@@ -183,7 +207,7 @@ fn unpack_lane<T: Copy>(out: &mut [f32], panel: &[[T; PANEL]], lane: usize, conv
 
 /// Copies rows of `inputs` elements of `BYTES` bytes into panels; `order` maps an output to its place in the panel row.
 fn pack_panels<const BYTES: usize>(
-    panels: &mut [[u8; BYTES]],
+    panels: &mut [u8],
     source: &[u8],
     inputs: usize,
     order: impl Fn(usize) -> usize,
@@ -191,6 +215,7 @@ fn pack_panels<const BYTES: usize>(
     if inputs == 0 {
         return;
     }
+    let panels = panels.as_chunks_mut::<BYTES>().0;
     let rows = source.as_chunks::<BYTES>().0;
     for (panel, rows) in panels.chunks_exact_mut(PANEL * inputs).zip(rows.chunks(PANEL * inputs)) {
         let places = panel.as_chunks_mut::<PANEL>().0;
@@ -212,6 +237,9 @@ const fn natural_order(output: usize) -> usize {
 const fn paired_order(output: usize) -> usize {
     2 * (output % 8) + output / 8
 }
+
+/// Bytes from which on threads are worth their start.
+const SHARED_FROM: usize = 1 << 20;
 
 /// Inputs that are packed at a time: their part of a panel stays in the first-level cache while each output's turn comes.
 const PACK_INPUTS: usize = 128;

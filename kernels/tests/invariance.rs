@@ -49,6 +49,27 @@ fn a_row_of_a_product_is_the_same_in_any_batch() {
 }
 
 #[test]
+fn a_matrix_is_packed_the_same_on_any_number_of_threads() {
+    // Large enough to be shared out, with a last panel that is not full.
+    let (outputs, inputs) = (1003, 530);
+    let mut numbers = Numbers::new(3);
+    let values = numbers.vector(outputs * inputs);
+    for dtype in WEIGHT_DTYPES {
+        let bytes = stored(&values, dtype);
+        let expected = PackedMatrix::pack(outputs, inputs, source(&bytes, dtype));
+        let rows = |matrix: &PackedMatrix| -> Vec<f32> {
+            let mut rows = vec![f32::NAN; outputs * inputs];
+            rows.chunks_exact_mut(inputs).enumerate().for_each(|(index, row)| matrix.row(index, row));
+            rows
+        };
+        for threads in [2, 3, 7, 100] {
+            let matrix = PackedMatrix::pack_on(threads, outputs, inputs, source(&bytes, dtype));
+            assert_same_bits(&rows(&matrix), &rows(&expected), &format!("{dtype:?}, {threads} threads"));
+        }
+    }
+}
+
+#[test]
 fn a_normalised_row_and_an_activation_are_the_same_in_any_batch() {
     let (width, rows) = (301, 110);
     let mut numbers = Numbers::new(2);

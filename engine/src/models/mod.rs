@@ -50,9 +50,23 @@ impl Model {
         format: LoadFormat,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
+        Self::load_on(1, source, format, progress)
+    }
+
+    /// The same on so many threads.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn load_on(
+        threads: usize,
+        source: &ModelSource,
+        format: LoadFormat,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
         let spec = ModelSpec::read(source)?;
         let generation = GenerationDefaults::read(source)?;
-        let loaded = weights::load(&spec, ModelFiles::of(source), format, progress)?;
+        let loaded = weights::load(&spec, ModelFiles::of(source), format, threads, progress)?;
         let weights::Loaded { weights, fingerprint, dtype } = loaded;
         Ok(Self { spec, generation, weights, dtype, fingerprint })
     }

@@ -1,7 +1,7 @@
 //! A decoder's weights, packed for the kernels while they are read.
 //!
 //! Tensors are taken one by one from a checkpoint or made from a seed; each is hashed into the model's fingerprint, packed
-//! and let go, so that at no time more than one tensor exists twice.
+//! and let go, so that at no time more than one tensor exists twice. All threads work on the same one.
 
 mod checkpoint;
 mod dummy;
@@ -105,6 +105,7 @@ pub(crate) fn load(
     spec: &ModelSpec,
     files: ModelFiles<'_>,
     format: LoadFormat,
+    threads: usize,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, ModelError> {
     let wanted = tensors::tensors(spec);
@@ -114,13 +115,13 @@ pub(crate) fn load(
             let mut checkpoint = files.checkpoint()?;
             checkpoint.check(spec, &wanted)?;
             let total = checkpoint.bytes(&wanted);
-            read_all(spec, &mut checkpoint, total, progress)
+            read_all(spec, &mut checkpoint, total, threads, progress)
         }
         LoadFormat::Dummy { seed } => {
             let elements: u64 = wanted.iter().map(TensorSpec::elements).sum();
             let total = elements * spec.dtype.bytes() as u64;
-            let mut dummy = Dummy { seed, dtype: spec.dtype };
-            read_all(spec, &mut dummy, total, progress)
+            let mut dummy = Dummy { seed, dtype: spec.dtype, threads };
+            read_all(spec, &mut dummy, total, threads, progress)
         }
     }
 }
@@ -129,9 +130,11 @@ fn read_all(
     spec: &ModelSpec,
     source: &mut dyn TensorSource,
     total: u64,
+    threads: usize,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, ModelError> {
-    Loading { spec, source, fingerprint: Fingerprint::of(spec, total), progress, done: 0, total }.run()
+    Loading { spec, source, fingerprint: Fingerprint::of(spec, total), threads, progress, done: 0, total }
+        .run()
 }
 
 /// Takes the tensors one by one, and keeps account of them.
@@ -139,6 +142,7 @@ struct Loading<'a> {
     spec: &'a ModelSpec,
     source: &'a mut dyn TensorSource,
     fingerprint: Fingerprint,
+    threads: usize,
     progress: &'a mut dyn FnMut(LoadProgress),
     done: u64,
     total: u64,
@@ -164,7 +168,6 @@ impl Loading<'_> {
             Some(head) => head,
             None => self.matrix(HEAD, table)?,
         };
-        self.report();
         let weights = Weights { embedding, layers, final_norm, head };
         Ok(Loaded { weights, fingerprint: self.fingerprint.text(), dtype })
     }
@@ -192,7 +195,6 @@ impl Loading<'_> {
             up: self.linear(&named(UP), [inner, hidden], spec.mlp_bias)?,
             down: self.linear(&named(DOWN), [hidden, inner], spec.mlp_bias)?,
         };
-        self.report();
         Ok(weights)
     }
 
@@ -203,7 +205,8 @@ impl Loading<'_> {
     }
 
     fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, ModelError> {
-        self.take(name, &shape, |source| PackedMatrix::pack(shape[0], shape[1], source))
+        let threads = self.threads;
+        self.take(name, &shape, |source| PackedMatrix::pack_on(threads, shape[0], shape[1], source))
     }
 
     fn vector(&mut self, name: &str, elements: usize) -> Result<Vec<f32>, ModelError> {
@@ -219,7 +222,9 @@ impl Loading<'_> {
         let tensor = self.source.tensor(name, shape)?;
         self.fingerprint.add(name, shape, tensor.dtype, &tensor.bytes);
         self.done += tensor.bytes.len() as u64;
-        Ok(pack(MatrixSource { bytes: &tensor.bytes, dtype: tensor.dtype }))
+        let packed = pack(MatrixSource { bytes: &tensor.bytes, dtype: tensor.dtype });
+        self.report();
+        Ok(packed)
     }
 
     fn report(&mut self) {
