@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use tidemill_engine::models::ModelSpec;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -116,8 +117,9 @@ pub(crate) fn served_names(flags: &ModelFlags, model: &ResolvedModel) -> Vec<Str
     }
 }
 
-/// Reads tokenizer and chat template.
+/// Reads tokenizer and chat template of a model that can be served: one that cannot is refused before anything starts.
 pub(crate) fn load_text(model: &ResolvedModel) -> anyhow::Result<ModelText> {
+    ModelSpec::read(&model.source)?;
     Ok(ModelText::load(&model.source, system_clock())?)
 }
 

@@ -34,7 +34,8 @@ pub(crate) fn run(flags: &RouteFlags) -> anyhow::Result<ExitCode> {
             _ = signals.next() => true,
         };
         if !told {
-            front.print_banner(&format!("{} workers", flags.workers.len()));
+            let count = flags.workers.len();
+            front.print_banner(&format!("{count} worker{}", if count == 1 { "" } else { "s" }));
             // The workers are not ours to drain or end: only what this front end sent them is finished.
             front.until_told(&mut signals, &cluster, flags.front.shutdown_timeout).await;
         }

@@ -87,7 +87,8 @@ fn words(flags: &ServeFlags) -> String {
     if flags.deployment.colocated {
         return "one hybrid worker".into();
     }
-    format!("{} prefill and {} decode workers", flags.deployment.prefill, flags.deployment.decode)
+    let (prefill, decode) = (flags.deployment.prefill, flags.deployment.decode);
+    format!("{prefill} prefill and {decode} decode worker{}", if decode == 1 { "" } else { "s" })
 }
 
 /// The roles that are served, in the order of their names.

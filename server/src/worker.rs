@@ -66,8 +66,8 @@ impl WorkerService {
         let (worker, peer) = (&self.introduction.engine.name, &link.name);
         match &link.transport {
             Ok(transport) => {
-                let gigabytes_per_second = link.bytes_per_second / 1e9;
-                tracing::info!(%worker, %peer, %transport, gigabytes_per_second, "linked for handoffs");
+                let speed = format_args!("{:.1} GB/s", link.bytes_per_second / 1e9);
+                tracing::info!(%worker, %peer, %transport, speed, "linked for handoffs");
             }
             Err(error) if self.require_transport => {
                 tracing::error!(%worker, %peer, %error, "no link, and --require-transport is set");

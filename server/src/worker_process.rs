@@ -29,8 +29,7 @@ pub(crate) fn run(flags: &WorkerFlags) -> anyhow::Result<ExitCode> {
     set_process_name(&typed(flags.role));
     let model = model_source::resolve(&flags.model, &bars)?;
     let mut progress = ProgressReport { supervised: flags.supervised, stage: "" };
-    let engine = EngineHandle::start(engine_config(flags, &model), &mut |step| progress.report(step))
-        .context("the worker cannot start")?;
+    let engine = EngineHandle::start(engine_config(flags, &model), &mut |step| progress.report(step))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let served = runtime.block_on(serve(flags, &model.name, engine));
     // Nothing that still waits matters any more.

@@ -52,7 +52,7 @@ fn help_teaches() {
 #[test]
 fn what_cannot_be_meant_is_refused_with_the_reason() {
     #[rustfmt::skip]
-    let rows: [(&str, &[&str], &str); 12] = [
+    let rows: [(&str, &[&str], &str); 13] = [
         ("an unknown flag",             &["serve", "--max-modle-len", "5"],             "--max-model-len"),
         ("no such command",             &["serf"],                                      "serve"),
         ("no workers at all",           &["serve", "--prefill", "0"],                   "--prefill"),
@@ -60,6 +60,7 @@ fn what_cannot_be_meant_is_refused_with_the_reason() {
         ("half a token per block",      &["serve", "--block-size", "12"],               "1, 2, 4"),
         ("memory in parsecs",           &["serve", "--kv-cache-memory", "2parsecs"],    "2GiB"),
         ("a core that is no number",    &["serve", "--cores", "a-b"],                   "core number"),
+        ("a core that is not there",    &["serve", "--port", "0", "--cores", "4095"],   "core 4095"),
         ("a missing key file",          &["serve", "--api-key-file", "/nowhere/key"],   "/nowhere/key"),
         ("cores and threads",           &["serve", "--cores", "0", "--threads", "1"],   "cannot be used with"),
         ("a worker without a role",     &["worker"],                                    "--role"),
@@ -83,6 +84,28 @@ fn a_folder_without_a_model_is_named() {
     assert!(!output.status.success());
     let said = text(&output.stderr);
     assert!(said.contains(path) && said.contains("config.json"), "{said}");
+}
+
+#[test]
+fn an_unknown_architecture_is_named_before_anything_starts() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("config.json"), r#"{"architectures": ["FooForCausalLM"]}"#)
+        .expect("the folder is ours");
+    let output = tidemill(&["serve", "--port", "0", folder.path().to_str().expect("UTF-8")]);
+    assert!(!output.status.success());
+    let said = text(&output.stderr);
+    assert!(said.starts_with("error:"), "{said}");
+    assert!(said.contains("FooForCausalLM") && said.contains("Qwen3ForCausalLM"), "{said}");
+}
+
+#[test]
+fn a_worker_that_cannot_start_says_why_once() {
+    let output = tidemill(&["serve", "--port", "0", "--max-model-len", "999999"]);
+    assert!(!output.status.success());
+    let said = text(&output.stderr);
+    let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error:")).collect();
+    assert_eq!(errors.len(), 1, "{said}");
+    assert!(errors[0].contains("-0 cannot start") && errors[0].contains("999999 tokens"), "{said}");
 }
 
 #[test]

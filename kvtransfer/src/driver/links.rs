@@ -86,7 +86,7 @@ impl Driver {
         tracing::info!(
             peer = name,
             transport = link.transport.name(),
-            gigabytes_per_second = link.bytes_per_second / 1e9,
+            speed = format_args!("{:.1} GB/s", link.bytes_per_second / 1e9),
             "peer measured"
         );
         let in_place = self.links.get(instance).is_some_and(|entry| entry.in_place);

@@ -17,9 +17,19 @@ pub(super) struct Placement {
 
 /// Shares the machine out: contiguous cores for each worker, none used twice while there are enough.
 pub(super) fn place(flags: &ServeFlags) -> anyhow::Result<Vec<Placement>> {
+    let usable = usable_cores()?;
+    for named in [&flags.deployment.cores, &flags.overrides.prefill_cores, &flags.overrides.decode_cores] {
+        let missing = named.iter().flat_map(|list| &list.0).find(|core| !usable.contains(core));
+        anyhow::ensure!(
+            missing.is_none(),
+            "core {} is not one that this process may use: {}",
+            missing.unwrap_or(&0),
+            CoreList(usable)
+        );
+    }
     let mut cores = match &flags.deployment.cores {
         Some(CoreList(cores)) => cores.clone(),
-        None => usable_cores()?,
+        None => usable,
     };
     if let Some(threads) = flags.engine.threads {
         cores.truncate(threads as usize);

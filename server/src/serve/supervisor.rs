@@ -11,7 +11,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tidemill_engine::handle::Role;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -123,6 +123,8 @@ impl Keeper {
         let mut life = self.spawn()?;
         let stdout = life.stdout.take().expect("piped when spawned");
         let mut lines = BufReader::new(stdout).lines();
+        let stderr = life.stderr.take().expect("piped when spawned");
+        let last_words = tokio::spawn(pass_on(stderr, self.bars.clone()));
         let bar = self.bars.add(ProgressBar::hidden());
         let mut stage = String::new();
         while let Some(line) = lines.next_line().await? {
@@ -141,7 +143,8 @@ impl Keeper {
         }
         bar.finish_and_clear();
         let status = life.wait().await?;
-        Ok(status.to_string())
+        let last_words = last_words.await.ok().flatten();
+        Ok(last_words.unwrap_or_else(|| status.to_string()))
     }
 
     fn spawn(&self) -> anyhow::Result<Child> {
@@ -150,6 +153,7 @@ impl Keeper {
             .args(&self.plan.arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             // A signal from the terminal is for this process, which tells the workers when it is time.
             .process_group(0)
             .kill_on_drop(true);
@@ -178,6 +182,20 @@ impl Keeper {
         bar.set_length(total);
         bar.set_position(done);
     }
+}
+
+/// Shows what a worker logs without tearing the bars. What it says about its own end is returned instead.
+async fn pass_on(stderr: ChildStderr, bars: MultiProgress) -> Option<String> {
+    let mut lines = BufReader::new(stderr).split(b'\n');
+    let mut last_words = None;
+    while let Ok(Some(line)) = lines.next_segment().await {
+        let line = String::from_utf8_lossy(&line);
+        match line.strip_prefix("error: ") {
+            Some(error) => last_words = Some(error.to_owned()),
+            None => bars.suspend(|| eprintln!("{line}")),
+        }
+    }
+    last_words
 }
 
 const RESTART_FIRST: Duration = Duration::from_millis(50);
