@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+pub mod measure_start;
 pub mod simulate;
 pub mod tidy;
 
