@@ -147,13 +147,14 @@ impl Driver {
     pub(super) fn follow_paths(&mut self, instance: u64) {
         let Some(link) = self.link_mut(instance) else { return };
         let DataPath::Rdma(transport) = &mut link.path else { return };
-        let (news, rate) = (transport.take_news(), transport.take_probed());
+        let (news, rate, is_dead) = (transport.take_news(), transport.take_probed(), transport.is_dead());
         let lost = news
             .into_iter()
             .map(|path| link.connection.send(&Message::PathDown { path }))
             .find_map(Result::err);
         let id = link.id;
-        if let Some(loss) = lost {
+        // With no way left a new connection is made rather than waited for the next handoff to fail.
+        if let Some(loss) = lost.or(is_dead.then_some(Loss::NoPath)) {
             self.doomed.push((instance, id, loss));
         }
         if let Some(rate) = rate {

@@ -23,6 +23,8 @@ pub(crate) struct Connection {
 pub(crate) enum Loss {
     #[error("the connection was closed")]
     Closed,
+    #[error("no RDMA path is left")]
+    NoPath,
     #[error("the connection broke")]
     Io(#[from] io::Error),
     #[error("the peer does not speak the protocol: {0}")]

@@ -314,3 +314,61 @@ impl fmt::Debug for Nic {
 const SYS: &str = "/sys";
 /// No device has more.
 const MAX_PORTS: u8 = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On any machine, whatever it has: what is said is held against what the kernel shows.
+    #[test]
+    fn a_machine_says_which_part_of_rdma_it_lacks() {
+        let shown = |class: &str| {
+            let entries = std::fs::read_dir(Path::new(SYS).join("class").join(class)).ok()?;
+            // The folder of the class has a file of its own beside the devices.
+            Some(entries.flatten().filter(|it| !it.file_name().to_string_lossy().starts_with("abi")).count())
+        };
+        let is_installed = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64"]
+            .iter()
+            .any(|folder| Path::new(folder).join("libibverbs.so.1").exists());
+        let expected = match (is_installed, shown("infiniband_verbs")) {
+            (false, _) => "no-library",
+            (true, None) => "no-kernel-support",
+            (true, Some(0)) => "no-device",
+            (true, Some(_)) => "devices",
+        };
+        let found = match ports() {
+            Ok(ports) => {
+                assert!(!ports.is_empty());
+                "devices"
+            }
+            Err(reason) => {
+                assert!(reason.to_string().len() > 10, "{reason}");
+                reason.name()
+            }
+        };
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn devices_are_named_with_or_without_a_port() {
+        let place = |name: &str| DevicePlace {
+            name: name.to_owned(),
+            place: Place::default(),
+            local_cpus: String::new(),
+        };
+        let places = [place("mlx5_0"), place("rxe0")];
+        #[rustfmt::skip]
+        let rows = [
+            ("rxe0",      Some(("rxe0", 1))),
+            ("mlx5_0:2",  Some(("mlx5_0", 2))),
+            ("mlx5_0:x",  None),
+            ("mlx5_9",    None),
+            ("",          None),
+        ];
+        for (name, expected) in rows {
+            let found = named(name, &places).ok();
+            let found = found.as_ref().map(|(place, port)| (place.name.as_str(), *port));
+            assert_eq!(found, expected, "{name:?}");
+        }
+    }
+}

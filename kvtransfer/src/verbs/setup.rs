@@ -77,7 +77,13 @@ impl Draft {
         let rule = GidRule { index: fabric.config.gid_index, local, is_infiniband: false };
         let mut devices: Vec<(Arc<Nic>, PortAddress)> = Vec::new();
         for nic in &fabric.nics {
-            let address = nic.address(rule)?;
+            let address = match nic.address(rule) {
+                Ok(address) => address,
+                Err(error) => {
+                    tracing::warn!(device = nic.name(), error = error.to_line(), "a port is left out");
+                    continue;
+                }
+            };
             let fits = |end: &PathEnd| end.is_infiniband == address.is_infiniband;
             if theirs.is_none_or(|theirs| theirs.iter().any(fits)) {
                 devices.push((Arc::clone(nic), address));

@@ -299,6 +299,7 @@ fn a_dead_path_hands_over_to_the_others_and_is_fenced() {
     for path in 0..u32::try_from(count).unwrap() {
         assert!(pair.ours.transport.fence(path));
     }
+    assert!(pair.ours.transport.is_dead() && !pair.ours.transport.has_work(), "and nothing to do");
     pair.post(100, 3, 0, 4096);
     done.clear();
     pair.work(&mut done, "the write is refused", |_, done| !done.is_empty());

@@ -129,6 +129,11 @@ impl RdmaTransport {
             || matches!(self.probe, Probe::Done(_))
     }
 
+    /// Whether no path is left.
+    pub(crate) fn is_dead(&self) -> bool {
+        !self.paths.iter().any(Path::is_up)
+    }
+
     /// The paths, for logs and counters.
     pub(crate) fn paths(&self) -> Vec<PathReport> {
         let report = |path: &Path| PathReport {
@@ -168,6 +173,8 @@ impl RdmaTransport {
         }
         self.waiting.clear();
         self.overheard.clear();
+        // Nothing comes out of them any more, so nothing is to be looked for.
+        self.queues.iter_mut().for_each(|queue| queue.is_armed = true);
         let writes = std::mem::take(&mut self.writes).into_values();
         let severed = |write: Write| Completion { id: write.id, outcome: Err(WriteFault::Severed) };
         self.completions.extend(writes.map(severed));
