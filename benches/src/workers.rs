@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tidemill_kvtransfer::{
-    Endpoint, EndpointConfig, HandoffEvent, PeerAddress, PushWrite, Region, Reserve, Source, Timing,
-    TransportChoice,
+    Endpoint, EndpointConfig, HandoffEvent, PeerAddress, PushWrite, RdmaConfig, Region, Reserve, Source,
+    Timing, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
@@ -154,6 +154,7 @@ impl Worker {
             in_place: way == Way::InPlace,
             coverage,
             timing: Timing { lease: PATIENCE, ..Timing::default() },
+            rdma: RdmaConfig::default(),
         };
         Ok(Self { endpoint: Endpoint::start(config, sink)?, region, events })
     }
