@@ -253,6 +253,7 @@ fn rules(config: &EndpointConfig) -> EndpointRules {
         lease: config.timing.lease,
         heartbeat: config.timing.heartbeat,
         patience: config.timing.patience,
+        stall: STALL,
     }
 }
 
@@ -288,5 +289,7 @@ fn hello(config: &EndpointConfig, address: SocketAddr, socket_name: Option<Strin
     }
 }
 
+/// A write is a MiB at most: a line that takes longer for it is of no use.
+const STALL: Duration = Duration::from_secs(10);
 /// Bounds the harm of a clock that was forgotten.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);

@@ -16,6 +16,8 @@
 mod links;
 mod prefilling;
 mod reserving;
+#[cfg(test)]
+mod tests;
 mod writing;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -74,6 +76,9 @@ pub struct EndpointRules {
     pub heartbeat: Duration,
     /// How long a peer's reservation may wait for this engine to expect it.
     pub patience: Duration,
+    /// How long no write may complete on a link that has some under way, before it counts as broken: the way for data
+    /// can fail in silence while messages still come through.
+    pub stall: Duration,
 }
 
 /// The outcome of a handshake.

@@ -110,7 +110,7 @@ impl Driver {
             let Self { core, peers, .. } = self;
             let Some(link) = peers.get_mut(&instance).and_then(|peer| peer.link.as_mut()) else { continue };
             let transport = link.path.transport();
-            core.post(instance, |id, source, range| transport.post_write(id, source.clone(), range));
+            core.post(instance, |id, source, range| transport.post_write(id, source.clone(), range), now);
             let mut done = Vec::new();
             transport.poll(&mut done);
             core.completed(&done, now);

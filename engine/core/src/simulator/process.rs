@@ -56,6 +56,7 @@ impl Life {
             lease: Duration::from_micros(LEASE),
             heartbeat: Duration::from_micros(LEASE / 5),
             patience: Duration::from_secs(3),
+            stall: Duration::from_secs(2),
         };
         Self {
             instance,

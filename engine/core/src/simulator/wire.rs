@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use tidemill_kvtransfer_proto::endpoint_core::{LinkId, QuietProof, WriteSource};
 use tidemill_kvtransfer_proto::message::Message;
-use tidemill_kvtransfer_proto::transport::{Completion, RemoteRange, WriteFault, WriteId};
+use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, WriteFault, WriteId};
 use tidemill_kvtransfer_proto::units::{BlockId, HandoffId};
 
 use super::model::{BLOCK_BYTES, LAYER_BYTES, Memory, Piece};
@@ -35,6 +35,8 @@ pub(super) struct End {
     pub(super) is_open: bool,
     /// Nothing that this side says arrives any more.
     is_mute: bool,
+    /// No write of this side arrives any more, and nobody is told.
+    is_data_mute: bool,
     /// No device of the other side can write here any more.
     access_ended: bool,
     memory: Memory,
@@ -66,6 +68,7 @@ impl World<'_> {
             process,
             is_open: true,
             is_mute: false,
+            is_data_mute: false,
             access_ended: false,
             memory: self.workers[process.place].life.as_ref().expect("it is up").memory.clone(),
             flights: BTreeMap::new(),
@@ -171,9 +174,9 @@ impl World<'_> {
         let mut room = depth.saturating_sub(self.conns[&id].ends[side].flights.len());
         let mut posted = Vec::new();
         let mut was_full = false;
+        let now = self.local_moment(process.place);
         let life = self.life(process).expect("just seen");
-        life.core.post(peer, |write, source, range| {
-            use tidemill_kvtransfer_proto::transport::Post;
+        let take = |write, source: &Piece, range| {
             if room == 0 {
                 was_full = true;
                 return Post::QueueFull;
@@ -181,7 +184,8 @@ impl World<'_> {
             room -= 1;
             posted.push((write, source.clone(), range));
             Post::Accepted
-        });
+        };
+        life.core.post(peer, take, now);
         if was_full && self.options.faults.contains(Fault::FullQueue) {
             self.count(Fault::FullQueue);
         }
@@ -195,12 +199,15 @@ impl World<'_> {
         let latency = self.latency() + self.micros(1, 1_500);
         let proof = self.conns[&id].proof;
         let is_lost = proof != QuietProof::Process && self.strikes(Fault::Loss, 3);
+        let is_silent = is_lost && proof == QuietProof::Admission && self.chance.happens(500);
         let echoes = proof == QuietProof::AccessEnded && self.strikes(Fault::Duplication, 30);
         let queue = if proof == QuietProof::AccessEnded { self.chance.below(QUEUES) } else { 0 };
         let early = self.micros(1, 20);
         let now = self.now;
         let end = &mut self.conns.get_mut(&id).expect("it is up").ends[side];
         let process = end.process;
+        end.is_data_mute |= is_silent;
+        let is_lost = is_lost || end.is_data_mute;
         end.queues[queue] = end.queues[queue].max(now + latency) + 1;
         let at = end.queues[queue];
         let flight = Flight { source, range, snapshot: None, done: 0, queue, is_lost, fault: None };
@@ -342,9 +349,9 @@ impl World<'_> {
     fn writes_are_lost(&mut self, id: ConnId, from: usize, write: WriteId) {
         let conn = self.conns.get_mut(&id).expect("the caller has just seen it");
         conn.ends[from].flights.remove(&write);
-        let is_open = conn.ends[from].is_open;
+        let is_open = conn.ends[from].is_open && !conn.ends[from].is_data_mute;
         let process = conn.ends[from].process;
-        self.note(|| "a write is lost".to_owned());
+        self.note(|| format!("worker {}: a write is lost", process.place));
         if is_open {
             // Retries are exhausted, or the stream is reset: the connection is broken.
             let delay = self.micros(50_000, 200_000);

@@ -36,6 +36,10 @@ pub(super) struct LinkState {
     next_beat: Moment,
     beat_every: Duration,
     beats: u64,
+    /// Posted writes that have not ended.
+    pub(super) under_way: u32,
+    /// When one of them ended, or the first was posted.
+    pub(super) progress: Moment,
     /// Handoffs that have writes to post, oldest first.
     pub(super) posting: VecDeque<HandoffId>,
     pub(super) ended: Ended,
@@ -97,6 +101,8 @@ impl<S: WriteSource> EndpointCore<S> {
             next_beat: now,
             beat_every: self.rules.heartbeat.min(hello.lease / BEATS_PER_LEASE),
             beats: 0,
+            under_way: 0,
+            progress: now,
             posting: VecDeque::new(),
             ended: Ended::default(),
         };
@@ -193,11 +199,14 @@ impl<S: WriteSource> EndpointCore<S> {
     pub fn tick(&mut self, now: Moment) {
         let peers: Vec<u64> = self.peers.keys().copied().collect();
         for peer in peers {
-            let lease = self.rules.lease;
+            let (lease, stall) = (self.rules.lease, self.rules.stall);
             let Some(link) = self.link_mut(peer) else { continue };
             let silence = now.since(link.last_heard);
+            let standstill = now.since(link.progress);
             if lease < silence {
                 self.link_lost(peer, &format!("nothing was heard for {silence:?}"), now);
+            } else if 0 < link.under_way && stall < standstill {
+                self.link_lost(peer, &format!("no write has completed for {standstill:?}"), now);
             } else if link.next_beat <= now {
                 link.next_beat = now.plus(link.beat_every);
                 link.beats += 1;
@@ -211,7 +220,11 @@ impl<S: WriteSource> EndpointCore<S> {
     /// When [`tick`](Self::tick) has something to do.
     pub fn next_tick(&self) -> Option<Moment> {
         let links = self.peers.values().filter_map(|it| it.link.as_ref());
-        let clocks = links.map(|link| link.next_beat.min(link.last_heard.plus(self.rules.lease)));
+        let clocks = links.map(|link| {
+            let lease = link.next_beat.min(link.last_heard.plus(self.rules.lease));
+            let stall = (0 < link.under_way).then(|| link.progress.plus(self.rules.stall));
+            stall.map_or(lease, |stall| stall.min(lease))
+        });
         clocks.chain(self.waiting.values().map(super::Waiting::until)).min()
     }
 

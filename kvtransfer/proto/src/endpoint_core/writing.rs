@@ -72,7 +72,7 @@ impl<S: WriteSource> EndpointCore<S> {
     }
 
     /// Hands the writes for a peer to its transport, oldest handoff first, until that is full.
-    pub fn post(&mut self, peer: u64, mut post: impl FnMut(WriteId, &S, RemoteRange) -> Post) {
+    pub fn post(&mut self, peer: u64, mut post: impl FnMut(WriteId, &S, RemoteRange) -> Post, now: Moment) {
         let Self { peers, outgoing, writes, next_write, .. } = self;
         let Some(link) = peers.get_mut(&peer).and_then(|it| it.link.as_mut()) else { return };
         while let Some(&handoff) = link.posting.front() {
@@ -85,6 +85,10 @@ impl<S: WriteSource> EndpointCore<S> {
                 match post(id, &source, range) {
                     Post::Accepted => {
                         *next_write += 1;
+                        if link.under_way == 0 {
+                            link.progress = now;
+                        }
+                        link.under_way += 1;
                         writes.insert(id, PostedWrite { peer, link: link.id, handoff });
                         outgoing.add_digests(handoff, &source, &range);
                     }
@@ -103,10 +107,13 @@ impl<S: WriteSource> EndpointCore<S> {
         let mut settled = Vec::with_capacity(done.len());
         for completion in done {
             let Some(write) = self.writes.remove(&completion.id) else { continue };
-            let is_current = self.link(write.peer).is_some_and(|link| link.id == write.link);
-            if completion.outcome == Err(WriteFault::Severed) && is_current {
-                // First, so that the handoffs learn of the loss and not of a write that failed.
-                self.link_lost(write.peer, "the connection was closed", now);
+            if let Some(link) = self.link_mut(write.peer).filter(|link| link.id == write.link) {
+                link.under_way -= 1;
+                link.progress = now;
+                if completion.outcome == Err(WriteFault::Severed) {
+                    // First, so that the handoffs learn of the loss and not of a write that failed.
+                    self.link_lost(write.peer, "the connection was closed", now);
+                }
             }
             settled.push((write.handoff, completion.outcome));
         }
