@@ -347,12 +347,14 @@ impl World<'_> {
     }
 
     fn writes_are_lost(&mut self, id: ConnId, from: usize, write: WriteId) {
-        let conn = self.conns.get_mut(&id).expect("the caller has just seen it");
-        conn.ends[from].flights.remove(&write);
-        let is_open = conn.ends[from].is_open && !conn.ends[from].is_data_mute;
-        let process = conn.ends[from].process;
+        let end = &mut self.conns.get_mut(&id).expect("the caller has just seen it").ends[from];
+        let is_told = end.is_open && !end.is_data_mute;
+        if !end.is_data_mute {
+            end.flights.remove(&write);
+        } // In silence it stays under way until somebody gives up.
+        let process = end.process;
         self.note(|| format!("worker {}: a write is lost", process.place));
-        if is_open {
+        if is_told {
             // Retries are exhausted, or the stream is reset: the connection is broken.
             let delay = self.micros(50_000, 200_000);
             let completion = Completion { id: write, outcome: Err(WriteFault::Severed) };

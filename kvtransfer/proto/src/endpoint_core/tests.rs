@@ -189,7 +189,7 @@ fn hello() -> Hello {
         listen_port: 1,
         host: String::new(),
         memory_socket: String::new(),
-        offer: Offer { shared_memory: true, tcp: true, on_failure: OnFailure::FallBack },
+        offer: Offer { shared_memory: true, rdma: false, tcp: true, on_failure: OnFailure::FallBack },
         lease: Duration::from_millis(500),
     }
 }
