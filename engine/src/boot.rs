@@ -16,7 +16,7 @@ use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
 
 use crate::driver::{Driver, Inbox};
 use crate::engine::{Command, EngineError, Shared};
-use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, LoadProgress, TransportChoice};
+use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, LoadProgress};
 use crate::memory::{Arena, available_bytes};
 use crate::models::Model;
 use crate::roles::prefill::Outgoings;
@@ -169,12 +169,7 @@ fn endpoint(
             layout: arena.layout().clone(),
             region: Arc::clone(arena.region()),
             listen: address,
-            transport: match config.transport {
-                TransportChoice::Auto => tidemill_kvtransfer::TransportChoice::Auto,
-                TransportChoice::SharedMemory => tidemill_kvtransfer::TransportChoice::SharedMemory,
-                TransportChoice::Rdma => tidemill_kvtransfer::TransportChoice::Rdma,
-                TransportChoice::Tcp => tidemill_kvtransfer::TransportChoice::Tcp,
-            },
+            transport: crate::network::choice(config.transport),
             rdma: tidemill_kvtransfer::RdmaConfig {
                 devices: config.rdma_devices.clone(),
                 gid_index: config.rdma_gid_index,

@@ -13,6 +13,7 @@ mod fault;
 pub mod handle;
 pub mod memory;
 pub mod models;
+pub mod network;
 mod roles;
 pub mod runner;
 pub mod sampler;

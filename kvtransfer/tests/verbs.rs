@@ -10,6 +10,7 @@ use tidemill_kvtransfer::{
     Endpoint, EndpointConfig, HandoffEvent, PushWrite, RdmaConfig, Region, Reserve, Slab, Source,
     TransportChoice,
 };
+use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::message::TransportKind;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
 use worker::{PATIENCE, Way, Worker, config, pair};
@@ -23,6 +24,7 @@ fn large(name: &str, instance: u64, blocks: usize) -> EndpointConfig {
     config.layout.kv_heads = 8;
     config.layout.heads.count = 8;
     config.layout.head_size = 64;
+    config.coverage = Coverage::Sampled; // The test looks at every byte itself.
     config.region = Region::new(name, config.layout.block_bytes() * blocks).expect("memory");
     config
 }

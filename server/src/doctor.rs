@@ -1,8 +1,9 @@
 //! `tidemill doctor`: what this machine offers, and what Tidemill would make of it.
 //!
-//! Reads `/proc` and `/sys` and loads no library but the one that it asks for GPUs, so that it tells the truth on a
-//! machine where half of it is missing. Each finding is a line with a verdict; text and JSON are two views of the list.
+//! Reads `/proc` and `/sys` and loads no library but those that it asks for GPUs and RDMA devices, so that it tells the
+//! truth on a machine where half of it is missing. Each finding is a line with a verdict; text and JSON are two views of the list.
 
+mod pair;
 mod probes;
 
 use std::process::ExitCode;
@@ -54,7 +55,13 @@ impl Finding {
 /// Looks at everything and prints it.
 #[expect(clippy::print_stdout, reason = "the report is the program's output")]
 pub(crate) fn run(flags: &DoctorFlags) -> anyhow::Result<ExitCode> {
-    let findings = probes::all();
+    if let Some(address) = flags.serve {
+        return pair::answer(address, flags.transport);
+    }
+    let findings = match &flags.peer {
+        Some(peer) => pair::findings(peer, flags.transport)?,
+        None => probes::all(),
+    };
     if flags.json {
         let report = serde_json::json!({"version": crate::VERSION, "findings": findings});
         println!("{}", serde_json::to_string_pretty(&report)?);

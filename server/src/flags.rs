@@ -15,7 +15,7 @@ mod values;
 
 pub(crate) use engine::{DeploymentFlags, EngineFlags, ModelFlags, RoleOverrides};
 pub(crate) use front::{FrontFlags, LogFlags};
-pub(crate) use values::{CoreList, LoadFormatName, LogFormat, RoleName, typed};
+pub(crate) use values::{CoreList, LoadFormatName, LogFormat, RoleName, TransportName, typed};
 
 /// Everything that can be typed.
 #[derive(Debug, Parser)]
@@ -147,7 +147,21 @@ pub(crate) struct DoctorFlags {
     /// Print JSON instead of text
     #[arg(long, env = "TIDEMILL_JSON")]
     pub(crate) json: bool,
+    /// Measure the way to another host, on which `tidemill doctor --serve` runs
+    #[arg(long, env = "TIDEMILL_PEER", value_name = "HOST[:PORT]", conflicts_with = "serve")]
+    pub(crate) peer: Option<String>,
+    /// Answer measurements at this address, and at the port after it, until interrupted
+    #[arg(long, env = "TIDEMILL_SERVE", value_name = "ADDRESS", num_args = 0..=1, default_missing_value = DOCTOR_ADDRESS)]
+    pub(crate) serve: Option<SocketAddr>,
+    /// Which way to measure; on the answering side, which ways it has
+    #[arg(long, env = "TIDEMILL_TRANSPORT", value_enum, default_value_t)]
+    pub(crate) transport: TransportName,
 }
+
+/// Where `doctor --serve` listens.
+const DOCTOR_ADDRESS: &str = "0.0.0.0:18515";
+/// Its port.
+pub(crate) const DOCTOR_PORT: u16 = 18515;
 
 impl FrontFlags {
     /// Whether other machines can reach this address.

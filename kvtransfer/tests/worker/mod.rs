@@ -17,7 +17,7 @@ use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout}
 use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
 
 /// Far more than anything here takes; a test that gets there has failed.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Worker {
     pub(crate) endpoint: Endpoint,
@@ -80,8 +80,14 @@ pub(crate) fn config(name: &str, instance: u64, way: Way, blocks: u32) -> Endpoi
         in_place: way == Way::InPlace,
         coverage: Coverage::Full,
         // Tests share few cores: a lease that is never at stake, unless the test is about leases.
-        timing: Timing { lease: Duration::from_secs(10), ..Timing::default() },
+        timing: Timing { lease: Duration::from_secs(10), handshake: handshake(), ..Timing::default() },
     }
+}
+
+/// An emulated machine takes its time.
+fn handshake() -> Duration {
+    let is_emulated = std::env::var_os("RDMA_VM").is_some();
+    if is_emulated { Duration::from_secs(20) } else { Timing::default().handshake }
 }
 
 impl Worker {

@@ -6,6 +6,7 @@ use std::{fs, thread};
 use nvml_wrapper::Nvml;
 use rustix::process::{Resource, getrlimit};
 use tidemill_engine::memory::available_bytes;
+use tidemill_engine::network::{self, PortReport, Unavailable};
 
 use super::Finding;
 
@@ -116,23 +117,31 @@ fn gpus() -> Finding {
 }
 
 fn rdma() -> Finding {
-    let devices = names("/sys/class/infiniband");
-    let library = LIBRARY_FOLDERS.iter().any(|folder| Path::new(folder).join("libibverbs.so.1").exists());
-    match (devices.is_empty(), library, Path::new("/sys/class/infiniband").exists()) {
-        (false, true, _) => Finding::limited(
-            "rdma",
-            format!("devices: {}", devices.join(", ")),
-            "this version moves the KV cache over shared memory and TCP; verbs are to come",
-        ),
-        (false, false, _) => Finding::limited(
-            "rdma",
-            format!("devices: {}", devices.join(", ")),
-            "libibverbs.so.1 is missing: install rdma-core",
-        ),
-        (true, _, true) => Finding::absent("rdma", "no device, though the kernel supports it"),
-        (true, true, false) => Finding::absent("rdma", "libibverbs is there, but no kernel support"),
-        (true, false, false) => Finding::absent("rdma", "no library, no kernel support, no device"),
+    let ports = match network::ports() {
+        Ok(ports) => ports,
+        Err(Unavailable::NoLibrary { .. }) if !names("/sys/class/infiniband").is_empty() => {
+            let devices = names("/sys/class/infiniband").join(", ");
+            return Finding::limited(
+                "rdma",
+                devices,
+                "libibverbs.so.1 is missing: install libibverbs1 or rdma-core",
+            );
+        }
+        Err(reason) => return Finding::absent("rdma", reason.to_string()),
+    };
+    let described: Vec<String> = ports.iter().map(describe_port).collect();
+    let found = described.join("; ");
+    match ports.iter().any(|port| port.is_active && port.address.is_some()) {
+        true => Finding::good("rdma", found),
+        false => Finding::limited("rdma", found, "no port is up and has an address: handoffs take TCP"),
     }
+}
+
+fn describe_port(port: &PortReport) -> String {
+    let state = if port.is_active { "up" } else { "down" };
+    let address = port.address.map_or_else(|| "no address".to_owned(), |address| address.to_string());
+    let node = port.place.place.node.map(|node| format!(", node {node}")).unwrap_or_default();
+    format!("{} {} {state}, {address}, MTU {}{node}", port.name, port.link_layer, port.mtu)
 }
 
 fn would_use() -> Finding {
@@ -141,7 +150,9 @@ fn would_use() -> Finding {
         if usable < 2 { "both workers on one core" } else { "prefill and decode on cores of their own" };
     Finding::good(
         "would use",
-        format!("cpu kernels, {split}, handoff in place by shared memory, TCP between machines"),
+        format!(
+            "cpu kernels, {split}, handoff in place by shared memory; between machines RDMA where both have it, else TCP"
+        ),
     )
 }
 
@@ -181,6 +192,4 @@ fn size(bytes: u64) -> String {
 /// What the kernels use now or will.
 const INSTRUCTIONS: [&str; 9] =
     ["avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8"];
-const LIBRARY_FOLDERS: [&str; 5] =
-    ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib"];
 const ENOUGH_FILES: u64 = 4096;
