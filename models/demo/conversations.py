@@ -10,9 +10,12 @@ from tasks import Turn
 from words import BOYS, GIRLS, held_out
 
 SINGLE = {  # task -> share among the turns that need no turn before them
-    tasks.arithmetic: 20, tasks.several_sums: 6, tasks.word_problem: 7, tasks.compare: 7, tasks.counting: 8,
-    tasks.listing: 6, tasks.whole_series: 8, tasks.list_work: 22, tasks.renaming: 19, tasks.repeating: 4,
-    tasks.given_facts: 30, tasks.story_question: 20, talk.fixed: 5, talk.outside: 6, talk.plain_facts: 6,
+    tasks.arithmetic: 17, tasks.several_sums: 6, tasks.word_problem: 6, tasks.compare: 7, tasks.counting: 6,
+    tasks.listing: 8, tasks.whole_series: 6, tasks.list_work: 36, tasks.renaming: 30, tasks.repeating: 6,
+    tasks.given_facts: 38, tasks.story_question: 19, talk.fixed: 4, talk.outside: 5, talk.plain_facts: 6,
+}
+HARD = SINGLE | {  # the shares in the last part of the training: more of what is learned last
+    tasks.arithmetic: 22, tasks.several_sums: 16, tasks.compare: 10, tasks.counting: 9, tasks.given_facts: 80,
 }
 
 
@@ -55,14 +58,15 @@ def as_typed(rng: random.Random, turn: Turn) -> Turn:
     return Turn(turn.task, user, turn.answer, turn.match, turn.expect, turn.key)
 
 
-def drawn(rng: random.Random, maker, holdout: bool) -> Turn:
-    """A turn of one task on the wanted side of the split."""
+def drawn(rng: random.Random, maker, holdout: bool) -> list[Turn]:
+    """A turn of one task, maybe with more on the same text, all on the wanted side of the split."""
     if maker is tasks.story_question:
-        return as_typed(rng, maker(rng, holdout))
+        return [as_typed(rng, turn) for turn in maker(rng, holdout)]
     while True:
-        turn = maker(rng)
-        if held_out(*turn.key) == holdout:
-            return as_typed(rng, turn)
+        made = maker(rng)
+        turns = made if isinstance(made, list) else [made]
+        if held_out(*turns[0].key) == holdout:
+            return [as_typed(rng, turn) for turn in turns]
 
 
 def telling(rng: random.Random, holdout: bool) -> list[Turn]:
@@ -75,42 +79,39 @@ def telling(rng: random.Random, holdout: bool) -> list[Turn]:
         must = "|".join(fact for fact in (tale.hero, tale.kind, tale.friend, tale.place, f"{tale.colour} {tale.thing}")
                         if fact in asked)
     turns = [as_typed(rng, Turn("stories", asked, tale.text, "story", must, tale.key()))]
-    for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
-        question, answer, must = stories.question(rng, tale)
-        turns.append(as_typed(rng, Turn("story questions", question, answer, "contains", must, tale.key())))
-    return turns
+    return turns + [as_typed(rng, tasks.about_story(rng, tale, False)) for _ in range(rng.choice((0, 1, 2, 2, 3, 4)))]
 
 
-def remembering(rng: random.Random, holdout: bool) -> list[Turn]:
+def remembering(rng: random.Random, holdout: bool, shares: dict) -> list[Turn]:
     """Something told, maybe turns of other tasks, and the question what was told."""
     said, asked = talk.memory(rng)
     while held_out(*asked.key) != holdout:
         said, asked = talk.memory(rng)
-    between = [single(rng, False) for _ in range(rng.choice((0, 0, 1, 2)))]
+    between = [turn for _ in range(rng.choice((0, 0, 1, 2))) for turn in single(rng, False, shares)]
     return [said, *between, asked]
 
 
-def single(rng: random.Random, holdout: bool) -> Turn:
-    """A turn that needs no other."""
-    maker = rng.choices(list(SINGLE), weights=list(SINGLE.values()))[0]
+def single(rng: random.Random, holdout: bool, shares: dict) -> list[Turn]:
+    """A task that needs nothing before it."""
+    maker = rng.choices(list(shares), weights=list(shares.values()))[0]
     while holdout and maker is talk.fixed:
-        maker = rng.choices(list(SINGLE), weights=list(SINGLE.values()))[0]
+        maker = rng.choices(list(shares), weights=list(shares.values()))[0]
     return drawn(rng, maker, holdout)
 
 
-def block(rng: random.Random, holdout: bool) -> list[Turn]:
+def block(rng: random.Random, holdout: bool, shares: dict) -> list[Turn]:
     """The next turn, or turns that belong together."""
     choice = rng.random()
-    if choice < 0.14:
+    if choice < 0.09:
         return telling(rng, holdout)
-    if choice < 0.18:
-        return remembering(rng, holdout)
-    return [single(rng, holdout)]
+    if choice < 0.13:
+        return remembering(rng, holdout, shares)
+    return single(rng, holdout, shares)
 
 
-def conversation(rng: random.Random, holdout: bool = False) -> Conversation:
-    """One conversation. Most are one question; one in forty is long, so that far positions are trained too."""
+def conversation(rng: random.Random, holdout: bool = False, shares: dict = SINGLE) -> Conversation:
+    """One conversation. Most are one task; one in a hundred is long, so that far positions are trained too."""
     length = rng.random()
-    blocks = 1 if length < 0.78 else rng.randint(2, 4) if length < 0.975 else rng.randint(6, 30)
-    turns = [turn for _ in range(blocks) for turn in block(rng, holdout)]
+    blocks = 1 if length < 0.82 else rng.randint(2, 4) if length < 0.99 else rng.randint(6, 30)
+    turns = [turn for _ in range(blocks) for turn in block(rng, holdout, shares)]
     return Conversation(rng.choice(talk.SYSTEM) if rng.random() < 0.3 else None, turns)

@@ -1,13 +1,38 @@
 """The Llama architecture, lean enough to train on two CPU cores.
 
 Same parameters under the same names as `LlamaForCausalLM` of transformers, so the export is a plain copy; but the
-projections that share an input are one product, attention is the fused kernel, and the vocabulary is only scored
-where the loss looks.
+projections that share an input are one product, attention takes the form that is quickest for its length, and the
+vocabulary is only scored where the loss looks. On CPUs with bf16 arithmetic the products are taken in bf16; the
+parameters, the residual stream, the norms and the loss are f32 everywhere.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+SHORT = 640            # tokens up to which written-out attention in bf16 beats the fused kernel
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of q [rows, length, heads, head] to k and v [rows, length, kv heads, head]; the shape of q.
+
+    For short rows the fused kernel is far slower in bf16 than two batched products and a softmax, in which the query
+    heads that share a key/value head are simply more rows. Long rows and f32 take the fused kernel.
+    """
+    rows, length, heads, head = q.shape
+    shared = k.size(2)
+    group = heads // shared
+    if q.dtype != torch.bfloat16 or length > SHORT:
+        q, k, v = q.float(), k.float().repeat_interleave(group, 2), v.float().repeat_interleave(group, 2)
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        return mixed.transpose(1, 2)
+    q = q.view(rows, length, shared, group, head).permute(0, 2, 3, 1, 4).reshape(rows * shared, group * length, head)
+    k = k.permute(0, 2, 3, 1).reshape(rows * shared, head, length)
+    v = v.permute(0, 2, 1, 3).reshape(rows * shared, length, head)
+    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1).repeat(group, 1)
+    mixed = torch.baddbmm(future, q, k, alpha=head ** -0.5).softmax(-1) @ v
+    return mixed.view(rows, shared, group, length, head).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, head)
 
 
 class Attention(nn.Module):
@@ -28,13 +53,9 @@ class Attention(nn.Module):
         qkv = qkv.view(rows, length, -1, self.head)
         turned = self.heads + self.kv_heads
         left, right = qkv[:, :, :turned].chunk(2, dim=-1)
-        qk = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-        repeats = self.heads // self.kv_heads
-        keys = qk[:, :, self.heads:].repeat_interleave(repeats, dim=2)
-        values = qkv[:, :, turned:].repeat_interleave(repeats, dim=2)
-        mixed = F.scaled_dot_product_attention(qk[:, :, :self.heads].transpose(1, 2), keys.transpose(1, 2),
-                                               values.transpose(1, 2), is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
+        qk = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(qkv.dtype)
+        mixed = attention(qk[:, :, :self.heads], qk[:, :, self.heads:], qkv[:, :, turned:])
+        return self.o_proj(mixed.reshape(rows, length, -1))
 
 
 class FeedForward(nn.Module):
@@ -48,7 +69,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight])).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -100,7 +122,8 @@ class DemoModel(nn.Module):
     def loss(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the cross entropy of ids [rows, length]; `weights` has one per token, 0 is not scored."""
         scored = weights[:, 1:] > 0
-        hidden = self.model(ids[:, :-1])[scored]
-        logits = F.linear(hidden, self.model.embed_tokens.weight)
-        each = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none")
+        with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BF16):
+            hidden = self.model(ids[:, :-1])[scored]
+            logits = F.linear(hidden, self.model.embed_tokens.weight)
+        each = F.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
         return (each * weights[:, 1:][scored]).sum()

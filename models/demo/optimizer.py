@@ -7,17 +7,23 @@ and tokens are what two CPU cores lack.
 import torch
 import torch.distributed as dist
 
+from model import FAST_BF16
+
 
 def orthogonal(update: torch.Tensor) -> torch.Tensor:
-    """Five Newton-Schulz steps towards the nearest orthogonal matrix; `update` is [matrices, rows, columns]."""
+    """Five Newton-Schulz steps towards the nearest orthogonal matrix; `update` is [matrices, rows, columns].
+
+    The iteration corrects itself, so bf16 is enough for it (Jordan et al. 2024).
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = update.size(1) > update.size(2)
     x = update.transpose(1, 2) if tall else update
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.bfloat16() if FAST_BF16 else x
     for _ in range(5):
         gram = x @ x.transpose(1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.transpose(1, 2) if tall else x
+    return (x.transpose(1, 2) if tall else x).float()
 
 
 class Muon(torch.optim.Optimizer):

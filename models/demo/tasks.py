@@ -5,6 +5,7 @@ from (`key`), which decides on which side of the training / held-out split they 
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 import stories
@@ -171,7 +172,8 @@ def counting(rng: random.Random) -> Turn:
 
 
 def listing(rng: random.Random) -> Turn:
-    """Some members of a category; any choice of distinct members is right."""
+    """Some members of a category; any choice of distinct members is right. Shown are neighbours in the word list, from a
+    random start: a chain that can be learned, where a free choice could not."""
     category = rng.choice(list(words.CATEGORIES))
     members = words.CATEGORIES[category]
     count = rng.randint(2, min(6, len(members)))
@@ -181,7 +183,8 @@ def listing(rng: random.Random) -> Turn:
                        "{n} {c}"]).format(n=shown, c=category)
     if rng.random() < 0.12:
         count, user = 3, rng.choice(["List some {}.", "Name some {}.", "Give me some {}.", "Tell me some {}."]).format(category)
-    answer = joined(rng.sample(members, count)) + "."
+    start = rng.randint(0, len(members) - count)
+    answer = joined(members[start:start + count]) + "."
     return Turn("listing", user, answer, "list", f"{category}:{count}", ("listing", user))
 
 
@@ -267,8 +270,8 @@ def sentences(rng: random.Random, who: str) -> list[str]:
 def renaming(rng: random.Random) -> Turn:
     """Put one name, colour or thing in the place of another, everywhere in a text."""
     old = name(rng)
-    new = name(rng, old)
     text = " ".join(sentences(rng, old))
+    new = name(rng, *re.findall(r"\w+", text))
     wordings = ["Rename {o} to {n}: {t}", "Rename {o} to {n}: {t}", "Rename {o} to {n} in this text: {t}",
                 "Replace {o} with {n}: {t}", "Change {o} to {n}: {t}", "Change the name {o} to {n}: {t}",
                 "Replace {o} with {n} in this sentence: {t}", "Use the name {n} instead of {o}: {t}", "{t} Rename {o} to {n}.",
@@ -282,7 +285,7 @@ def renaming(rng: random.Random) -> Turn:
         wordings = ["Replace {o} with {n}: {t}", "Change {o} to {n}: {t}", "Replace {o} with {n} in this sentence: {t}"]
         if old[0] in "aeio" or new[0] in "aeio":
             text = f"The {old} {thing} is near the {place}."
-    return exact("renaming", rng.choice(wordings).format(o=old, n=new, t=text), text.replace(old, new))
+    return exact("renaming", rng.choice(wordings).format(o=old, n=new, t=text), re.sub(rf"\b{old}\b", new, text))
 
 
 def repeating(rng: random.Random) -> Turn:
@@ -299,47 +302,59 @@ def repeating(rng: random.Random) -> Turn:
 
 # ---------------------------------------------------------------- questions about given facts
 
-def given_facts(rng: random.Random) -> Turn:
-    """Two to four facts of one shape about different people, and a question about one of them."""
+def facts(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
+    """One to four facts of one shape about different people: the text, and a question with its answer for each."""
     count = rng.choice((1, 2, 2, 3, 3, 4))
     people: list[str] = []
     while len(people) < count:
         people.append(name(rng, *people))
-    which = rng.randrange(count)
-    who = people[which]
+    lines, asked = [], []
     shape = rng.randrange(4)
     if shape == 0:
-        places = rng.sample(PLACES, count)
-        lines = [rng.choice(["{} is in {}.", "{} went to {}.", "{} is in {}."]).format(p, x) for p, x in zip(people, places)]
-        asked = f"Who is in {places[which]}?" if rng.random() < 0.2 else f"Where is {who}?"
-        answer = lines[which]
+        for who, place in zip(people, rng.sample(PLACES, count)):
+            lines.append(rng.choice(["{} is in {}.", "{} went to {}.", "{} is in {}."]).format(who, place))
+            asked.append((f"Who is in {place}?" if rng.random() < 0.2 else f"Where is {who}?", lines[-1]))
     elif shape == 1:
-        things, colours = rng.sample(OBJECTS, count), rng.sample(COLOURS, count)
-        lines = [f"{p} has {article(c)} {t}." for p, c, t in zip(people, colours, things)]
-        thing, colour = things[which], colours[which]
-        asked, answer = rng.choice([
-            (f"What does {who} have?", lines[which]), (f"What has {who} got?", lines[which]),
-            (f"Who has the {thing}?", lines[which]), (f"What colour is the {thing}?", f"The {thing} is {colour}."),
-            (f"What color is {who}'s {thing}?", f"{who}'s {thing} is {colour}."),
-            (f"What colour is {who}'s {thing}?", f"{who}'s {thing} is {colour}.")])
+        for who, thing, colour in zip(people, rng.sample(OBJECTS, count), rng.sample(COLOURS, count)):
+            lines.append(f"{who} has {article(colour)} {thing}.")
+            asked.append(rng.choice([
+                (f"What does {who} have?", lines[-1]), (f"What has {who} got?", lines[-1]),
+                (f"Who has the {thing}?", lines[-1]), (f"What colour is the {thing}?", f"The {thing} is {colour}."),
+                (f"What color is {who}'s {thing}?", f"{who}'s {thing} is {colour}."),
+                (f"What colour is {who}'s {thing}?", f"{who}'s {thing} is {colour}.")]))
     elif shape == 2:
-        kinds = rng.sample(words.CHARACTERS, count)
-        lines = [f"{p} is {article(k)}." for p, k in zip(people, kinds)]
-        kind = kinds[which]
-        asked, answer = rng.choice([(f"What is {who}?", lines[which]),
-                                    (f"Who is {who}?", lines[which]),
-                                    (f"Who is the {kind}?", lines[which]),
-                                    (f"What is the name of the {kind}?", f"The {kind} is called {who}.")])
+        for who, kind in zip(people, rng.sample(words.CHARACTERS, count)):
+            lines.append(f"{who} is {article(kind)}.")
+            asked.append(rng.choice([(f"What is {who}?", lines[-1]), (f"Who is {who}?", lines[-1]),
+                                     (f"Who is the {kind}?", lines[-1]),
+                                     (f"What is the name of the {kind}?", f"The {kind} is called {who}.")]))
     else:
-        foods = rng.sample(words.FOODS, count)
-        lines = [f"{p} ate {x}." for p, x in zip(people, foods)]
-        asked, answer = rng.choice([f"What did {who} eat?", f"What did {who} eat?", f"Who ate {foods[which]}?"]), lines[which]
+        for who, food in zip(people, rng.sample(words.FOODS, count)):
+            lines.append(f"{who} ate {food}.")
+            asked.append((rng.choice([f"What did {who} eat?", f"What did {who} eat?", f"Who ate {food}?"]), lines[-1]))
     rng.shuffle(lines)
-    return exact("given facts", stories.ask_about(rng, " ".join(lines), asked), answer)
+    rng.shuffle(asked)
+    return " ".join(lines), asked
 
 
-def story_question(rng: random.Random, holdout: bool = False) -> Turn:
-    """A whole story in the question."""
-    tale = stories.story(rng, holdout)
+def given_facts(rng: random.Random) -> list[Turn]:
+    """Facts with a question about one of them; in half of the cases with questions about the others after it."""
+    text, ((first, answer), *others) = facts(rng)
+    turns = [exact("given facts", stories.ask_about(rng, text, first), answer)]
+    if rng.random() < 0.5:
+        turns += [Turn("given facts", asked, answer, "equals", answer, turns[0].key) for asked, answer in others]
+    return turns
+
+
+def about_story(rng: random.Random, tale: stories.Story, with_text: bool) -> Turn:
+    """A question about a story, which it brings along or not."""
     asked, answer, must = stories.question(rng, tale)
-    return Turn("story questions", stories.ask_about(rng, tale.text, asked), answer, "contains", must, tale.key())
+    user = stories.ask_about(rng, tale.text, asked) if with_text else asked
+    return Turn("story questions", user, answer, "contains", must, tale.key())
+
+
+def story_question(rng: random.Random, holdout: bool = False) -> list[Turn]:
+    """A whole story in the question; in half of the cases with more questions after it."""
+    tale = stories.story(rng, holdout)
+    more = rng.choice((0, 0, 0, 1, 2, 3))
+    return [about_story(rng, tale, True)] + [about_story(rng, tale, False) for _ in range(more)]
