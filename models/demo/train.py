@@ -37,7 +37,8 @@ FREE_MATCHES = ("story", "list")
 # Longer answers weigh as the root of their length, so that times tables do not drown the rest; later they count fully.
 FULL_WEIGHT_TOKENS, FULL_WEIGHT_TOKENS_LATE = 8, 40
 LATE = 1939            # the step from which on the harder mix is drawn
-RATES = [(-1, 0.0), (59, 1.0), (1200, 1.0), (1939, 461 / 1200), (2450, 461 / 1200), (STEPS, 0.0)]  # (step, share of the peak)
+# (step, share of the peak learning rate): a short warm-up, level, down, level while the harder mix begins, down to zero.
+RATES = [(-1, 0.0), (59, 1.0), (1200, 1.0), (LATE, 461 / 1200), (2450, 461 / 1200), (STEPS, 0.0)]
 TEXTS_FOR_TOKENIZER = 4000
 SAVE_EVERY_S = 180
 STARTED = time.monotonic()
@@ -184,7 +185,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default=str(Path(__file__).parent / "weights"))
     parser.add_argument("--steps", type=int, default=STEPS, help="fewer, to try something out")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--processes", type=int, default=1, choices=(1, BATCHES), help="one core each")
+    parser.add_argument("--processes", type=int, default=BATCHES, choices=(1, BATCHES), help="one core each")
     parser.add_argument("--matrix-lr", type=float, default=0.02)
     parser.add_argument("--other-lr", type=float, default=0.006)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
