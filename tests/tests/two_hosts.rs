@@ -12,7 +12,7 @@ use tidemill_tests::two_hosts::{Host, HostProcess, Pair, binary};
 use tokio::sync::OnceCell;
 
 /// Ways between two hosts, and whether they take RDMA packets.
-const TRANSPORTS: [(&str, bool); 1] = [("tcp", false)];
+const TRANSPORTS: [(&str, bool); 2] = [("tcp", false), ("rdma", true)];
 
 #[tokio::test]
 #[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
@@ -22,19 +22,16 @@ async fn split_over_two_hosts_equals_whole() {
     for (transport, is_rdma) in TRANSPORTS {
         let before = Host::Second.rdma_packets_sent();
         let split = Split::start(transport, Host::address, REQUIRED, &[]);
-        same(expected, &answers(&split.client).await, transport);
+        let (found, counted) = split.undisturbed(transport).await;
+        same(expected, &found, transport);
         let bytes = split.client.metric("tidemill_handoff_bytes_total", "").await;
         assert!(0.0 < bytes, "{transport}: nothing was written\n{}", split.front.log());
-        for never in
-            ["tidemill_fallbacks_total", "tidemill_handoff_refusals_total", "tidemill_handoff_in_place_total"]
-        {
-            assert_eq!(
-                split.client.metric(never, "").await,
-                0.0,
-                "{transport}: {never}\n{}",
-                split.front.log()
-            );
-        }
+        assert_eq!(counted, [0.0; 3], "{transport}: {BESIDE_THE_WAY:?}\n{}", split.front.log());
+        let speed = split
+            .client
+            .metric("tidemill_link_bytes_per_second", &format!("transport=\"{transport}\""))
+            .await;
+        assert!(0.0 < speed, "{transport} is not the way that is reported\n{}", split.front.log());
         // The kernel's count beside our own: a packet carries at most 4096 bytes.
         let packets = Host::Second.rdma_packets_sent() - before;
         if is_rdma {
@@ -89,7 +86,7 @@ async fn a_partition_in_mid_transfer_costs_no_answer_and_heals() {
     let pair = Pair::take();
     let expected = whole_answers().await;
     for (transport, _) in TRANSPORTS {
-        let split = Split::start(transport, Host::address, REQUIRED, &[]);
+        let split = Split::start(transport, Host::address, &[], &[]);
         split.splits(transport).await;
         // Slow enough that the cut falls into transfers.
         pair.worsen(&["rate", "20mbit"]);
@@ -117,12 +114,8 @@ async fn a_prefill_host_whose_worker_dies_while_pushing_costs_no_answer_and_come
     for (transport, _) in TRANSPORTS {
         let folder = Host::Second.run(&["mktemp", "--directory"]);
         let trigger = format!("{}/armed", folder.trim());
-        let mut split = Split::start(
-            transport,
-            Host::address,
-            REQUIRED,
-            &["--fault-point", &format!("pushing={trigger}")],
-        );
+        let mut split =
+            Split::start(transport, Host::address, &[], &["--fault-point", &format!("pushing={trigger}")]);
         split.splits(transport).await;
         Host::Second.run(&["touch", &trigger]);
         same(expected, &answers(&split.client).await, &format!("{transport}, killed"));
@@ -185,10 +178,39 @@ impl Split {
         let before = self.client.metric("tidemill_handoff_total", "").await;
         eventually(&format!("{when}: requests are split"), LIMIT, || async {
             let reply = self.client.complete(&prompt(100), 4, json!({})).await;
-            assert_eq!(reply.status, 200, "{when}: {}\n{}", reply.body, self.front.log());
-            before < self.client.metric("tidemill_handoff_total", "").await
+            reply.status == 200 && before < self.client.metric("tidemill_handoff_total", "").await
         })
         .await;
+    }
+
+    /// Answers from a round in which neither host was too slow for the other's heartbeat, as happens where the machine
+    /// has other work, and how much was done [`BESIDE_THE_WAY`] in it.
+    async fn undisturbed(&self, when: &str) -> (Vec<(&'static str, Reply)>, [f64; 3]) {
+        for _ in 0..ROUNDS {
+            self.splits(when).await;
+            let (losses, before) = (self.losses(), self.beside_the_way().await);
+            let answers = answers(&self.client).await;
+            let after = self.beside_the_way().await;
+            if losses == self.losses() {
+                return (answers, std::array::from_fn(|index| after[index] - before[index]));
+            }
+        }
+        panic!("{when}: the hosts lost one another in each of {ROUNDS} rounds; is the machine overloaded?")
+    }
+
+    fn losses(&self) -> usize {
+        [&self.prefill, &self.decode, &self.front]
+            .map(|process| process.log().matches(" lost").count())
+            .iter()
+            .sum()
+    }
+
+    async fn beside_the_way(&self) -> [f64; 3] {
+        let mut counts = [0.0; 3];
+        for (count, name) in counts.iter_mut().zip(BESIDE_THE_WAY) {
+            *count = self.client.metric(name, "").await;
+        }
+        counts
     }
 
     async fn is_settled(&self, when: &str) {
@@ -221,6 +243,8 @@ async fn ask_one_worker() -> Vec<(&'static str, Reply)> {
     let client = Client::new(&format!("http://127.0.0.1:{port}"));
     let answers = answers(&client).await;
     assert!(answers.iter().all(|(_, reply)| reply.status == 200), "{answers:?}");
+    let sum = &answers.last().expect("not empty").1.body["choices"][0]["message"]["content"];
+    assert!(sum.as_str().is_some_and(|text| text.contains("12")), "7 + 5: {sum}");
     answers
 }
 
@@ -243,8 +267,6 @@ async fn answers(client: &Client) -> Vec<(&'static str, Reply)> {
     let mut chat = json!({"messages": [{"role": "user", "content": "What is 7 + 5?"}]});
     merge(&mut chat, json!({"temperature": 0, "logprobs": true}));
     let reply = client.post("/v1/chat/completions", &chat).await;
-    let text = reply.body["choices"][0]["message"]["content"].as_str().unwrap_or("");
-    assert!(text.contains("12"), "7 + 5: {}", reply.body);
     replies.push(("a sum", comparable(reply)));
     replies
 }
@@ -259,6 +281,10 @@ fn prompt(length: u32) -> Vec<u32> {
     (0..length).map(|index| 3 + (index * 7 + length) % 200).collect()
 }
 
+/// What stays at zero while all goes as intended.
+const BESIDE_THE_WAY: [&str; 3] =
+    ["tidemill_fallbacks_total", "tidemill_handoff_refusals_total", "tidemill_handoff_in_place_total"];
+const ROUNDS: u32 = 6;
 /// Another way than the one asked for is an error.
 const REQUIRED: &[&str] = &["--require-transport"];
 /// Every prompt is computed and handed over anew, and the cache fits a small machine.
