@@ -46,6 +46,20 @@ fn each_fault_happens_alone_and_no_other_with_it() {
     }
 }
 
+/// Schedules in which a driver's work was once left undone, here by the simulator's own.
+#[test]
+fn schedules_that_once_failed() {
+    #[rustfmt::skip]
+    let rows = [
+        ("writes that are lost in silence end with their link",             84),
+        ("a process that dies after its link was severed is noticed too",   127_978),
+    ];
+    for (name, seed) in rows {
+        let outcome = attempt(seed, Options { faults: Faults::all(), mischief: None }, &mut Trace::default());
+        assert!(outcome.is_ok(), "{name}: {outcome:?}");
+    }
+}
+
 #[test]
 fn a_seed_gives_the_same_schedule_every_time() {
     let options = Options { faults: Faults::all(), mischief: None };

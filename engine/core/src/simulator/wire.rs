@@ -368,11 +368,19 @@ impl World<'_> {
         for id in ids {
             for side in 0..2 {
                 let conn = &self.conns[&id];
-                if conn.ends[side].process != process || !conn.ends[side].is_open {
+                if conn.ends[side].process != process {
                     continue;
                 }
                 let (other, proof) = (conn.ends[1 - side].process, conn.proof);
-                let other_is_open = conn.ends[1 - side].is_open;
+                let (is_open, other_is_open) = (conn.ends[side].is_open, conn.ends[1 - side].is_open);
+                if proof == QuietProof::Process {
+                    // Whoever has mapped its memory, or lent it some, watches the process itself.
+                    let delay = self.micros(100, 3_000);
+                    self.after(delay, Event::ProcessGone { process: other, peer: process.instance });
+                }
+                if !is_open {
+                    continue;
+                }
                 if is_silent && proof != QuietProof::Process {
                     // A host that loses its power says nothing.
                     self.conns.get_mut(&id).expect("just seen").ends[1 - side].is_open = false;
@@ -380,10 +388,6 @@ impl World<'_> {
                     self.conns.get_mut(&id).expect("just seen").ends[1 - side].is_open = other_is_open;
                 } else {
                     self.close(id, side);
-                }
-                if proof == QuietProof::Process {
-                    let delay = self.micros(100, 3_000);
-                    self.after(delay, Event::ProcessGone { process: other, peer: process.instance });
                 }
             }
         }
