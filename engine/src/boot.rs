@@ -43,9 +43,10 @@ pub(crate) fn boot(
     let model = Arc::new(Model::load_on(cpu.threads(), &config.model, config.load_format, progress)?);
     let layout = layout(&config, &model)?;
     let (max_model_len, blocks) = capacity(&config, &model, &layout, available_bytes())?;
-    progress(LoadProgress { stage: "reserving KV cache", done: 0, total: blocks.0.into() });
-    let arena = Arena::new(layout.clone(), blocks)
-        .map_err(|source| EngineError::KvCache { bytes: blocks.0 as usize * layout.block_bytes(), source })?;
+    let bytes = blocks.0 as usize * layout.block_bytes();
+    progress(LoadProgress { stage: "reserving KV cache", done: 0, total: bytes as u64 });
+    let arena =
+        Arena::new(layout.clone(), blocks).map_err(|source| EngineError::KvCache { bytes, source })?;
     let endpoint = Arc::new(endpoint(&config, instance, &arena, wires.commands)?);
     // After the endpoint's thread has started, which would otherwise inherit the core.
     cpu.pin_caller().map_err(|error| EngineError::Device(error.to_string()))?;

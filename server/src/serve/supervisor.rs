@@ -125,23 +125,22 @@ impl Keeper {
         let mut lines = BufReader::new(stdout).lines();
         let stderr = life.stderr.take().expect("piped when spawned");
         let last_words = tokio::spawn(pass_on(stderr, self.bars.clone()));
-        let bar = self.bars.add(ProgressBar::hidden());
-        let mut stage = String::new();
+        let mut loading = Loading::default();
         while let Some(line) = lines.next_line().await? {
             match serde_json::from_str(&line) {
                 Ok(Report::Ready { address }) => {
                     *has_served = true;
-                    bar.finish_and_clear();
+                    loading.end();
                     tracing::info!(worker = %self.plan.name, %address, pid = life.id(), "worker serves");
                     self.address.send_replace(Some(address.to_string()));
                 }
-                Ok(Report::Progress { stage: new, done, total }) => {
-                    self.show(&bar, &mut stage, new, done, total)
+                Ok(Report::Progress { stage, done, total }) => {
+                    loading.show(&self.plan.name, &self.bars, &stage, done, total);
                 }
                 Err(_) => tracing::info!(worker = %self.plan.name, "{line}"),
             }
         }
-        bar.finish_and_clear();
+        loading.end();
         let status = life.wait().await?;
         let last_words = last_words.await.ok().flatten();
         Ok(last_words.unwrap_or_else(|| status.to_string()))
@@ -165,22 +164,46 @@ impl Keeper {
         }
         Ok(command.spawn()?)
     }
+}
 
-    fn show(&self, bar: &ProgressBar, shown: &mut String, stage: String, done: u64, total: u64) {
-        if *shown != stage {
-            if self.bars.is_hidden() {
-                tracing::info!(worker = %self.plan.name, stage, total, "starting");
+/// What a person sees of a worker that loads.
+#[derive(Default)]
+struct Loading {
+    stage: String,
+    /// One for each stage, made by `bars` so that log lines can make room for it.
+    bar: Option<ProgressBar>,
+}
+
+impl Loading {
+    fn show(&mut self, worker: &str, bars: &MultiProgress, stage: &str, done: u64, total: u64) {
+        if self.stage != stage {
+            self.end();
+            stage.clone_into(&mut self.stage);
+            if bars.is_hidden() {
+                tracing::info!(worker, stage, total, "starting");
             } else {
                 let style = ProgressStyle::with_template("{msg:<32!} {wide_bar} {bytes}/{total_bytes}")
                     .expect("the template is well formed");
-                bar.set_style(style);
-                bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+                let bar =
+                    ProgressBar::new(total).with_style(style).with_message(format!("{worker}: {stage}"));
+                self.bar = Some(bars.add(bar));
             }
-            bar.set_message(format!("{}: {stage}", self.plan.name));
-            *shown = stage;
         }
-        bar.set_length(total);
-        bar.set_position(done);
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
