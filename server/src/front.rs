@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use axum::serve::{Listener, ListenerExt};
 use tidemill_engine::models::ModelSpec;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -65,7 +66,8 @@ impl Front {
         let router = Arc::new(Router::new(Arc::clone(cluster), Arc::clone(&metrics)));
         let app = openai::app(App::new(config, text, Arc::new(SharedRouter(router)), metrics))?;
         let closed = CancellationToken::new();
-        let server = axum::serve(listener, app).with_graceful_shutdown(closed.clone().cancelled_owned());
+        let server = axum::serve(prompt_listener(listener), app)
+            .with_graceful_shutdown(closed.clone().cancelled_owned());
         let server = tokio::spawn(server.into_future());
         Ok(Self { address, names, closed, server })
     }
@@ -123,6 +125,16 @@ pub(crate) fn load_text(model: &ResolvedModel) -> anyhow::Result<ModelText> {
     Ok(ModelText::load(&model.source, system_clock())?)
 }
 
+/// Connections whose small messages leave at once: a token of a stream does not wait for the acknowledgement of the one
+/// before it.
+fn prompt_listener(listener: TcpListener) -> impl Listener<Io = TcpStream, Addr = SocketAddr> {
+    listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "a connection stays slow for small messages");
+        }
+    })
+}
+
 fn api_keys(flags: &FrontFlags) -> anyhow::Result<Vec<String>> {
     let mut keys = flags.api_key.clone();
     if let Some(path) = &flags.api_key_file {
@@ -137,3 +149,16 @@ fn api_keys(flags: &FrontFlags) -> anyhow::Result<Vec<String>> {
 /// How long a client may take to send a request's body.
 const BODY_TIME: Duration = Duration::from_secs(30);
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn tokens_do_not_wait_for_acknowledgements() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (accepted, _) = prompt_listener(listener).accept().await;
+        assert!(accepted.nodelay().unwrap());
+    }
+}

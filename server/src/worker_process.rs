@@ -12,8 +12,8 @@ use tidemill_engine::engine::EngineHandle;
 use tidemill_engine::handle::{EngineConfig, LoadFormat, LoadProgress};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
 
 use crate::flags::{LoadFormatName, WorkerFlags, typed};
 use crate::logging;
@@ -46,12 +46,11 @@ async fn serve(flags: &WorkerFlags, model: &str, engine: EngineHandle) -> anyhow
     let feed = service.feed();
     let closed = CancellationToken::new();
     let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         // Clients that leave reset their streams, in crowds when a load test ends; the default of twenty would take
         // that for an attack and close the connection on everybody.
         .http2_max_pending_accept_reset_streams(Some(RESETS_AT_ONCE))
         .add_service(service.into_server())
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), closed.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(prompt_incoming(listener), closed.clone().cancelled_owned());
     let server = tokio::spawn(server);
     if flags.supervised {
         Report::Ready { address }.print();
@@ -72,6 +71,12 @@ async fn serve(flags: &WorkerFlags, model: &str, engine: EngineHandle) -> anyhow
     closed.cancel();
     engine.shutdown();
     Ok(code)
+}
+
+/// Connections whose small messages leave at once: a token that waits for the acknowledgement of the one before it comes
+/// some 40 ms late. The builder's own setting concerns only listeners that it opens itself.
+fn prompt_incoming(listener: TcpListener) -> TcpIncoming {
+    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 /// Waits for the end: a signal, or the parent's end.
@@ -164,3 +169,18 @@ impl ProgressReport {
 
 /// Streams that may be reset before they were looked at.
 const RESETS_AT_ONCE: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpStream;
+    use tokio_stream::StreamExt;
+
+    #[tokio::test]
+    async fn tokens_do_not_wait_for_acknowledgements() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let accepted = prompt_incoming(listener).next().await.unwrap().unwrap();
+        assert!(accepted.nodelay().unwrap());
+    }
+}
