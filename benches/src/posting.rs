@@ -39,10 +39,11 @@ pub(crate) fn measure(rounds: usize) -> anyhow::Result<Vec<Row>> {
         posted = 0;
         let total = cpu_time(|| {
             core.push(handoff, writes, Moment::default());
-            core.post(DECODE, |_, _, _| {
+            let accept = |_, _: &_, _| {
                 posted += 1;
                 Post::Accepted
-            });
+            };
+            core.post(DECODE, accept, Moment::default());
         });
         let digests = cpu_time(|| digest_all(&layout, &memory, handoff));
         if 0 < round {
@@ -81,6 +82,7 @@ fn prepared(
         lease: second,
         heartbeat: second,
         patience: second,
+        stall: second,
     });
     core.meet(DECODE, "decode");
     core.link_up(DECODE, LinkUp { hello: hello(layout), proof: QuietProof::Process, busy: Vec::new() }, now);
