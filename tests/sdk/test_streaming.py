@@ -84,6 +84,8 @@ def scrambled(request: pytest.FixtureRequest, server: Server) -> list[dict]:
         pytest.skip(f"{request.param} is one token")
     shared = {"model": server.model, "messages": SUM, "temperature": 2.0, "max_tokens": 40, "ignore_eos": True}
     shared["logit_bias"] = {str(token): 100 for token in tokens}
+    # Else a model that prefers one of them may say nothing but that.
+    shared["frequency_penalty"] = 2.0
     return [{**shared, "seed": seed, "n": 4, "logprobs": True} for seed in range(2)]
 
 
