@@ -3,7 +3,7 @@
 //! The functions at the bottom carry the instructions and may be called where the features are on; the methods on top
 //! may be called by anyone who has an [`Avx2`].
 
-use super::simd::{LANES, Simd};
+use super::simd::{BF16_RUN, LANES, SIGN_BF16, Simd};
 use super::{Isa, simd::Kernel};
 use std::arch::x86_64::*;
 
@@ -137,6 +137,18 @@ impl Simd for Avx2 {
         // SAFETY: as in `add`.
         unsafe { widen_bf16_pairs(from) }
     }
+
+    #[inline(always)]
+    fn greatest_bf16(self, stored: &[[u8; BF16_RUN]]) -> u16 {
+        // SAFETY: as in `add`.
+        unsafe { greatest_bf16(stored) }
+    }
+
+    #[inline(always)]
+    fn bf16_to_int8(self, stored: &[u8; BF16_RUN], inverse: f32, steps: &mut [u8; BF16_RUN / 2]) {
+        // SAFETY: as in `add`.
+        unsafe { bf16_to_int8(stored, inverse, steps) }
+    }
 }
 
 #[inline]
@@ -186,4 +198,39 @@ fn widen_bf16_pairs(from: &[u16; 2 * LANES]) -> [__m256; 2] {
     let low = _mm256_slli_epi32::<16>(pairs);
     let high = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000u32.cast_signed()));
     [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn greatest_bf16(stored: &[[u8; BF16_RUN]]) -> u16 {
+    let magnitude = _mm256_set1_epi16((!SIGN_BF16).cast_signed());
+    let mut greatest = _mm256_setzero_si256();
+    for half in stored.as_flattened().as_chunks::<32>().0 {
+        // SAFETY: thirty-two bytes are good for reads through the reference.
+        let numbers = unsafe { _mm256_loadu_si256(half.as_ptr().cast()) };
+        greatest = _mm256_max_epu16(greatest, _mm256_and_si256(numbers, magnitude));
+    }
+    let eight = _mm_max_epu16(_mm256_castsi256_si128(greatest), _mm256_extracti128_si256::<1>(greatest));
+    // The instruction finds the least of eight: of the complements, that of the greatest.
+    let ones = _mm_set1_epi16(-1);
+    !(_mm_extract_epi16::<0>(_mm_minpos_epu16(_mm_xor_si128(eight, ones))) as u16)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn bf16_to_int8(stored: &[u8; BF16_RUN], inverse: f32, steps: &mut [u8; BF16_RUN / 2]) {
+    let inverse = _mm256_set1_ps(inverse);
+    let mut quarters = [_mm256_setzero_si256(); 4];
+    for (quarter, bytes) in quarters.iter_mut().zip(stored.as_chunks::<16>().0) {
+        // SAFETY: sixteen bytes are good for reads through the reference.
+        let numbers = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+        let values = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(numbers)));
+        *quarter = _mm256_cvtps_epi32(_mm256_mul_ps(values, inverse));
+    }
+    let [a, b, c, d] = quarters;
+    // Packing works inside the two halves of a register; what is four steps long comes back into order at the end.
+    let packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    let ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    // SAFETY: thirty-two bytes are good for writes through the reference.
+    unsafe { _mm256_storeu_si256(steps.as_mut_ptr().cast(), ordered) };
 }

@@ -4,7 +4,7 @@
 //! is read once and written once, neighbours are copied in one piece, and nothing is zeroed that will be written.
 
 use super::{
-    kv_codec::{decode_row, encode_row},
+    kv_codec::{bf16_row_to_int8, decode_row, encode_row},
     simd::{Kernel, Simd},
 };
 use crate::{
@@ -157,20 +157,16 @@ impl ConvertHeads<'_> {
         let (source, target) = (at(piece.source), at(piece.target));
         let stored = kv_rows::row(from, piece.block, source);
         let image = &mut self.image[to.row_offset(target)..][..to.row_bytes()];
-        let scale = match (from.dtype, to.dtype, stored.len()) {
-            // By far the most frequent: with a length that is known the loops have no ends to care for.
-            (KvDtype::Bf16, KvDtype::Int8, 256) => {
-                let values = &mut values[..128];
-                decode_row(simd, KvDtype::Bf16, &stored[..256], 1.0, values);
-                encode_row(simd, KvDtype::Int8, values, &mut image[..128])
-            }
-            _ => {
-                let scale = kv_rows::scale(from, piece.block, source);
-                let values = &mut values[..from.head_size];
-                decode_row(simd, from.dtype, stored, scale, values);
-                encode_row(simd, to.dtype, values, image)
-            }
+        let direct = match (from.dtype, to.dtype) {
+            (KvDtype::Bf16, KvDtype::Int8) => bf16_row_to_int8(simd, stored, image),
+            _ => None,
         };
+        let scale = direct.unwrap_or_else(|| {
+            let scale = kv_rows::scale(from, piece.block, source);
+            let values = &mut values[..from.head_size];
+            decode_row(simd, from.dtype, stored, scale, values);
+            encode_row(simd, to.dtype, values, image)
+        });
         if let Some(offset) = to.scale_offset(target) {
             self.image[offset..offset + size_of::<f32>()].copy_from_slice(&scale.to_ne_bytes());
         }

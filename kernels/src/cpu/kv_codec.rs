@@ -1,6 +1,6 @@
 //! Stored rows of K and V to f32 and back, in lanes: the same results as `reference`, bit for bit.
 
-use super::simd::{LANES, Simd, padded};
+use super::simd::{BF16_RUN, INFINITE_BF16, LANES, NO_FRACTION, Simd, padded};
 use crate::kv::KvDtype;
 
 /// Stored bytes, of any alignment, to values.
@@ -46,6 +46,27 @@ pub(crate) fn encode_row<S: Simd>(simd: S, dtype: KvDtype, values: &[f32], store
         KvDtype::Int8 => return encode_int8(values, stored),
     }
     1.0
+}
+
+/// A row of bf16 to int8 without a stop at f32; `None`, with nothing done, for rows that need more care or have another
+/// length than whole runs.
+#[inline(always)]
+pub(crate) fn bf16_row_to_int8<S: Simd>(simd: S, stored: &[u8], steps: &mut [u8]) -> Option<f32> {
+    let (runs, rest) = stored.as_chunks::<BF16_RUN>();
+    if !rest.is_empty() {
+        return None;
+    }
+    let greatest = simd.greatest_bf16(runs);
+    let scale = f32::from_bits(u32::from(greatest) << 16) / 127.0;
+    if scale < f32::MIN_POSITIVE || INFINITE_BF16 <= greatest {
+        return None;
+    }
+    let inverse = 1.0 / scale;
+    let (step_runs, _) = steps.as_chunks_mut::<{ BF16_RUN / 2 }>();
+    for (run, steps) in runs.iter().zip(step_runs) {
+        simd.bf16_to_int8(run, inverse, steps);
+    }
+    Some(scale)
 }
 
 #[inline(always)]
@@ -117,8 +138,6 @@ fn encode_odd_int8(values: &[f32], stored: &mut [u8]) -> f32 {
 const SIGN: u32 = 1 << 31;
 /// The bits of infinity; those of NaN are greater.
 const INFINITE: u32 = f32::INFINITY.to_bits();
-/// 1.5 * 2^23: between 2^23 and 2^24 neighbouring numbers are one apart.
-const NO_FRACTION: f32 = 12_582_912.0;
 
 /// The bit that keeps a NaN a NaN when its low half is cut off.
 const QUIET_NAN: u32 = 1 << 22;

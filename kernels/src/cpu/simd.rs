@@ -49,6 +49,23 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// A panel row of bf16 in the paired order of [`crate::matrix`]: outputs 0 to 7 and 8 to 15.
     fn widen_bf16_pairs(self, from: &[u16; 2 * LANES]) -> [Self::Vector; 2];
 
+    /// The bits of the greatest magnitude among bf16 numbers; more than [`INFINITE_BF16`] when one is none.
+    #[inline(always)]
+    fn greatest_bf16(self, stored: &[[u8; BF16_RUN]]) -> u16 {
+        let numbers = stored.iter().flat_map(|run| run.as_chunks().0);
+        numbers.fold(0, |max, bytes| max.max(u16::from_ne_bytes(*bytes) & !SIGN_BF16))
+    }
+
+    /// bf16 numbers times `inverse`, each to the nearest integer, of two the even one. None is beyond 127.
+    #[inline(always)]
+    fn bf16_to_int8(self, stored: &[u8; BF16_RUN], inverse: f32, steps: &mut [u8; BF16_RUN / 2]) {
+        for (step, bytes) in steps.iter_mut().zip(stored.as_chunks().0) {
+            let value = f32::from_bits(u32::from(u16::from_ne_bytes(*bytes)) << 16);
+            // The sum has room for no fraction: it rounds, and its last byte is the result.
+            *step = (value * inverse + NO_FRACTION).to_bits() as u8;
+        }
+    }
+
     /// The sum of one vector's lanes, in the order of [`sums`](Self::sums).
     #[inline(always)]
     fn sum(self, vector: Self::Vector) -> f32 {
@@ -93,6 +110,14 @@ pub(crate) fn padded(tail: &[f32]) -> [f32; LANES] {
     lanes
 }
 
+/// Bytes of the bf16 numbers that are turned into int8 at a time: a cache line.
+pub(crate) const BF16_RUN: usize = 64;
+/// The sign of a bf16.
+pub(crate) const SIGN_BF16: u16 = 1 << 15;
+/// The bits of a bf16 infinity; those of NaN are greater.
+pub(crate) const INFINITE_BF16: u16 = 0x7f80;
+/// 1.5 * 2^23: between 2^23 and 2^24 neighbouring numbers are one apart.
+pub(crate) const NO_FRACTION: f32 = 12_582_912.0;
 /// `e^` this is below half of the smallest subnormal number.
 const EXP_LOWEST: f32 = -105.0;
 /// `e^` this is above the greatest number.
