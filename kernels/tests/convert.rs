@@ -22,7 +22,9 @@ fn cases() -> impl Strategy<Value = Case> {
     let order = || prop_oneof![Just(Order::TokenHead), Just(Order::HeadToken)];
     let block_len = || (0..=6u32).prop_map(|power| 1usize << power);
     let side = move || (0..KV_DTYPES.len(), block_len(), order());
-    (side(), side(), 1..=3usize, 1..=4usize, 1..=40usize, 1..=100usize, any::<u64>()).prop_map(
+    // Any size, and those that have ways of their own.
+    let head_size = prop_oneof![4 => 1..=40usize, 1 => Just(64), 1 => Just(128)];
+    (side(), side(), 1..=3usize, 1..=4usize, head_size, 1..=100usize, any::<u64>()).prop_map(
         |(from, to, layers, heads, head_size, tokens, seed)| Case {
             from: shape(KV_DTYPES[from.0], layers, from.1, heads, head_size, from.2),
             to: shape(KV_DTYPES[to.0], layers, to.1, heads, head_size, to.2),
@@ -242,26 +244,34 @@ fn odd_numbers_are_stored_as_the_reference_stores_them() {
         ("the greatest", [f32::MAX, f32::MIN, 1.0, -1.0, 1e38, 0.0, 0.0, 0.0, -1e38]),
         ("ties", [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5]),
     ];
-    let from = shape(KvDtype::F32, 1, 1, 1, 9, Order::TokenHead);
+    let froms = [KvDtype::F32, KvDtype::Bf16].map(|dtype| shape(dtype, 1, 1, 1, 9, Order::TokenHead));
+    let wide = [KvDtype::F32, KvDtype::Bf16].map(|dtype| shape(dtype, 1, 1, 1, 64, Order::TokenHead));
     for (name, values) in rows {
-        let source = Blocks::new(from, 1);
-        let rows = SequenceRows { first_row: 0, rows: 1, first_position: 0, blocks: &source.addresses };
-        reference::write_kv(&from, 0, &values, &values, &[rows]);
-        for dtype in KV_DTYPES {
-            let to = shape(dtype, 1, 1, 1, 9, Order::TokenHead);
-            let span = TokenSpan { shape: &from, blocks: &source.addresses, first: 0, count: 1 };
-            let mut plain = vec![0; to.block_bytes()];
-            reference::convert_block(&mut plain, &to, 0..1, span);
-            for cpu in support::cpus(1) {
-                let mut image = vec![0; to.block_bytes()];
-                cpu.convert_block(&mut image, &to, 0..1, span);
-                assert!(
-                    image == plain,
-                    "{name} as {dtype:?} on {}: {image:?}, not {plain:?}",
-                    cpu.describe()
-                );
+        for from in froms.iter().chain(&wide) {
+            // The odd numbers come last: whoever looks at the first few only misses them.
+            let mut row = vec![0.0; from.head_size];
+            row[from.head_size - 9..].copy_from_slice(&values);
+            for dtype in KV_DTYPES {
+                check_row(name, &row, from, dtype);
             }
         }
+    }
+}
+
+/// One row of `from`, stored as `dtype` by every CPU as the reference stores it.
+fn check_row(name: &str, row: &[f32], from: &KvBlockShape, dtype: KvDtype) {
+    let source = Blocks::new(*from, 1);
+    let rows = SequenceRows { first_row: 0, rows: 1, first_position: 0, blocks: &source.addresses };
+    reference::write_kv(from, 0, row, row, &[rows]);
+    let to = shape(dtype, 1, 1, 1, from.head_size, Order::TokenHead);
+    let span = TokenSpan { shape: from, blocks: &source.addresses, first: 0, count: 1 };
+    let mut plain = vec![0; to.block_bytes()];
+    reference::convert_block(&mut plain, &to, 0..1, span);
+    for cpu in support::cpus(1) {
+        let mut image = vec![0; to.block_bytes()];
+        cpu.convert_block(&mut image, &to, 0..1, span);
+        let (from, cpu) = (from.dtype, cpu.describe());
+        assert!(image == plain, "{name} of {from:?} as {dtype:?} on {cpu}: {image:?}, not {plain:?}");
     }
 }
 
