@@ -1,6 +1,6 @@
 //! Stored rows of K and V to f32 and back, in lanes: the same results as `reference`, bit for bit.
 
-use super::simd::{BF16_RUN, INFINITE_BF16, LANES, NO_FRACTION, Simd, padded};
+use super::simd::{BF16_RUN, INFINITE_BF16, LANES, Simd, int8_step, padded};
 use crate::kv::KvDtype;
 
 /// Stored bytes, of any alignment, to values.
@@ -115,8 +115,7 @@ fn encode_int8(values: &[f32], stored: &mut [u8]) -> f32 {
     }
     let inverse = 1.0 / scale;
     for (stored, value) in stored.iter_mut().zip(values) {
-        // The sum has room for no fraction: it rounds to nearest, ties to even, and its last byte is the result.
-        *stored = (value * inverse + NO_FRACTION).to_bits() as u8;
+        *stored = int8_step(*value, inverse);
     }
     scale
 }

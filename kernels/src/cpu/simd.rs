@@ -61,8 +61,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn bf16_to_int8(self, stored: &[u8; BF16_RUN], inverse: f32, steps: &mut [u8; BF16_RUN / 2]) {
         for (step, bytes) in steps.iter_mut().zip(stored.as_chunks().0) {
             let value = f32::from_bits(u32::from(u16::from_ne_bytes(*bytes)) << 16);
-            // The sum has room for no fraction: it rounds, and its last byte is the result.
-            *step = (value * inverse + NO_FRACTION).to_bits() as u8;
+            *step = int8_step(value, inverse);
         }
     }
 
@@ -110,6 +109,13 @@ pub(crate) fn padded(tail: &[f32]) -> [f32; LANES] {
     lanes
 }
 
+/// `value * inverse`, which is not beyond 127, to the nearest integer, of two the even one.
+#[inline(always)]
+pub(crate) fn int8_step(value: f32, inverse: f32) -> u8 {
+    // The sum has room for no fraction: it rounds, and its last byte is the result.
+    (value * inverse + NO_FRACTION).to_bits() as u8
+}
+
 /// Bytes of the bf16 numbers that are turned into int8 at a time: a cache line.
 pub(crate) const BF16_RUN: usize = 64;
 /// The sign of a bf16.
@@ -117,7 +123,7 @@ pub(crate) const SIGN_BF16: u16 = 1 << 15;
 /// The bits of a bf16 infinity; those of NaN are greater.
 pub(crate) const INFINITE_BF16: u16 = 0x7f80;
 /// 1.5 * 2^23: between 2^23 and 2^24 neighbouring numbers are one apart.
-pub(crate) const NO_FRACTION: f32 = 12_582_912.0;
+const NO_FRACTION: f32 = 12_582_912.0;
 /// `e^` this is below half of the smallest subnormal number.
 const EXP_LOWEST: f32 = -105.0;
 /// `e^` this is above the greatest number.
