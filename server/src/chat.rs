@@ -4,6 +4,7 @@
 //! answer alone.
 
 mod client;
+mod editor;
 mod event_lines;
 mod session;
 
@@ -12,10 +13,10 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
-use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use client::Client;
+use editor::{editor, meant};
 use session::{Next, Session, Turn};
 
 /// `tidemill chat`.
@@ -77,7 +78,7 @@ async fn ask_once(session: &mut Session, prompt: &str) -> anyhow::Result<ExitCod
 }
 
 fn converse(runtime: &tokio::runtime::Runtime, session: &mut Session) -> anyhow::Result<ExitCode> {
-    let mut editor = DefaultEditor::new().context("the terminal cannot be used")?;
+    let mut editor = editor().context("the terminal cannot be used")?;
     eprintln!("{} — /help for what else there is, Ctrl-D to leave", session.model());
     loop {
         let line = match editor.readline("> ") {
@@ -91,6 +92,7 @@ fn converse(runtime: &tokio::runtime::Runtime, session: &mut Session) -> anyhow:
         }
         // What cannot be remembered can still be asked.
         let _ = editor.add_history_entry(line.as_str());
+        let line = meant(&line);
         match session.next(&line, &mut std::io::stderr())? {
             Next::Quit => return Ok(ExitCode::SUCCESS),
             Next::Listen => {}

@@ -2,6 +2,7 @@
 
 use std::future::IntoFuture;
 use std::net::SocketAddr;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,6 +80,7 @@ impl Front {
         println!(
             "\nTidemill {version} serves {name} with {workers}\n\n\
              \x20 OpenAI API  {url}/v1\n\
+             \x20 API docs    {url}/docs\n\
              \x20 metrics     {url}/metrics\n\
              \x20 health      {url}/health\n\n\
              \x20 curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n\
@@ -89,18 +91,17 @@ impl Front {
     }
 
     /// Waits for a signal; then refuses what is new and lets what runs finish, within `limit` or until a second signal.
-    pub(crate) async fn until_told(&self, signals: &mut Signals, cluster: &Cluster, limit: Duration) {
-        let signal = signals.next().await;
-        tracing::info!(
-            signal,
-            limit_s = limit.as_secs(),
-            "finishing what runs; a second signal ends at once"
-        );
-        tokio::select! {
-            () = cluster.drain() => {}
-            () = tokio::time::sleep(limit) => tracing::warn!("requests were cut off"),
-            _ = signals.next() => tracing::warn!("requests were cut off"),
-        }
+    /// Returns the program's exit code.
+    pub(crate) async fn until_told(
+        &self,
+        signals: &mut Signals,
+        cluster: &Cluster,
+        limit: Duration,
+    ) -> ExitCode {
+        let signal = signals.next().await.name();
+        let limit_s = limit.as_secs();
+        tracing::info!(signal, limit_s, "finishing what runs; a second signal ends at once");
+        signals.grace(limit, cluster.drain()).await
     }
 
     /// Stops listening and closes connections; those with a last word to send get a moment.

@@ -37,7 +37,13 @@ pub(crate) enum ModelSourceError {
         "the hub has no model `{id}` at revision `{revision}`: check the spelling, or set HF_TOKEN if it is private"
     )]
     Unknown { id: String, revision: String },
-    /// The hub does not give it to everybody.
+    /// The hub tells strangers alike of what does not exist and of what is private or gated.
+    #[error(
+        "the hub does not show `{id}` to everybody: check the spelling; if it is private or gated, accept its terms on the \
+         hub's page and set HF_TOKEN to a token of an account that may read it"
+    )]
+    Hidden { id: String },
+    /// The hub does not give it to this account.
     #[error(
         "`{id}` is gated: accept its terms on the hub's page and set HF_TOKEN to a token of that account"
     )]
@@ -188,7 +194,9 @@ fn explain(id: &str, revision: &str, error: &ApiError) -> ModelSourceError {
     let has_status = |status: u16| reason.contains(&format!("status: {status}"));
     if has_status(404) {
         ModelSourceError::Unknown { id: id.to_owned(), revision: revision.to_owned() }
-    } else if has_status(401) || has_status(403) {
+    } else if has_status(401) {
+        ModelSourceError::Hidden { id: id.to_owned() }
+    } else if has_status(403) {
         ModelSourceError::Gated { id: id.to_owned() }
     } else {
         ModelSourceError::Download { id: id.to_owned(), reason }
@@ -290,6 +298,7 @@ mod tests {
 
         assert!(matches!(folder(&hub(false), "o/missing"), Err(ModelSourceError::Unknown { .. })));
         assert!(matches!(folder(&hub(false), "o/gated"), Err(ModelSourceError::Gated { .. })));
+        assert!(matches!(folder(&hub(false), "o/private"), Err(ModelSourceError::Hidden { .. })));
         let nobody = Hub { endpoint: Some("http://127.0.0.1:9".into()), ..hub(false) };
         assert!(matches!(folder(&nobody, "o/other"), Err(ModelSourceError::Download { .. })));
     }
@@ -310,7 +319,7 @@ mod tests {
         }
     }
 
-    /// A hub with one model, `o/m`, and one that is gated. Returns its address and the requests that it has seen.
+    /// A hub with one model, `o/m`, one that is gated and one that is private. Returns its address and the requests that it has seen.
     fn serve_hub(files: BTreeMap<&'static str, &'static str>) -> (String, Arc<Mutex<Vec<String>>>) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
@@ -340,6 +349,8 @@ mod tests {
             .find_map(|line| line.to_ascii_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
         let (status, body) = if path.contains("o/gated") {
             ("403 Forbidden", String::new())
+        } else if path.contains("o/private") {
+            ("401 Unauthorized", String::new())
         } else if path.starts_with("/api/models/o/m/") || path == "/api/models/o/m" {
             let siblings: Vec<String> =
                 files.keys().map(|name| format!("{{\"rfilename\": \"{name}\"}}")).collect();

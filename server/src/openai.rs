@@ -9,6 +9,7 @@ mod body;
 mod chat;
 mod completions;
 mod conversation;
+mod docs;
 mod error;
 mod generator;
 mod model_text;
@@ -80,7 +81,9 @@ pub(crate) fn app(state: AppState) -> Result<Router, AccessError> {
         .route("/ready", get(probes::ready))
         .route("/ping", get(probes::ping).post(probes::ping))
         .route("/version", get(probes::version))
-        .route("/metrics", get(probes::metrics));
+        .route("/metrics", get(probes::metrics))
+        .route("/docs", get(docs::page))
+        .route("/openapi.json", get(docs::description));
     let routes = http::guard(guarded, access.clone())
         .merge(open)
         .method_not_allowed_fallback(async |uri: Uri| ApiError::MethodNotAllowed(uri.path().to_owned()))

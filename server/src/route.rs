@@ -33,15 +33,16 @@ pub(crate) fn run(flags: &RouteFlags) -> anyhow::Result<ExitCode> {
             () = cluster.all_up() => false,
             _ = signals.next() => true,
         };
+        let mut code = ExitCode::SUCCESS;
         if !told {
             let count = flags.workers.len();
             front.print_banner(&format!("{count} worker{}", if count == 1 { "" } else { "s" }));
             // The workers are not ours to drain or end: only what this front end sent them is finished.
-            front.until_told(&mut signals, &cluster, flags.front.shutdown_timeout).await;
+            code = front.until_told(&mut signals, &cluster, flags.front.shutdown_timeout).await;
         }
         front.close().await;
         drop(addresses);
-        Ok(ExitCode::SUCCESS)
+        Ok(code)
     })
 }
 

@@ -54,13 +54,14 @@ async fn serve(
         failed = supervisor.first_failure() => Err(failed),
         _ = signals.next() => Ok(false),
     };
+    let mut code = ExitCode::SUCCESS;
     if matches!(up, Ok(true)) {
         front.print_banner(&words(flags));
-        front.until_told(&mut signals, &cluster, flags.front.shutdown_timeout).await;
+        code = front.until_told(&mut signals, &cluster, flags.front.shutdown_timeout).await;
     }
     front.close().await;
     supervisor.stop().await;
-    up.map(|_| ExitCode::SUCCESS)
+    up.map(|_| code)
 }
 
 /// The command line of one worker.

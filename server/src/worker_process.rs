@@ -92,15 +92,10 @@ async fn until_told(
         return Ok(ExitCode::SUCCESS);
     }
     let mut signals = Signals::new()?;
-    let signal = signals.next().await;
+    let signal = signals.next().await.name();
     tracing::info!(signal, limit_s = flags.shutdown_timeout.as_secs(), "draining");
     engine.drain();
-    tokio::select! {
-        () = feed.idle() => {}
-        () = tokio::time::sleep(flags.shutdown_timeout) => tracing::warn!("requests were cut off"),
-        _ = signals.next() => tracing::warn!("requests were cut off"),
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(signals.grace(flags.shutdown_timeout, feed.idle()).await)
 }
 
 /// Shows the role in `top` and in the kernel's messages; the arguments show it in `ps`.

@@ -208,13 +208,17 @@ impl Times {
     }
 }
 
+/// What [`Session::next`] obeys.
+pub(super) const COMMANDS: &[&str] = &["/help", "/reset", "/system", "/stats", "/quit"];
+
 const HELP: &str = "\
 /help           this
 /reset          forget the conversation
 /system [TEXT]  begin another, told TEXT or nothing
 /stats          show or hide how long answers take
 /quit           leave, as Ctrl-D does
-Ctrl-C stops an answer.
+A line that ends in \\ goes on in the next one, and pasted lines stay together.
+Tab completes a command, Ctrl-C stops an answer.
 ";
 
 #[cfg(test)]

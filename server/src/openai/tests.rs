@@ -3,6 +3,7 @@
 mod bad_requests;
 mod chat;
 mod completions;
+mod docs;
 pub(crate) mod memory_generator;
 mod server;
 pub(crate) mod support;
