@@ -6,13 +6,13 @@
 mod support;
 
 use support::{
-    Blocks, KV_DTYPES, Numbers, Order, WEIGHT_DTYPES, assert_close, assert_same_bits, cpus, shape, source,
-    stored,
+    Blocks, KV_DTYPES, Numbers, Order, QUANTIZATIONS, WEIGHT_DTYPES, assert_close, assert_same_bits, cpus,
+    packed, shape, source, stored,
 };
 use tidemill_kernels::{
     cpu::Cpu,
     kv::KvDtype,
-    matrix::{Embedding, PackedMatrix, WeightDtype},
+    matrix::{Embedding, PackedMatrix, Quantization, WeightDtype, WeightFormat},
     reference,
     step::{AttentionParams, RopeTable, SequenceRows},
 };
@@ -54,13 +54,128 @@ fn matmul() {
                 reference::matmul(&mut expected, &x, &w, inputs, bias);
                 let mut actual = vec![f32::NAN; rows * outputs];
                 cpu.matmul(&mut actual, &x, &packed, bias);
-                assert_close(&actual, &expected, 1e-6, &name);
+                // A sum of one element may cancel most of its terms.
+                assert_close(&actual, &expected, 4e-6, &name);
 
                 let residual = numbers.vector(rows * outputs);
                 let mut sum = residual.clone();
                 cpu.matmul_add(&mut sum, &x, &packed, bias);
                 reference::add(&mut actual, &residual);
                 assert_same_bits(&sum, &actual, &format!("{name}, added"));
+            }
+        }
+    }
+}
+
+/// Sums of whole numbers and the same roundings after them: every instruction set gives the reference's bits.
+#[test]
+fn quantized_matmul() {
+    #[rustfmt::skip]
+    let rows = [
+        // rows, inputs, outputs
+        (   1,      1,       1),
+        (   1,    300,       7),
+        (   1,   1024,      80),
+        (   2,     33,      40),
+        (   3,    300,      65),
+        (   4,    128,      16),
+        (   5,     17,      15),
+        (   7,    100,      33),
+        (  13,     65,     128),
+        ( 100,    256,      48),
+        ( 115,     31,     300),
+    ];
+    let mut numbers = Numbers::new(9);
+    for (rows, inputs, outputs) in rows {
+        let values = numbers.vector(outputs * inputs);
+        let w = reference::widen_matrix(source(&stored(&values, WeightDtype::Bf16), WeightDtype::Bf16));
+        let (x, bias) = (numbers.vector(rows * inputs), numbers.vector(outputs));
+        for quantization in QUANTIZATIONS {
+            let matrix = packed(2, outputs, inputs, &values, WeightFormat::Quantized(quantization));
+            for bias in [None, Some(&*bias)] {
+                let mut expected = vec![f32::NAN; rows * outputs];
+                reference::matmul_quantized(&mut expected, &x, &w, inputs, quantization, bias);
+                for cpu in cpus(THREADS) {
+                    let name = format!("{rows}x{inputs}x{outputs} {quantization} on {}", cpu.describe());
+                    let mut actual = vec![f32::NAN; rows * outputs];
+                    cpu.matmul(&mut actual, &x, &matrix, bias);
+                    assert_same_bits(&actual, &expected, &name);
+                    cpu.matmul_add(&mut actual, &x, &matrix, bias);
+                    let doubled: Vec<f32> = expected.iter().map(|x| x + x).collect();
+                    assert_same_bits(&actual, &doubled, &format!("{name}, added"));
+                }
+            }
+        }
+    }
+}
+
+/// Instructions that add products of bytes in 16 bits must not reach their end.
+#[test]
+fn the_greatest_steps_do_not_saturate() {
+    let (rows, inputs, outputs) = (5, 4096, 17);
+    for (x_sign, w_sign) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)] {
+        let (x, w) = (vec![x_sign; rows * inputs], vec![w_sign; outputs * inputs]);
+        for quantization in QUANTIZATIONS {
+            let matrix = packed(1, outputs, inputs, &w, WeightFormat::Quantized(quantization));
+            let mut expected = vec![f32::NAN; rows * outputs];
+            reference::matmul_quantized(&mut expected, &x, &w, inputs, quantization, None);
+            assert_close(&expected, &vec![x_sign * w_sign * 4096.0; rows * outputs], 1e-6, "the reference");
+            for cpu in cpus(1) {
+                let mut actual = vec![f32::NAN; rows * outputs];
+                cpu.matmul(&mut actual, &x, &matrix, None);
+                let name = format!("{x_sign} times {w_sign}, {quantization} on {}", cpu.describe());
+                assert_same_bits(&actual, &expected, &name);
+            }
+        }
+    }
+}
+
+/// How much of the product of random numbers quantisation keeps: a bound for each kind.
+#[test]
+fn quantized_products_are_near_those_of_f32() {
+    let (rows, inputs, outputs) = (20, 2048, 64);
+    let mut numbers = Numbers::new(10);
+    let (x, w) = (numbers.vector(rows * inputs), numbers.vector(outputs * inputs));
+    let mut exact = vec![f32::NAN; rows * outputs];
+    reference::matmul(&mut exact, &x, &w, inputs, None);
+    let bounds = [0.9999, 0.997, 0.997, 0.996];
+    for (quantization, bound) in QUANTIZATIONS.into_iter().zip(bounds) {
+        let mut rounded = vec![f32::NAN; rows * outputs];
+        reference::matmul_quantized(&mut rounded, &x, &w, inputs, quantization, None);
+        let dot =
+            |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let cosine = dot(&exact, &rounded) / (dot(&exact, &exact) * dot(&rounded, &rounded)).sqrt();
+        assert!(bound < cosine && cosine < 1.0, "{quantization}: cosine {cosine}");
+    }
+}
+
+#[test]
+fn rows_of_quantized_matrices() {
+    let mut numbers = Numbers::new(11);
+    for (rows, width) in [(1, 1), (7, 5), (16, 64), (33, 300)] {
+        let values = numbers.vector(rows * width);
+        let exact = reference::widen_matrix(source(&stored(&values, WeightDtype::Bf16), WeightDtype::Bf16));
+        for quantization in QUANTIZATIONS {
+            let matrix = packed(1, rows, width, &values, WeightFormat::Quantized(quantization));
+            for (index, exact) in exact.chunks_exact(width).enumerate() {
+                let expected: Vec<f32> = match quantization {
+                    Quantization::Int8 => {
+                        let mut steps = vec![0; width];
+                        let scale = reference::quantize_int8(exact, &mut steps);
+                        steps.iter().map(|&step| scale * f32::from(step)).collect()
+                    }
+                    Quantization::Int4 { group } => exact
+                        .chunks(group)
+                        .flat_map(|exact| {
+                            let mut steps = vec![0; exact.len()];
+                            let scale = reference::quantize_int4(exact, &mut steps).to_f32();
+                            steps.into_iter().map(move |step| scale * f32::from(step))
+                        })
+                        .collect(),
+                };
+                let mut row = vec![f32::NAN; width];
+                matrix.row(index, &mut row);
+                assert_same_bits(&row, &expected, &format!("row {index} of {rows}x{width} {quantization}"));
             }
         }
     }

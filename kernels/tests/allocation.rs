@@ -6,11 +6,11 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::atomic::{AtomicUsize, Ordering},
 };
-use support::{Blocks, Numbers, Order, cpus, shape, source, stored};
+use support::{Blocks, Numbers, Order, cpus, formats, packed, shape};
 use tidemill_kernels::{
     cpu::StepLimits,
     kv::KvDtype,
-    matrix::{PackedMatrix, WeightDtype},
+    matrix::PackedMatrix,
     reference,
     step::{AttentionParams, RopeTable, SequenceRows},
 };
@@ -41,8 +41,9 @@ static ALLOCATOR: Counting = Counting;
 fn no_operation_allocates_after_reserve() {
     let (rows, heads, head_size, inputs) = (40, 4, 32, 128);
     let mut numbers = Numbers::new(1);
-    let bytes = stored(&numbers.vector(300 * inputs), WeightDtype::Bf16);
-    let w = PackedMatrix::pack(300, inputs, source(&bytes, WeightDtype::Bf16));
+    let values = numbers.vector(300 * inputs);
+    let matrices: Vec<PackedMatrix> =
+        formats().map(|format| packed(1, 300, inputs, &values, format)).collect();
     let shape = shape(KvDtype::Bf16, 1, 16, heads, head_size, Order::TokenHead);
     let blocks = Blocks::new(shape, 64);
     let sequences = [SequenceRows { first_row: 0, rows, first_position: 3, blocks: &blocks.addresses }];
@@ -58,8 +59,10 @@ fn no_operation_allocates_after_reserve() {
         cpu.reserve(StepLimits { rows, inputs, head_size });
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         for _ in 0..3 {
-            cpu.matmul(&mut out, &x, &w, None);
-            cpu.matmul_add(&mut out, &x, &w, None);
+            for w in &matrices {
+                cpu.matmul(&mut out, &x, w, None);
+                cpu.matmul_add(&mut out, &x, w, None);
+            }
             cpu.rms_norm(&mut y, &x, &weight, 1e-5);
             cpu.rms_norm_in_place(&mut y, &weight, 1e-5);
             cpu.rope(&mut y, &positions, table, head_size);

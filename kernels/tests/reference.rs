@@ -5,6 +5,7 @@ mod support;
 use support::{Blocks, Order, assert_close, assert_same_bits, shape};
 use tidemill_kernels::{
     kv::KvDtype,
+    matrix::Quantization,
     reference,
     step::{AttentionParams, RopeTable, SequenceRows, TokenSpan},
 };
@@ -16,6 +17,31 @@ fn matmul_multiplies_by_the_transposed_matrix_and_adds_the_bias() {
     let (x, w) = ([1.0, 2.0, 3.0, 0.5, 0.0, -1.0], [1.0, 0.0, 2.0, 0.0, 10.0, 0.0]);
     reference::matmul(&mut out, &x, &w, 3, Some(&[100.0, 200.0]));
     assert_eq!(out, [107.0, 220.0, 98.5, 200.0]);
+}
+
+#[test]
+fn quantized_steps_and_their_products() {
+    let mut steps = [0; 4];
+    let scale = reference::quantize_int8(&[63.5, -63.5, 0.25, 0.75], &mut steps);
+    assert_eq!((scale, steps), (0.5, [127, -127, 0, 2]), "halves go to the even neighbour");
+    let scale = reference::quantize_int4(&[-2.0, 2.0, 0.3, 0.1], &mut steps);
+    assert_eq!((scale.to_f32(), steps), (0.25, [-8, 7, 1, 0]), "the first of the greatest becomes -8");
+    let scale = reference::quantize_int4(&[3.0, -4.0, 4.0, 0.0], &mut steps);
+    assert_eq!((scale.to_f32(), steps), (0.5, [6, -8, 7, 0]));
+    let scale = reference::quantize_int4(&[1.0, 4.0, 0.0, 0.0], &mut steps);
+    assert_eq!((scale.to_f32(), steps), (-0.5, [-2, -8, 0, 0]), "scales may be negative");
+    assert_eq!(reference::quantize_int4(&[0.0; 4], &mut steps).to_f32(), 0.0);
+    assert_eq!(steps, [0; 4]);
+
+    // One row: steps 127 and 64 of scale 1/127; weights: steps 127, -127 of scale 2/127; and 7, -8 of scale 1/4.
+    let (x, w) = ([1.0, 0.5], [2.0, -2.0]);
+    let mut out = [f32::NAN];
+    reference::matmul_quantized(&mut out, &x, &w, 2, Quantization::Int8, Some(&[10.0]));
+    let expected = (127.0 * 127.0 - 64.0 * 127.0) * (2.0 / 127.0) / 127.0 + 10.0;
+    assert_close(&out, &[expected], 1e-7, "int8");
+    reference::matmul_quantized(&mut out, &x, &w, 2, Quantization::Int4 { group: 32 }, None);
+    // The greatest is 2, so that the scale is -1/4 and the steps are -8 and 7 (8 is cut).
+    assert_close(&out, &[(127.0 * -8.0 + 64.0 * 7.0) * -0.25 / 127.0], 1e-7, "int4");
 }
 
 #[test]

@@ -154,8 +154,11 @@ impl Loading<'_> {
         let table = [spec.vocab_size, spec.hidden_size];
         self.report();
         let (embedding, head, dtype) = if spec.tied_embeddings {
-            let head = self.matrix(EMBEDDING, table)?;
-            let dtype = head.dtype();
+            let threads = self.threads;
+            let pack = |source: MatrixSource<'_>| {
+                (PackedMatrix::pack_on(threads, table[0], table[1], source), source.dtype)
+            };
+            let (head, dtype) = self.take(EMBEDDING, &table, pack)?;
             (None, Some(head), dtype)
         } else {
             let pack = |source: MatrixSource<'_>| (Embedding::new(table[0], table[1], source), source.dtype);

@@ -5,6 +5,7 @@
 
 use super::simd::{BF16_RUN, LANES, SIGN_BF16, Simd};
 use super::{Isa, simd::Kernel};
+use crate::matrix::PANEL;
 use std::arch::x86_64::*;
 
 /// Proof that this machine has AVX2, FMA and F16C.
@@ -132,10 +133,46 @@ impl Simd for Avx2 {
         unsafe { narrow_f16(from) }
     }
 
+    type Panel = [__m256; 2];
+
     #[inline(always)]
-    fn widen_bf16_pairs(self, from: &[u16; 2 * LANES]) -> [__m256; 2] {
+    fn panel_zero(self) -> [__m256; 2] {
+        [self.splat(0.0); 2]
+    }
+
+    #[inline(always)]
+    fn panel_mul_add(self, x: f32, weights: [__m256; 2], sums: [__m256; 2]) -> [__m256; 2] {
+        let x = self.splat(x);
+        [self.mul_add(x, weights[0], sums[0]), self.mul_add(x, weights[1], sums[1])]
+    }
+
+    #[inline(always)]
+    fn panel_values(self, panel: [__m256; 2]) -> [f32; PANEL] {
+        let mut values = [0.0; PANEL];
+        for (half, vector) in values.as_chunks_mut().0.iter_mut().zip(panel) {
+            self.store(vector, half);
+        }
+        values
+    }
+
+    #[inline(always)]
+    fn panel_f32(self, line: &[f32; PANEL]) -> [__m256; 2] {
+        let (halves, _) = line.as_chunks();
+        [self.load(&halves[0]), self.load(&halves[1])]
+    }
+
+    #[inline(always)]
+    fn panel_f16(self, line: &[u16; PANEL]) -> [__m256; 2] {
+        let (halves, _) = line.as_chunks();
+        [self.widen_f16(&halves[0]), self.widen_f16(&halves[1])]
+    }
+
+    #[inline(always)]
+    fn panel_bf16(self, line: &[u32; PANEL]) -> [[__m256; 2]; 2] {
+        let (halves, _) = line.as_chunks();
         // SAFETY: as in `add`.
-        unsafe { widen_bf16_pairs(from) }
+        let [first, second] = [&halves[0], &halves[1]].map(|half| unsafe { widen_bf16_pairs(half) });
+        [[first[0], second[0]], [first[1], second[1]]]
     }
 
     #[inline(always)]
@@ -192,7 +229,7 @@ fn narrow_f16(from: &[f32; LANES]) -> [u16; LANES] {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen_bf16_pairs(from: &[u16; 2 * LANES]) -> [__m256; 2] {
+fn widen_bf16_pairs(from: &[u32; LANES]) -> [__m256; 2] {
     // SAFETY: thirty-two bytes are good for reads through the reference.
     let pairs = unsafe { _mm256_loadu_si256(from.as_ptr().cast()) };
     let low = _mm256_slli_epi32::<16>(pairs);

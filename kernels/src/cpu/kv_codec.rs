@@ -104,8 +104,9 @@ fn to_bf16(value: f32) -> u16 {
     (kept >> 16) as u16
 }
 
+/// Values to int8 in units of `max|values| / 127`, which it returns.
 #[inline(always)]
-fn encode_int8(values: &[f32], stored: &mut [u8]) -> f32 {
+pub(crate) fn encode_int8(values: &[f32], stored: &mut [u8]) -> f32 {
     // As integers the bits of positive numbers have their order, and the greatest of integers becomes lanes, which the
     // greatest of floats does not.
     let greatest = values.iter().fold(0, |max: u32, value| max.max(value.to_bits() & !SIGN));

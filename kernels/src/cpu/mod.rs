@@ -5,11 +5,14 @@
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod convert;
 mod gate;
 mod isa;
 mod kv;
 mod kv_codec;
+mod level;
 mod matmul;
 mod pool;
 mod portable;
@@ -24,20 +27,21 @@ use self::{
     attention::{Attention, Workspace},
     convert::{ConvertHeads, clear_uncovered},
     kv::KvRows,
-    matmul::{Product, Store},
+    level::Level,
+    matmul::{Memory, Product, Store, multiply},
     pool::{Pool, lock},
     row_tiles::RowTiles,
     sampling::LogSoftmax,
-    simd::Kernel,
+    shared_out::SharedOut,
 };
 use crate::{
-    aligned::AlignedBuffer,
     kv::{BlockAddress, KvBlockShape},
     matrix::PackedMatrix,
     reference,
     step::{AttentionParams, HeadSpan, RopeTable, SequenceRows, TokenSpan},
 };
-pub use isa::Isa;
+pub use isa::{Isa, UnknownIsa};
+pub(crate) use kv_codec::encode_int8;
 use std::{io, ops::Range, sync::Mutex, thread};
 
 /// How a [`Cpu`] is set up.
@@ -108,8 +112,7 @@ pub struct Cpu {
 #[derive(Debug)]
 struct Step {
     pool: Pool,
-    /// Rows of `x`, rearranged for a matrix product.
-    x: AlignedBuffer,
+    products: Memory,
     tiles: RowTiles,
 }
 
@@ -128,7 +131,7 @@ impl Cpu {
             cores => cores,
         };
         let pool = Pool::new(threads, &cores)?;
-        let step = Mutex::new(Step { pool, x: AlignedBuffer::zeroed(0), tiles: RowTiles::default() });
+        let step = Mutex::new(Step { pool, products: Memory::new(), tiles: RowTiles::default() });
         let attention = (0..threads).map(|_| Mutex::new(Workspace::new())).collect();
         Ok(Self { level, cores, threads, step, attention })
     }
@@ -147,7 +150,7 @@ impl Cpu {
         })
     }
 
-    /// One line for logs and banners: "cpu avx2+fma, 2 threads".
+    /// One line for logs and banners: "cpu avx512-bf16, 2 threads".
     pub fn describe(&self) -> String {
         let plural = if self.threads == 1 { "" } else { "s" };
         format!("cpu {}, {} thread{plural}", self.isa(), self.threads)
@@ -166,7 +169,7 @@ impl Cpu {
     /// Grows all working memory, so that no step within `limits` allocates. Without it, the first steps do.
     pub fn reserve(&self, limits: StepLimits) {
         let mut step = lock(&self.step);
-        step.x.grown::<f32>(limits.rows * limits.inputs);
+        step.products.reserve(limits.rows, limits.inputs);
         step.tiles.reserve(limits.rows);
         for workspace in &self.attention {
             lock(workspace).reserve(limits.head_size);
@@ -177,12 +180,12 @@ impl Cpu {
     ///
     /// `x` is `[rows][inputs]`, `out` is `[rows][outputs]`.
     pub fn matmul(&self, out: &mut [f32], x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) {
-        self.product(out, &Product { x, w, bias, store: Store::Replace });
+        self.product(out, x, w, bias, Store::Replace);
     }
 
     /// `out[row][output] += Σ_input x[row][input] * w[output][input] + bias[output]`: a residual branch.
     pub fn matmul_add(&self, out: &mut [f32], x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) {
-        self.product(out, &Product { x, w, bias, store: Store::Add });
+        self.product(out, x, w, bias, Store::Add);
     }
 
     /// `out[row] = x[row] / sqrt(mean(x[row]²) + eps) * weight`, for rows of the length of `weight`.
@@ -286,44 +289,9 @@ impl Cpu {
         self.level.run(LogSoftmax { logits });
     }
 
-    fn product(&self, out: &mut [f32], product: &Product<'_>) {
+    fn product(&self, out: &mut [f32], x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, store: Store) {
         let step = &mut *lock(&self.step);
-        product.compute(out, self.level, &mut step.pool, &mut step.x);
-    }
-}
-
-/// Instructions, proven to be there.
-#[derive(Clone, Copy, Debug)]
-enum Level {
-    #[cfg(target_arch = "x86_64")]
-    Avx2(avx2::Avx2),
-    Portable,
-}
-
-impl Level {
-    fn new(isa: Isa) -> Option<Self> {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::Avx2::new().map(Self::Avx2),
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 => None,
-            Isa::Portable => Some(Self::Portable),
-        }
-    }
-
-    const fn isa(self) -> Isa {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(_) => Isa::Avx2,
-            Self::Portable => Isa::Portable,
-        }
-    }
-
-    fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(simd) => simd.dispatch(kernel),
-            Self::Portable => kernel.run(portable::Portable),
-        }
+        let product = Product { w, bias, store, out: SharedOut::new(out) };
+        multiply(x, &[product], self.level, &mut step.pool, &mut step.products);
     }
 }

@@ -1,6 +1,7 @@
 //! Eight lanes as an array: the compiler finds the instructions.
 
 use super::simd::{LANES, Simd};
+use crate::matrix::PANEL;
 use half::f16;
 use std::array;
 
@@ -92,11 +93,40 @@ impl Simd for Portable {
         from.map(|value| f16::from_f32(value).to_bits())
     }
 
+    type Panel = [f32; PANEL];
+
     #[inline(always)]
-    fn widen_bf16_pairs(self, from: &[u16; 2 * LANES]) -> [Self::Vector; 2] {
-        let half = |odd| array::from_fn(|lane| f32::from_bits(u32::from(from[2 * lane + odd]) << 16));
-        [half(0), half(1)]
+    fn panel_zero(self) -> Self::Panel {
+        [0.0; PANEL]
+    }
+
+    #[inline(always)]
+    fn panel_mul_add(self, x: f32, weights: Self::Panel, sums: Self::Panel) -> Self::Panel {
+        array::from_fn(|output| x * weights[output] + sums[output])
+    }
+
+    #[inline(always)]
+    fn panel_values(self, panel: Self::Panel) -> [f32; PANEL] {
+        panel
+    }
+
+    #[inline(always)]
+    fn panel_f32(self, line: &[f32; PANEL]) -> Self::Panel {
+        *line
+    }
+
+    #[inline(always)]
+    fn panel_f16(self, line: &[u16; PANEL]) -> Self::Panel {
+        line.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    fn panel_bf16(self, line: &[u32; PANEL]) -> [Self::Panel; 2] {
+        [line.map(|pair| f32::from_bits(pair << 16)), line.map(|pair| f32::from_bits(pair & UPPER_HALF))]
     }
 }
+
+/// The second bf16 of two.
+const UPPER_HALF: u32 = 0xffff_0000;
 
 const ROUNDER: f32 = 12_582_912.0;

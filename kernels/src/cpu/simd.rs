@@ -4,6 +4,8 @@
 //! 754 says and acts on each lane alone, so lanes and scalar code give equal bits; only `mul_add` differs between the
 //! sets (one rounding or two).
 
+use crate::matrix::PANEL;
+
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 8;
 
@@ -46,8 +48,24 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn widen_f16(self, from: &[u16; LANES]) -> Self::Vector;
     /// To IEEE half precision, nearest, ties to even.
     fn narrow_f16(self, from: &[f32; LANES]) -> [u16; LANES];
-    /// A panel row of bf16 in the paired order of [`crate::matrix`]: outputs 0 to 7 and 8 to 15.
-    fn widen_bf16_pairs(self, from: &[u16; 2 * LANES]) -> [Self::Vector; 2];
+
+    /// Sixteen f32: the outputs of a panel.
+    type Panel: Copy;
+    /// Whether there are thirty-two registers that hold a panel's outputs each.
+    const IS_ROOMY: bool = false;
+
+    /// Zeros.
+    fn panel_zero(self) -> Self::Panel;
+    /// `x * weights + sums`, in one rounding where the machine can.
+    fn panel_mul_add(self, x: f32, weights: Self::Panel, sums: Self::Panel) -> Self::Panel;
+    /// In the order of outputs.
+    fn panel_values(self, panel: Self::Panel) -> [f32; PANEL];
+    /// A line of f32.
+    fn panel_f32(self, line: &[f32; PANEL]) -> Self::Panel;
+    /// A line of IEEE half precision numbers.
+    fn panel_f16(self, line: &[u16; PANEL]) -> Self::Panel;
+    /// A line of two bf16 of each output: the first of each, then the second.
+    fn panel_bf16(self, line: &[u32; PANEL]) -> [Self::Panel; 2];
 
     /// The bits of the greatest magnitude among bf16 numbers; more than [`INFINITE_BF16`] when one is none.
     #[inline(always)]
@@ -160,7 +178,7 @@ mod tests {
 
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {
-        for level in [Isa::Avx2, Isa::Portable].into_iter().filter_map(Level::new) {
+        for level in Isa::ALL.into_iter().filter_map(Level::new) {
             // Every sign and exponent, some mantissas of each: from zero to 88.7, near the ends of the range.
             for bits in (0..=0x42b1_7000u32).step_by(4099) {
                 for x in [f32::from_bits(bits), -f32::from_bits(bits)] {

@@ -75,7 +75,7 @@ pub(crate) fn encode_row(dtype: KvDtype, values: &[f32], stored: &mut [u8]) -> f
     scale
 }
 
-fn quantize(value: f32, scale: f32) -> i8 {
+pub(super) fn quantize(value: f32, scale: f32) -> i8 {
     if scale == 0.0 {
         return 0;
     }

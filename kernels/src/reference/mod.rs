@@ -8,6 +8,7 @@ mod convert;
 mod kv;
 mod linear;
 mod normalize;
+mod quantized;
 mod rotary;
 mod sampling;
 
@@ -17,5 +18,6 @@ pub use convert::{convert_block, convert_heads, zero_tail};
 pub use kv::{read_kv, write_kv};
 pub use linear::{matmul, widen_matrix};
 pub use normalize::rms_norm;
+pub use quantized::{matmul_quantized, quantize_int4, quantize_int8};
 pub use rotary::{rope, rope_table};
 pub use sampling::{argmax, log_softmax};

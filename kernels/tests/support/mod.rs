@@ -6,7 +6,7 @@ use std::{iter, slice};
 use tidemill_kernels::{
     cpu::{Cpu, CpuOptions, Isa},
     kv::{BlockAddress, KvBlockShape, KvDtype},
-    matrix::{MatrixSource, WeightDtype},
+    matrix::{MatrixSource, PackedMatrix, Quantization, WeightDtype, WeightFormat},
 };
 
 /// Numbers that look random and are the same in each run.
@@ -34,8 +34,14 @@ impl Numbers {
     }
 }
 
-pub const ISAS: [Isa; 2] = [Isa::Avx2, Isa::Portable];
+pub const ISAS: [Isa; 5] = Isa::ALL;
 pub const KV_DTYPES: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8];
+pub const QUANTIZATIONS: [Quantization; 4] = [
+    Quantization::Int8,
+    Quantization::Int4 { group: 32 },
+    Quantization::Int4 { group: 64 },
+    Quantization::Int4 { group: 128 },
+];
 pub const WEIGHT_DTYPES: [WeightDtype; 3] = [WeightDtype::F32, WeightDtype::F16, WeightDtype::Bf16];
 
 /// `None` when this machine does not have the instructions, which the rows of the other sets then stand for.
@@ -63,6 +69,32 @@ pub fn stored(values: &[f32], dtype: WeightDtype) -> Vec<u8> {
 
 pub fn source(bytes: &[u8], dtype: WeightDtype) -> MatrixSource<'_> {
     MatrixSource { bytes, dtype }
+}
+
+/// Every way to hold a matrix.
+pub fn formats() -> impl Iterator<Item = WeightFormat> {
+    let stored = WEIGHT_DTYPES.into_iter().map(WeightFormat::Stored);
+    stored.chain(QUANTIZATIONS.into_iter().map(WeightFormat::Quantized))
+}
+
+/// A matrix in a format; quantised ones are made of bf16.
+pub fn packed(
+    threads: usize,
+    outputs: usize,
+    inputs: usize,
+    values: &[f32],
+    format: WeightFormat,
+) -> PackedMatrix {
+    match format {
+        WeightFormat::Stored(dtype) => {
+            PackedMatrix::pack_on(threads, outputs, inputs, source(&stored(values, dtype), dtype))
+        }
+        WeightFormat::Quantized(quantization) => {
+            let bytes = stored(values, WeightDtype::Bf16);
+            let source = source(&bytes, WeightDtype::Bf16);
+            PackedMatrix::quantize_on(threads, outputs, inputs, source, quantization)
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

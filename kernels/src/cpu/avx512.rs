@@ -1,0 +1,263 @@
+//! AVX-512: eight lanes as in [`super::avx2`] and sixteen for the panels of matrix products.
+//!
+//! Kernels of eight lanes are the same code compiled with more instructions. All of it gives the same bits as AVX2.
+
+use super::{
+    Isa,
+    avx2::Avx2,
+    simd::{BF16_RUN, Kernel, LANES, Simd},
+};
+use crate::matrix::PANEL;
+use std::arch::x86_64::*;
+
+/// Proof that this machine has AVX-512 F, BW, VL and DQ, and what [`Avx2`] proves.
+///
+/// # Invariant
+///
+/// Made only by [`new`](Self::new), which asked the machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(Avx2);
+
+/// Proof of the products of int8 beside [`Avx512`].
+///
+/// # Invariant
+///
+/// Made only by [`new`](Self::new), which asked the machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512Vnni(Avx512);
+
+/// Proof of the products of bf16 beside [`Avx512Vnni`].
+///
+/// # Invariant
+///
+/// Made only by [`new`](Self::new), which asked the machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512Bf16(Avx512Vnni);
+
+impl Avx512 {
+    /// `None` when the machine does not have them.
+    pub(crate) fn new() -> Option<Self> {
+        Avx2::new().filter(|_| Isa::Avx512.is_available()).map(Self)
+    }
+
+    /// What it includes.
+    pub(crate) const fn avx2(self) -> Avx2 {
+        self.0
+    }
+
+    /// Runs a kernel compiled with these instructions.
+    pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { run(self, kernel) }
+    }
+}
+
+impl Avx512Vnni {
+    /// `None` when the machine does not have them.
+    pub(crate) fn new() -> Option<Self> {
+        Avx512::new().filter(|_| Isa::Avx512Vnni.is_available()).map(Self)
+    }
+
+    /// What it includes.
+    pub(crate) const fn avx512(self) -> Avx512 {
+        self.0
+    }
+
+    /// Runs a kernel compiled with these instructions.
+    pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { run_vnni(self, kernel) }
+    }
+}
+
+impl Avx512Bf16 {
+    /// `None` when the machine does not have them.
+    pub(crate) fn new() -> Option<Self> {
+        Avx512Vnni::new().filter(|_| Isa::Avx512Bf16.is_available()).map(Self)
+    }
+
+    /// What it includes.
+    pub(crate) const fn avx512(self) -> Avx512 {
+        self.0.avx512()
+    }
+
+    /// What it includes.
+    pub(crate) const fn vnni(self) -> Avx512Vnni {
+        self.0
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+fn run<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
+    kernel.run(simd)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+fn run_vnni<K: Kernel>(set: Avx512Vnni, kernel: K) -> K::Output {
+    kernel.run(set.avx512())
+}
+
+impl Simd for Avx512 {
+    type Vector = __m256;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m256 {
+        self.0.splat(value)
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> __m256 {
+        self.0.load(from)
+    }
+
+    #[inline(always)]
+    fn store(self, vector: __m256, to: &mut [f32; LANES]) {
+        self.0.store(vector, to)
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        self.0.add(a, b)
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        self.0.sub(a, b)
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        self.0.mul(a, b)
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        self.0.div(a, b)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        self.0.mul_add(a, b, c)
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        self.0.max(a, b)
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        self.0.min(a, b)
+    }
+
+    #[inline(always)]
+    fn round(self, a: __m256) -> __m256 {
+        self.0.round(a)
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: &u8) {
+        self.0.prefetch(at)
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, a: __m256) -> __m256 {
+        self.0.power_of_two(a)
+    }
+
+    #[inline(always)]
+    fn sums(self, vectors: [__m256; 4]) -> [f32; 4] {
+        self.0.sums(vectors)
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, from: &[u16; LANES]) -> __m256 {
+        self.0.widen_f16(from)
+    }
+
+    #[inline(always)]
+    fn narrow_f16(self, from: &[f32; LANES]) -> [u16; LANES] {
+        self.0.narrow_f16(from)
+    }
+
+    #[inline(always)]
+    fn greatest_bf16(self, stored: &[[u8; BF16_RUN]]) -> u16 {
+        self.0.greatest_bf16(stored)
+    }
+
+    #[inline(always)]
+    fn bf16_to_int8(self, stored: &[u8; BF16_RUN], inverse: f32, steps: &mut [u8; BF16_RUN / 2]) {
+        self.0.bf16_to_int8(stored, inverse, steps)
+    }
+
+    type Panel = __m512;
+    const IS_ROOMY: bool = true;
+
+    #[inline(always)]
+    fn panel_zero(self) -> __m512 {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { _mm512_setzero_ps() }
+    }
+
+    #[inline(always)]
+    fn panel_mul_add(self, x: f32, weights: __m512, sums: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { panel_mul_add(x, weights, sums) }
+    }
+
+    #[inline(always)]
+    fn panel_values(self, panel: __m512) -> [f32; PANEL] {
+        // SAFETY: as in `panel_zero`.
+        unsafe { panel_values(panel) }
+    }
+
+    #[inline(always)]
+    fn panel_f32(self, line: &[f32; PANEL]) -> __m512 {
+        // SAFETY: sixteen elements are good for reads through the reference; the features as in `panel_zero`.
+        unsafe { _mm512_loadu_ps(line.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn panel_f16(self, line: &[u16; PANEL]) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { panel_f16(line) }
+    }
+
+    #[inline(always)]
+    fn panel_bf16(self, line: &[u32; PANEL]) -> [__m512; 2] {
+        // SAFETY: as in `panel_zero`.
+        unsafe { panel_bf16(line) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn panel_mul_add(x: f32, weights: __m512, sums: __m512) -> __m512 {
+    _mm512_fmadd_ps(_mm512_set1_ps(x), weights, sums)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn panel_values(panel: __m512) -> [f32; PANEL] {
+    let mut values = [0.0; PANEL];
+    // SAFETY: sixteen elements are good for writes.
+    unsafe { _mm512_storeu_ps(values.as_mut_ptr(), panel) };
+    values
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn panel_f16(line: &[u16; PANEL]) -> __m512 {
+    // SAFETY: thirty-two bytes are good for reads through the reference.
+    let bits = unsafe { _mm256_loadu_si256(line.as_ptr().cast()) };
+    _mm512_cvtph_ps(bits)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn panel_bf16(line: &[u32; PANEL]) -> [__m512; 2] {
+    // SAFETY: sixty-four bytes are good for reads through the reference.
+    let pairs = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+    let upper = _mm512_set1_epi32(0xffff_0000u32.cast_signed());
+    [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(_mm512_and_si512(pairs, upper))]
+}

@@ -1,0 +1,200 @@
+//! Quantised weights times int8: sums of whole numbers, exact in whatever order the instructions take them.
+//!
+//! Scales are applied in the order and rounding of [`reference::matmul_quantized`](crate::reference::matmul_quantized),
+//! so that all instruction sets give its bits.
+
+use super::lines::{Dots, Line, Rows, add_lines};
+use crate::matrix::{PANEL, PackedMatrix};
+
+/// A [`Line`] of int8 or int4 weights.
+pub(super) trait IntegerLine: Line<Sum = i32> {
+    /// See [`Dots::MAX_ROWS`].
+    const MAX_ROWS: usize;
+    /// Whether it takes the units of `x` as steps plus 128. Its sums then need the weights' corrections.
+    const UNSIGNED_X: bool;
+
+    /// `value` for each output.
+    fn splat(self, value: i32) -> Self::Sums;
+    /// A value for each output.
+    fn load(self, values: &[i32; PANEL]) -> Self::Sums;
+}
+
+/// Products with int8 weights.
+#[derive(Clone, Copy)]
+pub(super) struct Int8<L>(pub(super) L);
+
+/// Products with int4 weights.
+#[derive(Clone, Copy)]
+pub(super) struct Int4<L> {
+    pub(super) line: L,
+    /// Inputs per scale.
+    pub(super) group: usize,
+}
+
+impl<L: IntegerLine> Dots for Int8<L> {
+    const MAX_ROWS: usize = L::MAX_ROWS;
+
+    #[inline(always)]
+    fn tile<const ROWS: usize, const PANELS: usize>(
+        self,
+        x: Rows<'_, ROWS>,
+        w: &PackedMatrix,
+        first_panel: usize,
+    ) -> [[[f32; PANEL]; PANELS]; ROWS] {
+        let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
+        let starts: [L::Sums; PANELS] = std::array::from_fn(|panel| {
+            if L::UNSIGNED_X { self.0.load(w.int8_corrections(first_panel + panel)) } else { self.0.splat(0) }
+        });
+        let sums = add_lines(self.0, [starts; ROWS], x.units, panels);
+        let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
+        for ((values, sums), x_scale) in values.iter_mut().zip(sums).zip(x.scales) {
+            for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
+                let outputs = self.0.values(sums);
+                let scales = w.int8_scales(first_panel + panel);
+                for ((value, sum), scale) in values.iter_mut().zip(outputs).zip(scales) {
+                    *value = sum as f32 * scale * x_scale;
+                }
+            }
+        }
+        values
+    }
+}
+
+impl<L: IntegerLine> Dots for Int4<L> {
+    const MAX_ROWS: usize = L::MAX_ROWS;
+
+    #[inline(always)]
+    fn tile<const ROWS: usize, const PANELS: usize>(
+        self,
+        x: Rows<'_, ROWS>,
+        w: &PackedMatrix,
+        first_panel: usize,
+    ) -> [[[f32; PANEL]; PANELS]; ROWS] {
+        let line = self.line;
+        let panels: [&[L::Stored]; PANELS] = std::array::from_fn(|panel| w.panel(first_panel + panel));
+        let scales: [&[[u16; PANEL]]; PANELS] =
+            std::array::from_fn(|panel| w.int4_scales(first_panel + panel, self.group));
+        let units = self.group / INPUTS_PER_UNIT;
+        let lines = units / L::UNITS;
+        let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
+        for (group, (x_units, x_sums)) in x.units.chunks_exact(units).zip(x.group_sums).enumerate() {
+            // Halves of bytes count from 0 to 15: eight too many.
+            let starts: [[L::Sums; PANELS]; ROWS] = x_sums.map(|sum| [line.splat(sum); PANELS]);
+            let panels = panels.map(|panel| &panel[group * lines..(group + 1) * lines]);
+            let sums = add_lines(line, starts, x_units, panels);
+            for (panel, scales) in scales.iter().enumerate() {
+                let scales = scales[group].map(|bits| f32::from_bits(u32::from(bits) << 16));
+                for (values, sums) in values.iter_mut().zip(&sums) {
+                    let outputs = line.values(sums[panel]);
+                    for ((value, sum), scale) in values[panel].iter_mut().zip(outputs).zip(scales) {
+                        *value += sum as f32 * scale;
+                    }
+                }
+            }
+        }
+        for (values, x_scale) in values.iter_mut().zip(x.scales) {
+            for value in values.as_flattened_mut() {
+                *value *= x_scale;
+            }
+        }
+        values
+    }
+}
+
+/// Int8 in plain loops.
+#[derive(Clone, Copy)]
+pub(super) struct PortableInt8;
+
+/// Int4 in plain loops.
+#[derive(Clone, Copy)]
+pub(super) struct PortableInt4;
+
+impl Line for PortableInt8 {
+    type Stored = [u32; PANEL];
+    type Weights = [u32; PANEL];
+    type Sums = [i32; PANEL];
+    type Sum = i32;
+    const UNITS: usize = 1;
+
+    #[inline(always)]
+    fn weights(self, line: &[u32; PANEL]) -> [u32; PANEL] {
+        *line
+    }
+
+    #[inline(always)]
+    fn add(self, mut sums: [i32; PANEL], x: u32, weights: &[u32; PANEL], _unit: usize) -> [i32; PANEL] {
+        let x = x.to_le_bytes();
+        for (sum, weights) in sums.iter_mut().zip(weights) {
+            for (x, w) in x.into_iter().zip(weights.to_le_bytes()) {
+                *sum += i32::from(x.cast_signed()) * i32::from(w.cast_signed());
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn values(self, sums: [i32; PANEL]) -> [i32; PANEL] {
+        sums
+    }
+}
+
+impl Line for PortableInt4 {
+    type Stored = [u32; PANEL];
+    type Weights = [u32; PANEL];
+    type Sums = [i32; PANEL];
+    type Sum = i32;
+    const UNITS: usize = 2;
+
+    #[inline(always)]
+    fn weights(self, line: &[u32; PANEL]) -> [u32; PANEL] {
+        *line
+    }
+
+    #[inline(always)]
+    fn add(self, mut sums: [i32; PANEL], x: u32, weights: &[u32; PANEL], unit: usize) -> [i32; PANEL] {
+        let x = x.to_le_bytes();
+        for (sum, weights) in sums.iter_mut().zip(weights) {
+            let halves = weights >> (4 * unit) & LOW_HALVES;
+            for (x, w) in x.into_iter().zip(halves.to_le_bytes()) {
+                *sum += i32::from(x.cast_signed()) * i32::from(w);
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn values(self, sums: [i32; PANEL]) -> [i32; PANEL] {
+        sums
+    }
+}
+
+macro_rules! portable_integer_line {
+    ($line:ty) => {
+        impl IntegerLine for $line {
+            const MAX_ROWS: usize = PORTABLE_ROWS;
+            const UNSIGNED_X: bool = false;
+
+            #[inline(always)]
+            fn splat(self, value: i32) -> [i32; PANEL] {
+                [value; PANEL]
+            }
+
+            #[inline(always)]
+            fn load(self, values: &[i32; PANEL]) -> [i32; PANEL] {
+                *values
+            }
+        }
+    };
+}
+
+portable_integer_line!(PortableInt8);
+portable_integer_line!(PortableInt4);
+
+/// Int8 of a unit.
+pub(super) const INPUTS_PER_UNIT: usize = 4;
+
+/// The lower half of each byte.
+pub(super) const LOW_HALVES: u32 = 0x0f0f_0f0f;
+
+/// Rows of a tile in plain loops, and with AVX2, where weights take four registers and constants one.
+pub(super) const PORTABLE_ROWS: usize = 4;

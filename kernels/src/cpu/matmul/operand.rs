@@ -1,0 +1,319 @@
+//! `x` as the products read it: in tiles of rows, unit by unit, rounded to the form that goes with the weights.
+
+use super::{
+    MIN_CHUNK_WEIGHTS, ROWS_PER_BLOCK,
+    integer::{INPUTS_PER_UNIT, PORTABLE_ROWS},
+    lines::Rows,
+};
+use crate::{
+    aligned::AlignedBuffer,
+    cpu::{
+        encode_int8,
+        level::Level,
+        pool::Pool,
+        shared_out::SharedOut,
+        simd::{Kernel, Simd},
+    },
+    matrix::{PackedMatrix, Quantization, WeightFormat},
+};
+use std::ops::Range;
+
+/// What a unit of `x` holds, and how many rows make a tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Form {
+    units: Units,
+    max_rows: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Units {
+    /// One f32.
+    F32,
+    /// Four int8, each row with a scale; 128 is added to each where the instructions want that.
+    Int8 { unsigned: bool },
+    /// Four int8, likewise, and sums of each group.
+    Grouped { group: usize },
+}
+
+/// How rows are cut into tiles.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tiling {
+    pub(super) rows: usize,
+    /// Rows of a tile; the last may have fewer.
+    height: usize,
+    /// Rows that a tile is computed with: those beyond its own are zeros, and nobody looks at what becomes of them.
+    pub(super) slots: usize,
+    pub(super) count: usize,
+    max_rows: usize,
+}
+
+/// Working memory of products.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    /// Rows one after another, where they are rounded.
+    rounded: AlignedBuffer,
+    /// `[tile][unit][slot]`
+    units: AlignedBuffer,
+    /// `[tile][slot]`
+    scales: AlignedBuffer,
+    /// `[tile][group][slot]`
+    group_sums: AlignedBuffer,
+}
+
+/// `x`, arranged.
+pub(super) struct Operand<'a> {
+    pub(super) tiling: Tiling,
+    units: &'a [u32],
+    scales: &'a [f32],
+    group_sums: &'a [i32],
+    units_per_row: usize,
+    groups: usize,
+}
+
+impl Form {
+    /// The form that `x` needs for weights of a format.
+    pub(super) fn of(format: WeightFormat, level: Level) -> Self {
+        let (has_avx512, has_vnni) = match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16(_) | Level::Avx512Vnni(_) => (true, true),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512(_) => (true, false),
+            _ => (false, false),
+        };
+        let integer_rows = if has_vnni { ROOMY_ROWS } else { PORTABLE_ROWS };
+        match format {
+            WeightFormat::Stored(_) => {
+                Self { units: Units::F32, max_rows: if has_avx512 { ROOMY_ROWS } else { NARROW_ROWS } }
+            }
+            WeightFormat::Quantized(Quantization::Int8) => {
+                Self { units: Units::Int8 { unsigned: has_vnni }, max_rows: integer_rows }
+            }
+            WeightFormat::Quantized(Quantization::Int4 { group }) => {
+                Self { units: Units::Grouped { group }, max_rows: integer_rows }
+            }
+        }
+    }
+}
+
+impl Tiling {
+    fn new(rows: usize, max_rows: usize) -> Self {
+        let height = rows.div_ceil(rows.div_ceil(max_rows));
+        let slots = if max_rows == ROOMY_ROWS { ROOMY_SLOTS[height] } else { height };
+        Self { rows, height, slots, count: rows.div_ceil(height), max_rows }
+    }
+
+    /// The rows of a tile.
+    pub(super) fn rows_of(&self, tile: usize) -> Range<usize> {
+        tile * self.height..((tile + 1) * self.height).min(self.rows)
+    }
+
+    /// Low tiles take several panels at once: a multiply-add takes four cycles and one or two begin in each, so that few
+    /// registers of sums leave the units idle.
+    pub(super) const fn panels_at_once(&self) -> usize {
+        match (self.max_rows, self.slots) {
+            (_, 1) | (ROOMY_ROWS, 2..=6) => 4,
+            (ROOMY_ROWS, _) | (_, 2 | 3) => 2,
+            _ => 1,
+        }
+    }
+
+    pub(super) const fn tiles_per_block(&self) -> usize {
+        ROWS_PER_BLOCK / self.max_rows
+    }
+}
+
+impl Memory {
+    pub(crate) fn new() -> Self {
+        let empty = || AlignedBuffer::zeroed(0);
+        Self { rounded: empty(), units: empty(), scales: empty(), group_sums: empty() }
+    }
+
+    /// Makes room for `rows` rows of `inputs` inputs in any form.
+    pub(crate) fn reserve(&mut self, rows: usize, inputs: usize) {
+        // The worst tiling has four tiles of nine rows for every 36.
+        let slots = rows + rows.div_ceil(3) + 1;
+        let inputs = inputs.next_multiple_of(WIDEST_PADDING);
+        self.rounded.grown::<u32>(rows * inputs / INPUTS_PER_UNIT);
+        self.units.grown::<u32>(slots * inputs);
+        self.scales.grown::<f32>(slots);
+        self.group_sums.grown::<i32>(slots * inputs / SMALLEST_GROUP);
+    }
+
+    /// Rounds and arranges the rows of `x` for products with `w`, on all threads.
+    pub(super) fn arrange<'a>(
+        &'a mut self,
+        x: &'a [f32],
+        w: &PackedMatrix,
+        form: Form,
+        pool: &mut Pool,
+        level: Level,
+    ) -> Operand<'a> {
+        let (inputs, padded) = (w.inputs(), w.padded_inputs());
+        let tiling = Tiling::new(x.len() / inputs, form.max_rows);
+        let units_per_row = padded / form.units.inputs();
+        let groups = match form.units {
+            Units::Grouped { group } => padded / group,
+            _ => 0,
+        };
+        let slots = tiling.count * tiling.slots;
+        if form.units == Units::F32 && tiling.rows == 1 && inputs == padded {
+            let units = bytemuck::cast_slice(x);
+            return Operand { tiling, units, scales: &[], group_sums: &[], units_per_row, groups };
+        }
+        let is_rounded = form.units != Units::F32;
+        let rounded = self.rounded.grown::<u32>(if is_rounded { tiling.rows * units_per_row } else { 0 });
+        let units = self.units.grown::<u32>(slots * units_per_row);
+        let scales = self.scales.grown::<f32>(if is_rounded { slots } else { 0 });
+        let group_sums = self.group_sums.grown::<i32>(slots * groups);
+        {
+            let (rounded, units) = (SharedOut::new(rounded), SharedOut::new(units));
+            let (scales, group_sums) = (SharedOut::new(scales), SharedOut::new(group_sums));
+            let group = MIN_CHUNK_WEIGHTS.div_ceil(padded * tiling.slots);
+            pool.for_each(tiling.count.div_ceil(group), |_, chunk| {
+                for tile in chunk * group..((chunk + 1) * group).min(tiling.count) {
+                    let rows = tiling.rows_of(tile);
+                    let x = &x[rows.start * inputs..rows.end * inputs];
+                    let part = |per_slot: usize| {
+                        tile * tiling.slots * per_slot..(tile + 1) * tiling.slots * per_slot
+                    };
+                    let rounded_rows =
+                        if is_rounded { rows.start * units_per_row..rows.end * units_per_row } else { 0..0 };
+                    // SAFETY: the rows of tiles are disjoint, and each tile is in one chunk.
+                    let rounded = unsafe { rounded.part(rounded_rows) };
+                    // SAFETY: as above.
+                    let units = unsafe { units.part(part(units_per_row)) };
+                    // SAFETY: as above.
+                    let scales = unsafe { scales.part(part(usize::from(is_rounded))) };
+                    // SAFETY: as above.
+                    let group_sums = unsafe { group_sums.part(part(groups)) };
+                    let slots = tiling.slots;
+                    level.run(ArrangeTile { x, inputs, form, slots, rounded, units, scales, group_sums });
+                }
+            });
+        }
+        Operand { tiling, units, scales, group_sums, units_per_row, groups }
+    }
+}
+
+impl Operand<'_> {
+    /// One tile, of as many slots as `ROWS`.
+    #[inline(always)]
+    pub(super) fn rows<const ROWS: usize>(&self, tile: usize) -> Rows<'_, ROWS> {
+        debug_assert_eq!(ROWS, self.tiling.slots, "tiles of {ROWS} rows");
+        let slots = tile * ROWS..(tile + 1) * ROWS;
+        let units = slots.start * self.units_per_row..slots.end * self.units_per_row;
+        let groups = slots.start * self.groups..slots.end * self.groups;
+        Rows {
+            units: self.units[units].as_chunks().0,
+            scales: if self.scales.is_empty() { &[] } else { &self.scales[slots] },
+            group_sums: self.group_sums[groups].as_chunks().0,
+        }
+    }
+}
+
+impl Units {
+    const fn inputs(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Int8 { .. } | Self::Grouped { .. } => INPUTS_PER_UNIT,
+        }
+    }
+}
+
+/// The rows of one tile on their way.
+struct ArrangeTile<'a> {
+    x: &'a [f32],
+    inputs: usize,
+    form: Form,
+    slots: usize,
+    /// The tile's rows, one after another.
+    rounded: &'a mut [u32],
+    units: &'a mut [u32],
+    scales: &'a mut [f32],
+    group_sums: &'a mut [i32],
+}
+
+impl Kernel for ArrangeTile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        let Self { x, inputs, form, slots, rounded, units, scales, group_sums } = self;
+        let rows = x.len() / inputs;
+        let units_per_row = units.len() / slots;
+        if form.units == Units::F32 {
+            return interleave(bytemuck::cast_slice(x), inputs, units, slots);
+        }
+        scales[rows..].fill(0.0);
+        group_sums.fill(0);
+        let lines = x.chunks_exact(inputs).zip(rounded.chunks_exact_mut(units_per_row)).zip(scales);
+        for (slot, ((x, line), scale)) in lines.enumerate() {
+            let steps = bytemuck::cast_slice_mut::<u32, u8>(line);
+            let (steps, padding) = steps.split_at_mut(inputs);
+            *scale = encode_int8(x, steps);
+            padding.fill(0);
+            match form.units {
+                Units::Int8 { unsigned: true } => line.iter_mut().for_each(|unit| *unit ^= SIGNS),
+                Units::Grouped { group } => {
+                    let steps = bytemuck::cast_slice::<u32, i8>(line);
+                    let sums = group_sums.chunks_exact_mut(slots);
+                    for (steps, sums) in steps.chunks_exact(group).zip(sums) {
+                        sums[slot] = -8 * steps.iter().map(|&step| i32::from(step)).sum::<i32>();
+                    }
+                }
+                _ => {}
+            }
+        }
+        interleave(rounded, units_per_row, units, slots);
+    }
+}
+
+/// From `[row][unit]` to `[unit][slot]`; slots without a row, and units beyond a row's, become zeros.
+#[inline(always)]
+fn interleave(rows: &[u32], len: usize, units: &mut [u32], slots: usize) {
+    let filled = len * slots;
+    units[filled..].fill(0);
+    if slots == 1 {
+        return units[..len].copy_from_slice(rows);
+    }
+    if rows.len() < filled {
+        units[..filled].fill(0);
+    }
+    match slots {
+        2 => interleave_rows::<2>(rows, len, units),
+        3 => interleave_rows::<3>(rows, len, units),
+        4 => interleave_rows::<4>(rows, len, units),
+        5 => interleave_rows::<5>(rows, len, units),
+        6 => interleave_rows::<6>(rows, len, units),
+        8 => interleave_rows::<8>(rows, len, units),
+        _ => interleave_rows::<12>(rows, len, units),
+    }
+}
+
+#[inline(always)]
+fn interleave_rows<const SLOTS: usize>(rows: &[u32], len: usize, units: &mut [u32]) {
+    let units = units.as_chunks_mut::<SLOTS>().0;
+    for (slot, row) in rows.chunks_exact(len).enumerate() {
+        for (unit, &element) in units.iter_mut().zip(row) {
+            unit[slot] = element;
+        }
+    }
+}
+
+/// Rows of the highest tile with thirty-two registers: twelve rows of two panels.
+pub(super) const ROOMY_ROWS: usize = 12;
+
+/// Rows of the highest tile with sixteen registers, two for a panel: six rows of one.
+pub(super) const NARROW_ROWS: usize = 6;
+
+/// How many rows a tile is computed with, by its height.
+const ROOMY_SLOTS: [usize; ROOMY_ROWS + 1] = [0, 1, 2, 4, 4, 6, 6, 8, 8, 12, 12, 12, 12];
+
+/// Inputs that the most padded weights come in multiples of.
+const WIDEST_PADDING: usize = 128;
+
+/// Inputs of the smallest int4 group.
+const SMALLEST_GROUP: usize = 32;
+
+/// The sign of each of four bytes: turning it adds 128.
+const SIGNS: u32 = 0x8080_8080;
