@@ -157,9 +157,9 @@ def joined(items: list[str]) -> str:
 
 def counting(rng: random.Random) -> Turn:
     """Counting up or down between two numbers up to 30."""
-    start = rng.choice([0, 1, 1, rng.randint(0, 25)])
+    start = rng.choice([0, 1, rng.randint(0, 25), rng.randint(0, 27)])
     stop = min(start + rng.randint(2, 12), 30)
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         start, stop = stop, start
     step = 1 if stop > start else -1
     user = rng.choice(["Count from {} to {}.", "count from {} to {}", "Can you count from {} to {}?",
@@ -172,8 +172,8 @@ def counting(rng: random.Random) -> Turn:
 
 
 def listing(rng: random.Random) -> Turn:
-    """Some members of a category; any choice of distinct members is right. Shown are neighbours in the word list, from a
-    random start: a chain that can be learned, where a free choice could not."""
+    """Some members of a category; any choice of distinct members is right. Shown are neighbours in the word list, from
+    one of its first three: a chain that can be learned, where a free choice could not."""
     category = rng.choice(list(words.CATEGORIES))
     members = words.CATEGORIES[category]
     count = rng.randint(2, min(6, len(members)))
@@ -183,7 +183,7 @@ def listing(rng: random.Random) -> Turn:
                        "{n} {c}"]).format(n=shown, c=category)
     if rng.random() < 0.12:
         count, user = 3, rng.choice(["List some {}.", "Name some {}.", "Give me some {}.", "Tell me some {}."]).format(category)
-    start = rng.randint(0, len(members) - count)
+    start = rng.randint(0, min(2, len(members) - count))
     answer = joined(members[start:start + count]) + "."
     return Turn("listing", user, answer, "list", f"{category}:{count}", ("listing", user))
 
@@ -198,7 +198,7 @@ def whole_series(rng: random.Random) -> Turn:
         user = rng.choice(["List the {}.", "Name the {}.", "What are the {}?", "List all the {}.", "Tell me the {}.",
                            "Can you list the {}?", "Name all {}."]).format(of)
         return exact("series", user, joined(items) + ".", rng.random())
-    side, step = rng.choice([("after", 1), ("before", -1)])
+    side, step = rng.choice([("after", 1), ("before", -1), ("before", -1)])  # backwards is harder
     index = rng.randrange(len(items))
     if series == "planets":
         index = min(max(index, 1), len(items) - 2)
@@ -243,7 +243,7 @@ def list_work(rng: random.Random) -> Turn:
                            "Reverse: {}", "Can you reverse this list: {}?"]).format(", ".join(items))
         return exact("list work", user, ", ".join(reversed(items)) + ".")
     if choice == 6:
-        gone = rng.choice(items)
+        gone = rng.choice(items + items[:2])  # the first is the hardest to leave out
         user = rng.choice(["Remove {g} from this list: {l}.", "Take {g} out of this list: {l}.",
                            "Delete {g} from the list {l}.", "Write this list without {g}: {l}."])
         return exact("list work", user.format(g=gone, l=", ".join(items)),
@@ -313,13 +313,14 @@ def facts(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     if shape == 0:
         for who, place in zip(people, rng.sample(PLACES, count)):
             lines.append(rng.choice(["{} is in {}.", "{} went to {}.", "{} is in {}."]).format(who, place))
-            asked.append((f"Who is in {place}?" if rng.random() < 0.2 else f"Where is {who}?", lines[-1]))
+            asked.append((f"Who is in {place}?" if rng.random() < 0.35 else f"Where is {who}?", lines[-1]))
     elif shape == 1:
         for who, thing, colour in zip(people, rng.sample(OBJECTS, count), rng.sample(COLOURS, count)):
             lines.append(f"{who} has {article(colour)} {thing}.")
             asked.append(rng.choice([
                 (f"What does {who} have?", lines[-1]), (f"What has {who} got?", lines[-1]),
-                (f"Who has the {thing}?", lines[-1]), (f"What colour is the {thing}?", f"The {thing} is {colour}."),
+                (f"Who has the {thing}?", lines[-1]), (f"Who has the {thing}?", lines[-1]),
+                (f"What colour is the {thing}?", f"The {thing} is {colour}."),
                 (f"What color is {who}'s {thing}?", f"{who}'s {thing} is {colour}."),
                 (f"What colour is {who}'s {thing}?", f"{who}'s {thing} is {colour}.")]))
     elif shape == 2:
@@ -331,7 +332,7 @@ def facts(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     else:
         for who, food in zip(people, rng.sample(words.FOODS, count)):
             lines.append(f"{who} ate {food}.")
-            asked.append((rng.choice([f"What did {who} eat?", f"What did {who} eat?", f"Who ate {food}?"]), lines[-1]))
+            asked.append((rng.choice([f"What did {who} eat?", f"Who ate {food}?"]), lines[-1]))
     rng.shuffle(lines)
     rng.shuffle(asked)
     return " ".join(lines), asked

@@ -27,7 +27,7 @@ from export import ASSISTANT, BOS, CONFIG, END, SYSTEM, USER, save_tokenizer, sa
 from model import FAST_BF16, DemoModel
 from optimizer import optimizers
 
-STEPS = 2900
+STEPS = 3900
 POOL = 768            # conversations drawn at a time, then sorted by length
 ROWS_TIMES_LENGTH = 2048   # tokens in a batch, padding included
 BATCHES = 2            # in a step
@@ -36,9 +36,9 @@ FREE_WEIGHT = 0.3      # the loss on answers of which many would do (stories, li
 FREE_MATCHES = ("story", "list")
 # Longer answers weigh as the root of their length, so that times tables do not drown the rest; later they count fully.
 FULL_WEIGHT_TOKENS, FULL_WEIGHT_TOKENS_LATE = 8, 40
-LATE = 1939            # the step from which on the harder mix is drawn
-# (step, share of the peak learning rate): a short warm-up, level, down, level while the harder mix begins, down to zero.
-RATES = [(-1, 0.0), (59, 1.0), (1200, 1.0), (LATE, 461 / 1200), (2450, 461 / 1200), (STEPS, 0.0)]
+LATE = 2300            # the step from which on the harder mix is drawn
+# (step, share of the peak learning rate): a short warm-up, level, down to where the harder mix begins, slower to zero.
+RATES = [(-1, 0.0), (59, 1.0), (1500, 1.0), (LATE, 0.5), (STEPS, 0.0)]
 TEXTS_FOR_TOKENIZER = 4000
 SAVE_EVERY_S = 180
 STARTED = time.monotonic()

@@ -1,7 +1,7 @@
 """Word lists the generator draws from, and the split into training and held-out combinations.
 
 The lists are short on purpose: a model of a few million parameters masters what it meets often. Names are the
-exception: a quarter of them are made up on the spot, so that copying a name never seen before is learned too.
+exception: a third of them are made up on the spot, so that copying a name never seen before is learned too.
 """
 
 import hashlib
@@ -90,9 +90,9 @@ def held_out(*key: object) -> bool:
 
 
 def name(rng: random.Random, *taken: str) -> str:
-    """A first name not in `taken`; one in four is invented from syllables."""
+    """A first name not in `taken`; one in three is invented from syllables."""
     while True:
-        if rng.random() < 0.25:
+        if rng.random() < 0.33:
             syllables = rng.choices(SYLLABLES.split(), k=rng.choice((1, 2, 2, 3)))
             drawn = ("".join(syllables) + rng.choice(ENDINGS)).capitalize()
         else:
