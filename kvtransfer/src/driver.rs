@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use tidemill_kvtransfer_proto::digest::BlockShape;
-use tidemill_kvtransfer_proto::endpoint_core::{EndpointCore, EndpointRules, LinkId, ReserveOrder};
+use tidemill_kvtransfer_proto::endpoint_core::{EndpointCore, EndpointRules, LinkId, ReserveOrder, STALL};
 use tidemill_kvtransfer_proto::message::{Hello, Offer, OnFailure, PROTOCOL};
 use tidemill_kvtransfer_proto::units::Moment;
 
@@ -63,7 +63,9 @@ pub(crate) struct Driver {
     /// Connections that were found broken in the middle of something else.
     doomed: Vec<(u64, LinkId, Loss)>,
     ready: Vec<RawFd>,
+    /// When this turn began, and the same as the core counts it.
     now: Instant,
+    turn: Moment,
     /// When the core's time began.
     origin: Instant,
     is_stopping: bool,
@@ -120,6 +122,7 @@ impl Driver {
             doomed: Vec::new(),
             ready: Vec::new(),
             now,
+            turn: Moment::default(),
             origin: now,
             is_stopping: false,
         })
@@ -140,8 +143,11 @@ impl Driver {
             rdma.place_thread();
         }
         while !self.is_stopping {
-            self.wait();
-            self.now = Instant::now();
+            let allowed = self.wait() + LONGEST_TURN;
+            let before = std::mem::replace(&mut self.now, Instant::now());
+            self.turn = Moment(self.now.saturating_duration_since(self.origin));
+            let lateness = (self.now - before).saturating_sub(allowed);
+            self.core.stood_still(lateness, self.turn);
             self.take_orders();
             self.receive_visitors();
             self.advance_handshakes();
@@ -157,10 +163,10 @@ impl Driver {
         self.say_goodbye();
     }
 
-    /// Sleeps until something can be done.
-    fn wait(&mut self) {
+    /// Sleeps until something can be done, for as long as is returned at most, if the processor is to be had then.
+    fn wait(&mut self) -> Duration {
         let timeout = if self.has_work() { Duration::ZERO } else { self.until_next_clock() };
-        let timeout = Timespec::try_from(timeout).unwrap_or_default();
+        let timespec = Timespec::try_from(timeout).unwrap_or_default();
         let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
         let mut interest = |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags));
         self.visitor_interests(&mut interest);
@@ -168,9 +174,10 @@ impl Driver {
             peer.interests(&mut interest);
         }
         // A signal or a lack of memory ends the wait early, which is harmless.
-        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+        let _ = rustix::event::poll(&mut fds, Some(&timespec));
         let ready = fds.iter().filter(|fd| !fd.revents().is_empty());
         self.ready = ready.map(|fd| fd.as_fd().as_raw_fd()).collect();
+        timeout
     }
 
     fn is_ready(&self, fd: BorrowedFd<'_>) -> bool {
@@ -230,12 +237,10 @@ impl Driver {
     fn until_next_clock(&self) -> Duration {
         let visitors = self.lobby.iter().map(|it| it.deadline);
         let memory_visitors = self.memory_lobby.iter().map(|it| it.deadline);
-        let core = self.core.next_tick().map(|at| self.origin + at.0);
-        let peers = self
-            .peers
-            .iter()
-            .filter_map(|(&instance, peer)| peer.next_clock(|| self.is_wanted(instance, peer)));
-        let next = visitors.chain(memory_visitors).chain(core).chain(peers).min();
+        let peers =
+            self.peers.iter().filter_map(|(&instance, peer)| peer.next_clock(self.is_wanted(instance, peer)));
+        let decided = self.core.next_tick().into_iter().chain(peers).map(|at| self.origin + at.0);
+        let next = visitors.chain(memory_visitors).chain(decided).min();
         // Clocks are read to the nanosecond but slept to the millisecond: rather late than in vain.
         let rounding = Duration::from_millis(1);
         next.map_or(LONGEST_SLEEP, |next| {
@@ -289,7 +294,7 @@ fn hello(config: &EndpointConfig, address: SocketAddr, socket_name: Option<Strin
     }
 }
 
-/// A write is a MiB at most: a line that takes longer for it is of no use.
-const STALL: Duration = Duration::from_secs(10);
+/// What one turn takes at most while it has the processor; the rest of a longer one was spent waiting for it.
+const LONGEST_TURN: Duration = Duration::from_millis(20);
 /// Bounds the harm of a clock that was forgotten.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);

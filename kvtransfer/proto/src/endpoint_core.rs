@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Two drivers exist: the thread of `tidemill-kvtransfer`, which does all this with sockets and memory, and the
-//! simulator. Handshakes are theirs, except for the one question that a handshake must answer: what a side
-//! cannot yet promise to leave alone ([`EndpointCore::prepare_link`]).
+//! simulator. What handshakes decide is in [`handshake`](crate::handshake), except for the one question that each
+//! must answer: what a side cannot yet promise to leave alone ([`EndpointCore::prepare_link`]).
 
 mod links;
 mod prefilling;
@@ -377,3 +377,6 @@ fn check_shape(
     }
     Ok(())
 }
+
+/// The usual [`EndpointRules::stall`]. A write is a MiB at most: a line that takes longer for it is of no use.
+pub const STALL: Duration = Duration::from_secs(10);

@@ -12,6 +12,7 @@ pub mod codec;
 pub mod digest;
 pub mod endpoint_core;
 pub mod error;
+pub mod handshake;
 pub mod layout;
 pub mod message;
 pub mod path;

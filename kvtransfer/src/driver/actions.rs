@@ -47,7 +47,7 @@ impl Driver {
         let Some(mut severed) = peer.link.take_if(|it| it.id == link) else { return };
         tracing::warn!(peer = peer.name, reason, "peer lost");
         peer.idle_since = self.now;
-        peer.back_off(self.now);
+        peer.contact.link_lost(self.turn);
         self.links.set(instance, None);
         severed.path.sever();
         let mut done = Vec::new();

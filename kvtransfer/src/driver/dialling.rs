@@ -5,13 +5,14 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Sender, TryRecvError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::PollFlags;
+use tidemill_kvtransfer_proto::handshake::Contact;
 use tidemill_kvtransfer_proto::message::{Attach, Message, Paths, Ready, TransportKind, Welcome};
 
 use super::Driver;
-use super::lobby::{CROSSED, attach_frame, prepare};
+use super::lobby::{attach_frame, prepare};
 use super::peers::{DataPath, Established, Peer};
 use super::rdma;
 use crate::error::MeetError;
@@ -24,7 +25,6 @@ use crate::verbs::{Draft, Drafting};
 #[derive(Debug)]
 pub(super) struct Dial {
     stage: Stage,
-    deadline: Instant,
 }
 
 #[derive(Debug)]
@@ -57,19 +57,13 @@ enum Step {
     Crossed,
 }
 
-impl Stage {
+impl Dial {
     /// How much longer than usual it may take.
-    fn extra(&self) -> Duration {
-        match self {
-            Self::Drafting { .. } | Self::AwaitingPaths { .. } => rdma::REGISTRATION,
+    pub(super) fn extra(&self) -> Duration {
+        match self.stage {
+            Stage::Drafting { .. } | Stage::AwaitingPaths { .. } => rdma::REGISTRATION,
             _ => Duration::ZERO,
         }
-    }
-}
-
-impl Dial {
-    pub(super) fn deadline(&self) -> Instant {
-        self.deadline + self.stage.extra()
     }
 
     pub(super) fn interests<'a>(&'a self, interest: &mut impl FnMut(BorrowedFd<'a>, PollFlags)) {
@@ -95,11 +89,12 @@ impl Driver {
                 let _ = reply.send(Met { name, instance, outcome }); // Nobody waits any more.
                 continue;
             }
-            let now = self.now;
+            let (now, turn) = (self.now, self.turn);
             self.core.meet(instance, &name);
-            let peer = self.peers.entry(instance).or_insert_with(|| Peer::new(name, address, now));
+            let contact = Contact::new(self.hello.instance, instance, turn);
+            let peer = self.peers.entry(instance).or_insert_with(|| Peer::new(name, address, contact, now));
             peer.address = address;
-            peer.retry_at = now;
+            peer.contact.met(turn);
             peer.meets.push(reply.clone());
             self.answer_meets(instance);
         }
@@ -117,37 +112,34 @@ impl Driver {
             self.advance_inbound(instance);
             self.advance_dial(instance);
             let Some(peer) = self.peers.get(&instance) else { continue };
-            let is_away = peer.link.is_none() && peer.dial.is_none() && peer.inbound.is_none();
-            if is_away && peer.retry_at <= self.now && self.is_wanted(instance, peer) {
+            if peer.contact.is_due(peer.link.is_some(), self.turn) && self.is_wanted(instance, peer) {
                 self.dial(instance);
             }
         }
     }
 
     fn dial(&mut self, instance: u64) {
-        let deadline = self.now + self.config.timing.handshake;
         let Some(peer) = self.peers.get_mut(&instance) else { return };
+        peer.contact.dials(self.config.timing.handshake, self.turn);
         match tcp::connect(peer.address) {
-            Ok(stream) => peer.dial = Some(Dial { stage: Stage::Connecting(stream), deadline }),
+            Ok(stream) => peer.dial = Some(Dial { stage: Stage::Connecting(stream) }),
             Err(error) => self.dial_failed(instance, &unreachable(&error)),
         }
     }
 
     fn advance_dial(&mut self, instance: u64) {
-        let Some(Dial { mut stage, deadline }) = self.peers.get_mut(&instance).and_then(|it| it.dial.take())
-        else {
-            return;
-        };
+        let dial = self.peers.get_mut(&instance).and_then(|it| it.dial.take());
+        let Some(Dial { mut stage }) = dial else { return };
         loop {
             match self.step(instance, stage) {
                 Ok(Step::Next(next)) => stage = next,
-                Ok(Step::Wait(stage)) if self.now < deadline + stage.extra() => {
-                    if let Some(peer) = self.peers.get_mut(&instance) {
-                        peer.dial = Some(Dial { stage, deadline });
+                Ok(Step::Wait(stage)) => {
+                    let dial = Dial { stage };
+                    let Some(peer) = self.peers.get_mut(&instance) else { return };
+                    if !peer.contact.is_late(dial.extra(), self.turn) {
+                        peer.dial = Some(dial);
+                        return;
                     }
-                    return;
-                }
-                Ok(Step::Wait(_)) => {
                     let reason = "the handshake took too long".to_owned();
                     return self.dial_failed(instance, &MeetError::Unreachable { reason });
                 }
@@ -155,7 +147,7 @@ impl Driver {
                 Ok(Step::Crossed) => {
                     // Theirs is under way; ours again only should it come to nothing.
                     if let Some(peer) = self.peers.get_mut(&instance) {
-                        peer.retry_at = self.now + self.config.timing.handshake;
+                        peer.contact.crossed(self.config.timing.handshake, self.turn);
                     }
                     return;
                 }
@@ -230,21 +222,17 @@ impl Driver {
         }
         let welcome = match control.receive_one().map_err(|loss| lost(&loss))? {
             Some(Message::Welcome(welcome)) => Box::new(welcome),
-            Some(Message::Refuse(refuse)) if refuse.field == CROSSED => return Ok(Step::Crossed),
+            Some(Message::Refuse(refuse)) if refuse.is_crossed() => return Ok(Step::Crossed),
             Some(Message::Refuse(refuse)) => {
                 return Err(MeetError::Mismatch { field: refuse.field, reason: refuse.reason });
             }
             Some(_) => return Err(odd_message()),
             None => return Ok(Step::Wait(Stage::AwaitingWelcome(control))),
         };
-        let theirs = &welcome.hello;
-        if theirs.instance != instance {
-            let reason = format!("{:016x} answers there, not {instance:016x}", theirs.instance);
-            return Err(MeetError::Mismatch { field: "instance".to_owned(), reason });
-        }
-        self.check_hello(theirs)
+        self.hello
+            .check_answer(instance, &welcome.hello)
             .map_err(|refuse| MeetError::Mismatch { field: refuse.field, reason: refuse.reason })?;
-        match self.hello.offer.common(theirs.offer, self.is_same_host(theirs)) {
+        match self.hello.best_way(&welcome.hello) {
             Some(TransportKind::SharedMemory) => match self.pass_memory(&welcome) {
                 Ok(stream) => Ok(Step::Next(Stage::AwaitingMemory { control, welcome, stream })),
                 Err(error) => self.fall_back(instance, control, welcome, format!("shared memory: {error}")),
@@ -360,7 +348,7 @@ impl Driver {
     fn dial_failed(&mut self, instance: u64, error: &MeetError) {
         let Some(peer) = self.peers.get_mut(&instance) else { return };
         tracing::warn!(peer = peer.name, address = %peer.address, %error, "peer not connected");
-        peer.back_off(self.now);
+        peer.contact.dial_failed(self.turn);
         let name = peer.name.clone();
         for meet in peer.meets.drain(..) {
             // Who does not wait any more does not need to know.

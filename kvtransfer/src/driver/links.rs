@@ -8,7 +8,7 @@ use tidemill_kvtransfer_proto::message::{Message, TransportKind};
 use tidemill_kvtransfer_proto::units::Moment;
 
 use super::Driver;
-use super::peers::{DataPath, Established, FIRST_BACKOFF, Link, Probe};
+use super::peers::{DataPath, Established, Link, Probe};
 use super::rdma;
 use crate::endpoint::{LinkEntry, TransportChoice};
 use crate::event::{HandoffEvent, Met, PeerLink};
@@ -41,7 +41,7 @@ impl Driver {
         peer.dial = None;
         peer.inbound = None;
         peer.process = process.or(peer.process.take());
-        peer.backoff = FIRST_BACKOFF;
+        peer.contact.is_up();
         let up = LinkUp { hello, proof: kind.quiet_proof(), busy };
         let id = self.core.link_up(instance, up, Moment(self.origin.elapsed()));
         peer.link = Some(Link { id, connection, path, is_fresh: true, is_fallback, probe });
@@ -187,7 +187,8 @@ impl Driver {
 
     /// Everything that happens because time passes.
     pub(super) fn check_clocks(&mut self) {
-        self.core.tick(self.moment());
+        // As of when it was seen what has come: what came since is not silence.
+        self.core.tick(self.turn);
         self.act();
         let now = self.now;
         let instances: Vec<u64> = self.peers.keys().copied().collect();
@@ -206,7 +207,7 @@ impl Driver {
     fn forget_idle_peers(&mut self) {
         let Self { peers, core, now, .. } = self;
         peers.retain(|&instance, peer| {
-            let is_connected = peer.link.is_some() || peer.dial.is_some() || peer.inbound.is_some();
+            let is_connected = peer.link.is_some() || peer.contact.is_under_way();
             is_connected || !peer.meets.is_empty() || *now < peer.idle_since + IDLE || !core.forget(instance)
         });
     }

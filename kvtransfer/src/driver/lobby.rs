@@ -8,9 +8,8 @@ use std::time::Instant;
 
 use rustix::event::PollFlags;
 use tidemill_kvtransfer_proto::codec::{self, encode};
-use tidemill_kvtransfer_proto::message::{
-    Attach, Hello, Message, PROTOCOL, Ready, Refuse, TransportKind, Welcome,
-};
+use tidemill_kvtransfer_proto::handshake::Contact;
+use tidemill_kvtransfer_proto::message::{Attach, Hello, Message, Ready, Refuse, TransportKind, Welcome};
 
 use super::Driver;
 use super::peers::{DataPath, Established, Inbound, Peer};
@@ -116,13 +115,14 @@ impl Driver {
             return;
         }
         let address = SocketAddr::new(from.ip(), hello.listen_port);
-        let ours = self.hello.instance;
         self.core.meet(instance, &hello.name);
-        let peer =
-            self.peers.entry(instance).or_insert_with(|| Peer::new(hello.name.clone(), address, self.now));
-        if peer.dial.is_some() && ours < instance {
-            let reason = "this side connects already".to_owned();
-            refuse_visitor(&mut connection, Refuse { field: CROSSED.to_owned(), reason });
+        let contact = Contact::new(self.hello.instance, instance, self.turn);
+        let peer = self
+            .peers
+            .entry(instance)
+            .or_insert_with(|| Peer::new(hello.name.clone(), address, contact, self.now));
+        if !peer.contact.answers_hello() {
+            refuse_visitor(&mut connection, Refuse::crossed());
             return;
         }
         let Ok(token) = host::token() else { return };
@@ -131,14 +131,12 @@ impl Driver {
             tracing::warn!(peer = hello.name, %loss, "handshake failed");
             return;
         }
-        // Of two that cross, the one begun by the smaller instance is the one that counts.
+        peer.contact.answered_hello(self.config.timing.handshake, self.turn);
         peer.dial = None;
-        let deadline = self.now + self.config.timing.handshake;
         peer.inbound = Some(Inbound {
             connection,
             hello,
             token,
-            deadline,
             memory: None,
             rdma: RdmaAnswer::Unasked,
             data: None,
@@ -147,40 +145,12 @@ impl Driver {
     }
 
     /// Whether this side can work with whoever says so about itself.
-    pub(super) fn check_hello(&self, theirs: &Hello) -> Result<(), Refuse> {
-        let ours = &self.hello;
-        let refuse = |field: &str, reason: String| Err(Refuse { field: field.to_owned(), reason });
-        if theirs.protocol != PROTOCOL {
-            return refuse("protocol", format!("{PROTOCOL} here, {} at the peer", theirs.protocol));
-        }
-        if theirs.instance == ours.instance {
-            return refuse("instance", "it is this worker itself".to_owned());
-        }
-        if MAX_NAME < theirs.name.len() {
-            return refuse("name", format!("longer than {MAX_NAME} bytes"));
-        }
-        if let (Err(mismatch), Err(_)) =
-            (ours.layout.bridge(&theirs.layout), theirs.layout.bridge(&ours.layout))
-        {
-            return refuse(
-                mismatch.field,
-                format!("{} here, {} at the peer", mismatch.ours, mismatch.theirs),
-            );
-        }
-        if theirs.region_bytes < theirs.layout.block_bytes() as u64 {
-            return refuse("region_bytes", "less than one block".to_owned());
-        }
-        if ours.offer.common(theirs.offer, self.is_same_host(theirs)).is_none() {
-            return refuse("transports", "no way for data that both sides accept".to_owned());
-        }
+    fn check_hello(&self, theirs: &Hello) -> Result<(), Refuse> {
         if MAX_PEERS <= self.peers.len() && !self.peers.contains_key(&theirs.instance) {
-            return refuse("peers", format!("{MAX_PEERS} are known already"));
+            let reason = format!("{MAX_PEERS} are known already");
+            return Err(Refuse { field: "peers".to_owned(), reason });
         }
-        Ok(())
-    }
-
-    pub(super) fn is_same_host(&self, theirs: &Hello) -> bool {
-        !self.hello.host.is_empty() && self.hello.host == theirs.host
+        self.hello.check(theirs)
     }
 
     fn attach_data(&mut self, visitor: Visitor, attach: Attach) {
@@ -212,36 +182,54 @@ impl Driver {
 
     /// Goes on with the handshake that a peer began.
     pub(super) fn advance_inbound(&mut self, instance: u64) {
+        let inbound = self.peers.get_mut(&instance).and_then(|peer| peer.inbound.take());
+        let Some(inbound) = inbound else { return };
+        let still_open = self.step_inbound(instance, inbound);
         let Some(peer) = self.peers.get_mut(&instance) else { return };
-        let Some(mut inbound) = peer.inbound.take() else { return };
+        if still_open.is_none() {
+            peer.contact.answer_ended();
+        }
+        peer.inbound = still_open;
+    }
+
+    /// Does what the handshake allows without waiting; gives it back while it goes on.
+    fn step_inbound(&mut self, instance: u64, mut inbound: Inbound) -> Option<Inbound> {
         if self.is_ready(inbound.connection.fd()) {
             match inbound.connection.receive_one() {
                 Ok(None) => {}
                 Ok(Some(Message::Ready(ready))) if inbound.ready.is_none() => inbound.ready = Some(ready),
                 Ok(Some(Message::Paths(paths))) => {
                     if let Err(loss) = self.hear_paths(&mut inbound, paths) {
-                        return tracing::warn!(peer = inbound.hello.name, %loss, "handshake broken");
+                        tracing::warn!(peer = inbound.hello.name, %loss, "handshake broken");
+                        return None;
                     }
                 }
                 Ok(Some(_)) => {
-                    return tracing::warn!(peer = inbound.hello.name, "handshake broken by an odd message");
+                    tracing::warn!(peer = inbound.hello.name, "handshake broken by an odd message");
+                    return None;
                 }
-                Err(loss) => return tracing::debug!(peer = inbound.hello.name, %loss, "handshake ended"),
+                Err(loss) => {
+                    tracing::debug!(peer = inbound.hello.name, %loss, "handshake ended");
+                    return None;
+                }
             }
         }
         if let Err(loss) = self.advance_paths(&mut inbound) {
-            return tracing::warn!(peer = inbound.hello.name, %loss, "handshake broken");
+            tracing::warn!(peer = inbound.hello.name, %loss, "handshake broken");
+            return None;
         }
         match inbound.complete() {
             Ok((connection, hello, ready, path, process)) => {
                 self.welcome_in(instance, connection, hello, ready, path, process);
+                None
             }
-            Err(inbound) if self.now < inbound.deadline() => {
-                if let Some(peer) = self.peers.get_mut(&instance) {
-                    peer.inbound = Some(*inbound);
+            Err(inbound) => {
+                let is_late = self.peers.get(&instance)?.contact.is_late(inbound.extra(), self.turn);
+                if is_late {
+                    tracing::warn!(peer = inbound.hello.name, "handshake took too long");
                 }
+                (!is_late).then_some(*inbound)
             }
-            Err(inbound) => tracing::warn!(peer = inbound.hello.name, "handshake took too long"),
         }
     }
 
@@ -254,9 +242,7 @@ impl Driver {
         path: DataPath,
         process: Option<Process>,
     ) {
-        let best = self.hello.offer.common(hello.offer, self.is_same_host(&hello));
-        let fell_back = path.kind() == TransportKind::Tcp && self.hello.offer.may_fall_back(hello.offer);
-        if best != Some(path.kind()) && !fell_back {
+        if !self.hello.agrees_to(path.kind(), &hello) {
             return tracing::warn!(
                 peer = hello.name,
                 transport = path.kind().name(),
@@ -320,11 +306,7 @@ fn refuse_visitor(connection: &mut Connection, refuse: Refuse) {
     }
 }
 
-/// The field of a refusal that is none: both sides began to connect at the same time.
-pub(super) const CROSSED: &str = "crossed";
 /// Connections that may be undecided.
 const MAX_VISITORS: usize = 256;
 /// Peers that may be known.
 const MAX_PEERS: usize = 4096;
-/// Longest name, in bytes.
-const MAX_NAME: usize = 256;

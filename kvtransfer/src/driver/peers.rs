@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use tidemill_kvtransfer_proto::endpoint_core::LinkId;
+use tidemill_kvtransfer_proto::handshake::Contact;
 use tidemill_kvtransfer_proto::message::{Hello, Ready, TransportKind};
 use tidemill_kvtransfer_proto::transport::Transport;
-use tidemill_kvtransfer_proto::units::HandoffId;
+use tidemill_kvtransfer_proto::units::{HandoffId, Moment};
 
 use super::dialling::Dial;
 use super::rdma::{self, RdmaAnswer};
@@ -26,6 +27,8 @@ pub(super) struct Peer {
     pub(super) name: String,
     pub(super) address: SocketAddr,
     pub(super) link: Option<Link>,
+    /// What is decided about handshakes; the next two are how far they have come.
+    pub(super) contact: Contact,
     /// A connection that this side is making.
     pub(super) dial: Option<Dial>,
     /// A connection that the peer is making.
@@ -34,9 +37,6 @@ pub(super) struct Peer {
     pub(super) process: Option<Process>,
     /// Who waits to hear of it.
     pub(super) meets: Vec<Sender<Met>>,
-    /// Not to be dialled before.
-    pub(super) retry_at: Instant,
-    pub(super) backoff: Duration,
     /// Since when it has had neither link nor handoffs.
     pub(super) idle_since: Instant,
 }
@@ -47,8 +47,6 @@ pub(super) struct Inbound {
     pub(super) connection: Connection,
     pub(super) hello: Hello,
     pub(super) token: u64,
-    /// When it has taken too long, should nothing take longer by its nature.
-    pub(super) deadline: Instant,
     pub(super) memory: Option<(Arc<Region>, Process)>,
     pub(super) rdma: RdmaAnswer,
     pub(super) data: Option<DataConnection>,
@@ -98,17 +96,16 @@ pub(super) enum DataPath {
 }
 
 impl Peer {
-    pub(super) fn new(name: String, address: SocketAddr, now: Instant) -> Self {
+    pub(super) fn new(name: String, address: SocketAddr, contact: Contact, now: Instant) -> Self {
         Self {
             name,
             address,
             link: None,
+            contact,
             dial: None,
             inbound: None,
             process: None,
             meets: Vec::new(),
-            retry_at: now,
-            backoff: FIRST_BACKOFF,
             idle_since: now,
         }
     }
@@ -157,18 +154,11 @@ impl Peer {
     }
 
     /// When something about it is due that is not the core's.
-    pub(super) fn next_clock(&self, is_wanted: impl FnOnce() -> bool) -> Option<Instant> {
-        let dial = self.dial.as_ref().map(Dial::deadline);
-        let inbound = self.inbound.as_ref().map(Inbound::deadline);
-        let is_away = self.link.is_none() && dial.is_none() && inbound.is_none();
-        let retry = (is_away && is_wanted()).then_some(self.retry_at);
-        [dial, inbound, retry].into_iter().flatten().min()
-    }
-
-    /// Waits longer before each further attempt.
-    pub(super) fn back_off(&mut self, now: Instant) {
-        self.retry_at = now + self.backoff;
-        self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
+    pub(super) fn next_clock(&self, is_wanted: bool) -> Option<Moment> {
+        let dial = self.dial.as_ref().map(Dial::extra);
+        let inbound = self.inbound.as_ref().map(Inbound::extra);
+        let extra = dial.or(inbound).unwrap_or_default();
+        self.contact.next_clock(self.link.is_some(), is_wanted, extra)
     }
 }
 
@@ -181,10 +171,9 @@ impl Link {
 }
 
 impl Inbound {
-    /// When it has taken too long.
-    pub(super) fn deadline(&self) -> Instant {
-        let extra = if self.rdma.is_under_way() { rdma::REGISTRATION } else { Duration::ZERO };
-        self.deadline + extra
+    /// How much longer than usual it may take.
+    pub(super) fn extra(&self) -> Duration {
+        if self.rdma.is_under_way() { rdma::REGISTRATION } else { Duration::ZERO }
     }
 }
 
@@ -222,6 +211,3 @@ impl DataPath {
         }
     }
 }
-
-pub(super) const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const LONGEST_BACKOFF: Duration = Duration::from_millis(500);

@@ -2,7 +2,8 @@
 //! handoff could have made.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -26,6 +27,8 @@ pub(crate) struct Worker {
     pub(crate) name: String,
     pub(crate) instance: u64,
     events: Receiver<HandoffEvent>,
+    /// What came while something else was waited for.
+    kept: RefCell<VecDeque<HandoffEvent>>,
     /// Blocks nobody has, with the epoch in which they were last given out.
     free: Vec<BlockRef>,
     lent: BTreeMap<HandoffId, Vec<BlockRef>>,
@@ -101,7 +104,8 @@ impl Worker {
         let blocks = u32::try_from(region.len() / layout.block_bytes()).expect("few blocks");
         let free = (0..blocks).map(|it| BlockRef { block: BlockId(it), epoch: Epoch(0) }).collect();
         let lent = BTreeMap::new();
-        Self { endpoint, region, layout, name, instance, events, free, lent, blocks }
+        let kept = RefCell::default();
+        Self { endpoint, region, layout, name, instance, events, kept, free, lent, blocks }
     }
 
     pub(crate) fn address(&self) -> PeerAddress {
@@ -117,6 +121,23 @@ impl Worker {
 
     /// The next event that is not about peers.
     pub(crate) fn event(&self) -> HandoffEvent {
+        let kept = self.kept.borrow_mut().pop_front();
+        kept.unwrap_or_else(|| self.new_event())
+    }
+
+    /// The next event about that handoff; those about others are kept for later.
+    pub(crate) fn event_of(&self, handoff: HandoffId) -> HandoffEvent {
+        let mut kept = self.kept.borrow_mut();
+        let at = loop {
+            if let Some(at) = kept.iter().position(|event| handoff_of(event) == Some(handoff)) {
+                break at;
+            }
+            kept.push_back(self.new_event());
+        };
+        kept.remove(at).expect("just found")
+    }
+
+    fn new_event(&self) -> HandoffEvent {
         loop {
             match self.events.recv_timeout(PATIENCE) {
                 Ok(HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. }) => {}
@@ -138,7 +159,18 @@ impl Worker {
 
     /// The next event in one word, with a word for the error.
     pub(crate) fn news(&mut self) -> String {
-        match self.event() {
+        let event = self.event();
+        self.in_a_word(event)
+    }
+
+    /// The next event about that handoff, likewise.
+    pub(crate) fn news_of(&mut self, handoff: HandoffId) -> String {
+        let event = self.event_of(handoff);
+        self.in_a_word(event)
+    }
+
+    fn in_a_word(&mut self, event: HandoffEvent) -> String {
+        match event {
             HandoffEvent::Reserved(_) => "reserved".into(),
             HandoffEvent::Delivered { .. } => "delivered".into(),
             HandoffEvent::SendFailed { error, .. } => format!("send-failed:{}", word(&error)),
@@ -155,6 +187,13 @@ impl Worker {
 
     pub(crate) fn expect_reserved(&self) -> Reserved {
         match self.event() {
+            HandoffEvent::Reserved(reserved) => reserved,
+            other => panic!("{}: not reserved but {other:?}", self.name),
+        }
+    }
+
+    pub(crate) fn expect_reserved_of(&self, handoff: HandoffId) -> Reserved {
+        match self.event_of(handoff) {
             HandoffEvent::Reserved(reserved) => reserved,
             other => panic!("{}: not reserved but {other:?}", self.name),
         }
@@ -262,6 +301,19 @@ pub(crate) fn content(handoff: HandoffId, index: usize, layout: &KvLayout) -> Ve
         *byte = (state >> 56) as u8;
     }
     bytes
+}
+
+fn handoff_of(event: &HandoffEvent) -> Option<HandoffId> {
+    match event {
+        HandoffEvent::Reserved(reserved) => Some(reserved.handoff),
+        HandoffEvent::Delivered { handoff, .. }
+        | HandoffEvent::SendFailed { handoff, .. }
+        | HandoffEvent::CancelWanted { handoff }
+        | HandoffEvent::Committed { handoff, .. }
+        | HandoffEvent::ReserveFailed { handoff, .. }
+        | HandoffEvent::Released { handoff } => Some(*handoff),
+        HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } => None,
+    }
 }
 
 fn word(error: &tidemill_kvtransfer_proto::error::TransferError) -> String {

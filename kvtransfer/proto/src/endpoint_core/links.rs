@@ -126,6 +126,14 @@ impl<S: WriteSource> EndpointCore<S> {
         }
     }
 
+    /// This side did not run for that long: it could neither hear nor speak, so no peer was silent meanwhile. On a
+    /// machine with too much to do nobody is taken for dead who is only as late as this side is.
+    pub fn stood_still(&mut self, lateness: Duration, now: Moment) {
+        for link in self.peers.values_mut().filter_map(|it| it.link.as_mut()) {
+            link.last_heard = link.last_heard.plus(lateness).min(now);
+        }
+    }
+
     /// A message came over the peer's link.
     pub fn hear(&mut self, peer: u64, message: Message, now: Moment) {
         if self.link(peer).is_none() {

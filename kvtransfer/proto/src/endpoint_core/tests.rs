@@ -1,34 +1,42 @@
-//! One row per rule of quiescence: what happens to a reservation that was announced, on the left; what the engine and
-//! the driver are told, on the right.
+//! One row per rule: what happens to a reservation that was announced, or to writes that were posted, on the left; what
+//! the engine and the driver are told, on the right.
 
 use std::time::Duration;
 
 use super::*;
 use crate::layout::{AxisOrder, HeadRange, KvDtype};
 use crate::message::{Offer, OnFailure, PROTOCOL};
+use crate::transport::{Completion, Post};
 use crate::units::{BlockId, BlockLen, Epoch, Moment};
 
-/// Nothing is written in these tests.
+/// So many zeros.
 #[derive(Clone, Debug)]
-struct NoSource;
+struct Zeros {
+    offset: usize,
+    len: usize,
+}
 
-impl WriteSource for NoSource {
+impl WriteSource for Zeros {
     fn memory(&self) -> usize {
         0
     }
     fn offset(&self) -> usize {
-        0
+        self.offset
     }
     fn len(&self) -> usize {
-        0
+        self.len
     }
-    fn range(&self, _: usize, _: usize) -> Option<Self> {
-        None
+    fn range(&self, offset: usize, len: usize) -> Option<Self> {
+        Some(Self { offset, len })
     }
-    fn read(&self, _: usize, _: &mut [u8]) {}
+    fn read(&self, _: usize, buffer: &mut [u8]) {
+        buffer.fill(0);
+    }
 }
 
 const HANDOFF: HandoffId = HandoffId(7);
+/// Another one, in the other direction.
+const OTHER: HandoffId = HandoffId(8);
 const PEER: u64 = 9;
 
 #[test]
@@ -57,6 +65,8 @@ fn when_blocks_are_released() {
         ("… but the end of its own access does, whenever it comes",   AccessEnded, "lost up access",               "sever failed released"),
         ("silence beyond the lease is a loss",                        Process,     "silence",                      "sever failed"),
         ("a word within the lease is none",                           Process,     "pause beat pause",             ""),
+        ("… nor is time in which this side did not run",              Process,     "pause late look",              ""),
+        ("… but what comes after that is",                            Process,     "pause late pause",             "sever failed"),
         ("another peer has no say",                                   Process,     "cancel foreign-quiet",         "odd"),
     ];
     for (name, proof, happenings, expected) in rows {
@@ -69,27 +79,57 @@ fn when_blocks_are_released() {
 #[test]
 fn who_is_busy_says_so_before_it_connects_anew() {
     let mut scene = Scene::new(QuietProof::Process);
-    let core = &mut scene.core;
-    core.expect(HandoffId(8), PEER, Duration::from_secs(1), scene.now);
-    let reserve = crate::message::Reserve {
-        handoff: HandoffId(8),
-        tokens: TokenCount(4),
-        first_block: 0,
-        cached: Vec::new(),
-        targets: vec![BlockRef { block: BlockId(3), epoch: Epoch(1) }],
-        coverage: Coverage::Full,
-    };
-    core.hear(PEER, Message::Reserve(reserve), scene.now);
-    assert_eq!(core.prepare_link(PEER, scene.now), [HandoffId(8)], "the engine may still compute in place");
-    core.abandon(HandoffId(8), "told to".to_owned(), scene.now);
-    assert_eq!(core.prepare_link(PEER, scene.now), [], "it has stopped");
+    scene.is_asked();
+    assert_eq!(scene.core.prepare_link(PEER, scene.now), [OTHER], "the engine may still compute in place");
+    scene.core.abandon(OTHER, "told to".to_owned(), scene.now);
+    assert_eq!(scene.core.prepare_link(PEER, scene.now), [], "it has stopped");
+}
+
+/// A way for data that fails in silence, while the peer's messages keep the lease alive.
+#[test]
+fn a_link_whose_writes_stand_still_is_lost() {
+    #[rustfmt::skip]
+    let rows = [
+        // what is shown                                       what happens, "s" being a second in which the peer speaks   what is told
+        ("nothing is under way, for as long as one likes",     "s s s s s s s s s s s s s s",                              ""),
+        ("a write may take its time",                          "post s s s s s s s s s s",                                 ""),
+        ("… but no longer than that",                          "post s s s s s s s s s s s",                               "sever stop"),
+        ("each one that completes begins the count anew",      "post post s s s s s s s s done s s s s s s s s s s",       ""),
+        ("… and that runs out as well",                        "post post s s s s s s s s done s s s s s s s s s s s",     "sever stop"),
+        ("none is under way after the last one",               "post s s s s s s s s done s s s s s s s s s s s s s s s",  ""),
+        ("idle time counts for nothing",                       "s s s s s s s s s s s s post s s s s s s s s s s",         ""),
+    ];
+    for (name, happenings, expected) in rows {
+        let mut scene = Scene::new(QuietProof::Admission);
+        scene.is_asked();
+        let told: Vec<String> = happenings.split(' ').flat_map(|word| scene.happens(word)).collect();
+        // The link's own reservation is of no interest here.
+        let told: Vec<&str> =
+            told.iter().map(String::as_str).filter(|it| !["failed", "released"].contains(it)).collect();
+        assert_eq!(told.join(" "), expected, "{name}");
+    }
+}
+
+#[test]
+fn the_clock_rings_when_a_standstill_has_lasted_too_long() {
+    let mut scene = Scene::new(QuietProof::Admission);
+    scene.is_asked();
+    scene.happens("post");
+    let posted = scene.now;
+    // The next heartbeat and the end of the lease are further away.
+    let shortly_before = posted.plus(STALL - Duration::from_millis(50));
+    scene.core.heard(PEER, shortly_before);
+    scene.core.tick(shortly_before);
+    assert_eq!(scene.core.next_tick(), Some(posted.plus(STALL)));
 }
 
 /// A core with one announced reservation, and the moment.
 struct Scene {
-    core: EndpointCore<NoSource>,
+    core: EndpointCore<Zeros>,
     proof: QuietProof,
     now: Moment,
+    /// Targets of [`OTHER`] that were written to.
+    written: u32,
 }
 
 impl Scene {
@@ -102,9 +142,9 @@ impl Scene {
             lease: Duration::from_millis(500),
             heartbeat: Duration::from_millis(100),
             patience: Duration::from_secs(3),
-            stall: Duration::from_secs(2),
+            stall: STALL,
         };
-        let mut scene = Self { core: EndpointCore::new(rules), proof, now: Moment::default() };
+        let mut scene = Self { core: EndpointCore::new(rules), proof, now: Moment::default(), written: 0 };
         scene.happens("up");
         let targets = vec![BlockRef { block: BlockId(2), epoch: Epoch(5) }];
         let (tokens, cached) = (TokenCount(3), Vec::new());
@@ -118,6 +158,22 @@ impl Scene {
         });
         assert!(scene.told().is_empty());
         scene
+    }
+
+    /// The peer has blocks that this side is to fill.
+    fn is_asked(&mut self) {
+        let targets = [3, 4].map(|block| BlockRef { block: BlockId(block), epoch: Epoch(1) });
+        let reserve = crate::message::Reserve {
+            handoff: OTHER,
+            tokens: TokenCount(8),
+            first_block: 0,
+            cached: Vec::new(),
+            targets: targets.to_vec(),
+            coverage: Coverage::Full,
+        };
+        self.core.expect(OTHER, PEER, Duration::from_secs(1), self.now);
+        self.core.hear(PEER, Message::Reserve(reserve), self.now);
+        self.told();
     }
 
     fn happens(&mut self, word: &str) -> Vec<String> {
@@ -142,6 +198,27 @@ impl Scene {
                 core.link_up(PEER + 1, up(self.proof, Vec::new()), now);
                 core.hear(PEER + 1, quiet(), now);
             }
+            "post" => {
+                let source = Some(Zeros { offset: 0, len: core.shape.granule });
+                core.push(OTHER, vec![TargetWrite { target_index: self.written, offset: 0, source }], now);
+                core.post(PEER, |_, _, _| Post::Accepted, now);
+                self.written += 1;
+                assert!(!core.has_writes_for(PEER), "it is posted");
+            }
+            "done" => {
+                let id = *core.writes.keys().next().expect("one is under way");
+                core.completed(&[Completion { id, outcome: Ok(()) }], now);
+            }
+            "s" => {
+                self.now = now.plus(Duration::from_secs(1));
+                core.heard(PEER, self.now);
+                core.tick(self.now);
+            }
+            "late" => {
+                self.now = now.plus(Duration::from_millis(300));
+                core.stood_still(Duration::from_millis(300), self.now);
+            }
+            "look" => core.tick(now),
             "pause" | "silence" => {
                 self.now = now.plus(Duration::from_millis(if word == "pause" { 400 } else { 501 }));
                 core.tick(self.now);
@@ -159,6 +236,7 @@ impl Scene {
                 EndpointAction::Log { .. } => Some("odd".to_owned()),
                 EndpointAction::Tell(EndpointEvent::ReserveFailed { .. }) => Some("failed".to_owned()),
                 EndpointAction::Tell(EndpointEvent::Released { .. }) => Some("released".to_owned()),
+                EndpointAction::Tell(EndpointEvent::CancelWanted { .. }) => Some("stop".to_owned()),
                 _ => None,
             });
         }
