@@ -110,10 +110,14 @@ pub struct Summary {
     pub failed: u64,
     /// Requests that were hung up.
     pub cancelled: u64,
+    /// The longest time from a request to its first token, in microseconds.
+    pub first_token: u64,
     /// Handoffs that were delivered: admitted byte by byte, into shared memory, by one-sided writes.
     pub handoffs: [u64; 3],
     /// Handoffs that were computed in the peer's memory.
     pub in_place: u64,
+    /// Handoffs between workers whose blocks have different shapes.
+    pub converted: u64,
     /// Reservations that went into quarantine.
     pub quarantines: u64,
     /// Attempts after the first.
@@ -251,8 +255,10 @@ impl Summary {
         self.answered += other.answered;
         self.failed += other.failed;
         self.cancelled += other.cancelled;
+        self.first_token = self.first_token.max(other.first_token);
         add_all(&mut self.handoffs, &other.handoffs);
         self.in_place += other.in_place;
+        self.converted += other.converted;
         self.quarantines += other.quarantines;
         self.replays += other.replays;
         self.links_lost += other.links_lost;
@@ -288,8 +294,8 @@ impl fmt::Display for Summary {
         writeln!(
             f,
             "handoffs delivered: {admitted} admitted byte by byte, {shared} through shared memory ({} of them computed \
-             in place), {one_sided} by one-sided writes",
-            self.in_place
+             in place), {one_sided} by one-sided writes; {} of all between blocks of different shapes",
+            self.in_place, self.converted
         )?;
         writeln!(
             f,

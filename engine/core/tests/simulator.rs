@@ -25,7 +25,17 @@ fn a_cluster_without_faults_answers_everything_without_a_second_attempt() {
     let sum = run_all(0..60, Faults::none());
     assert_eq!((sum.answered, sum.failed, sum.cancelled), (sum.requests, 0, 0));
     assert_eq!((sum.turned_down, sum.late, sum.links_lost), (0, 0, 0), "{sum}");
-    assert!(sum.handoffs.iter().all(|count| 10 < *count) && 10 < sum.in_place, "{sum}");
+    assert!(sum.handoffs.iter().all(|count| 10 < *count), "{sum}");
+    assert!(10 < sum.in_place && 10 < sum.converted, "{sum}");
+}
+
+/// Were anything on the way from a request to its first token found only by looking for it now and then, or after a time
+/// that is up, some request among so many would wait that long. The steps of the slowest schedule take a tenth of this,
+/// and the shortest of all periods and limits (a heartbeat) is longer.
+#[test]
+fn a_first_token_waits_for_computation_and_messages_and_for_no_clock() {
+    let sum = run_all(0..200, Faults::none());
+    assert!(sum.first_token < 100_000, "{} µs until a first token: {sum}", sum.first_token);
 }
 
 #[test]

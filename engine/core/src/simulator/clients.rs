@@ -133,6 +133,10 @@ impl World<'_> {
             GenerationEvent::Token { id, .. } => {
                 let expected = job.tokens.get(job.prompt_len + job.emitted).copied();
                 assert_eq!(Some(id), expected, "token {} of request {number} is the right one", job.emitted);
+                if job.emitted == 0 {
+                    let waited = self.now - self.front.arrivals[number];
+                    self.summary.first_token = self.summary.first_token.max(waited);
+                }
                 job.emitted += 1;
             }
             GenerationEvent::Finished { reason, .. } => {

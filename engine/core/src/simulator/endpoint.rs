@@ -12,7 +12,7 @@ use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, Moment};
 
 use super::Mischief;
 use super::engine::EngineInput;
-use super::model::{BLOCK_BYTES, Piece};
+use super::model::Piece;
 use super::process::LEASE;
 use super::wire::ConnId;
 use super::world::{Event, Process, World};
@@ -43,6 +43,18 @@ impl World<'_> {
         self.wake_endpoint(process, self.now + delay);
     }
 
+    /// Where the endpoint thread has its turn later than it asked for, its process stood still.
+    fn stood_still(&mut self, process: Process, asked_for: u64) {
+        let worker = &self.workers[process.place];
+        let lateness = worker.local(self.now).saturating_sub(worker.local(asked_for));
+        let (now, local) = (self.local_moment(process.place), worker.local(self.now));
+        let life = self.life(process).expect("it has a turn");
+        life.core.stood_still(Duration::from_micros(lateness), now);
+        for heard in life.last_delivery.values_mut() {
+            *heard = (*heard + lateness).min(local);
+        }
+    }
+
     pub(super) fn wake_endpoint(&mut self, process: Process, at: u64) {
         let Some(life) = self.life(process) else { return };
         if life.endpoint_turn_at.is_none_or(|due| at < due) {
@@ -55,7 +67,8 @@ impl World<'_> {
     pub(super) fn endpoint_turn(&mut self, process: Process) {
         let now = self.local_moment(process.place);
         let Some(life) = self.life(process) else { return };
-        life.endpoint_turn_at = None;
+        let asked_for = life.endpoint_turn_at.take();
+        self.stood_still(process, asked_for.unwrap_or(self.now));
         while let Some(order) = self.life(process).and_then(|life| life.orders.pop_front()) {
             let core = &mut self.life(process).expect("just seen").core;
             match order {
@@ -99,17 +112,14 @@ impl World<'_> {
     pub(super) fn plan_endpoint_turn(&mut self, process: Process) {
         let worker = &self.workers[process.place];
         let Some(life) = worker.life.as_ref().filter(|it| it.instance == process.instance) else { return };
-        let core = life.core.next_tick().map(|at| {
-            worker.global(u64::try_from(at.0.as_micros()).expect("a short schedule")) + TICK_ROUNDING
-        });
         let peers = life.peers.iter().filter_map(|(peer, it)| {
-            let dial = it.dial.as_ref().map(|dial| dial.deadline);
-            let inbound = it.inbound.as_ref().map(|(_, _, deadline)| *deadline);
-            let is_away = !life.up.contains_key(peer) && dial.is_none() && inbound.is_none();
             let is_wanted = it.is_to_be_met || life.core.wants_link(*peer);
-            [dial, inbound, (is_away && is_wanted).then_some(it.retry_at)].into_iter().flatten().min()
+            it.contact.next_clock(life.up.contains_key(peer), is_wanted, Duration::ZERO)
         });
-        if let Some(at) = core.into_iter().chain(peers).min() {
+        let next = life.core.next_tick().into_iter().chain(peers).min();
+        if let Some(at) = next {
+            let at = u64::try_from(at.0.as_micros()).expect("a short schedule");
+            let at = worker.global(at) + TICK_ROUNDING;
             self.wake_endpoint(process, at.max(self.now + 1));
         }
     }
@@ -158,9 +168,11 @@ impl World<'_> {
         life.up.remove(&peer);
         self.summary.links_lost += 1;
         self.note(|| format!("worker {} severs its link to {peer:x}: {reason}", process.place));
-        self.back_off(process, peer);
-        let done = self.close(conn, side);
         let now = self.local_moment(process.place);
+        if let Some(known) = self.life(process).and_then(|life| life.peers.get_mut(&peer)) {
+            known.contact.link_lost(now);
+        }
+        let done = self.close(conn, side);
         self.life(process).expect("it runs").core.completed(&done, now);
         if self.conns[&conn].proof == QuietProof::AccessEnded {
             let delay = self.micros(100, 30_000);
@@ -211,8 +223,8 @@ impl World<'_> {
         };
         let Some(memory) = memory else { return };
         let digest = |(position, target): (usize, &BlockRef)| {
-            let start = target.block.0 as usize * BLOCK_BYTES;
-            (0..BLOCK_BYTES / order.shape.granule).fold(0u64, |sum, index| {
+            let start = target.block.0 as usize * order.shape.block;
+            (0..order.shape.block / order.shape.granule).fold(0u64, |sum, index| {
                 let granule = order.shape.granule_of(order.handoff, position, index);
                 let at = start + index * order.shape.granule;
                 sum.wrapping_add(granule_digest(

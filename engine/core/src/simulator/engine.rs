@@ -2,12 +2,13 @@
 //! for its end, but for a peer's reservation, since from then on finished layers can leave.
 
 use tidemill_kvtransfer_proto::endpoint_core::EndpointEvent;
+use tidemill_kvtransfer_proto::layout::Bridge;
 use tidemill_kvtransfer_proto::units::{BlockId, HandoffId, TokenCount};
 
 use super::Fault;
 use super::endpoint::Order;
 use super::front::ToFront;
-use super::model::{BLOCK_LEN, LAYERS, Memory, content, next_token};
+use super::model::{LAYERS, Memory, Shape, content, next_token};
 use super::world::{Event, Node, Process, ToWorker, World};
 use crate::events::{EngineEvent, Recovery};
 use crate::handoff::Cancelled;
@@ -44,8 +45,17 @@ pub(super) struct OutgoingHandoff {
 #[derive(Debug)]
 pub(super) enum Target {
     Unknown,
-    InPlace { blocks: Vec<BlockId>, memory: Memory, owner: u64 },
-    Pushed(Pushes),
+    InPlace {
+        blocks: Vec<BlockId>,
+        memory: Memory,
+        owner: u64,
+    },
+    /// In blocks of that shape, which are written to.
+    Pushed {
+        pushes: Pushes,
+        bridge: Bridge,
+        shape: Shape,
+    },
 }
 
 /// A step while the device computes it.
@@ -311,7 +321,7 @@ impl World<'_> {
         else {
             return;
         };
-        let block_len = BLOCK_LEN.tokens() as usize;
+        let block_len = capture.memory.shape().tokens();
         let (first, end) =
             (capture.work.first.0 as usize, (capture.work.first.0 + capture.work.count.0) as usize);
         for block in &capture.table[first / block_len..end.div_ceil(block_len)] {

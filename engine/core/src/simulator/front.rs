@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tidemill_kvtransfer_proto::units::{BlockCount, HandoffId, TokenCount};
 
 use super::clients::{Job, JobState, Routing, Stream};
-use super::model::BLOCK_LEN;
+use super::model::Shape;
 use super::status::Status;
 use super::world::{Event, Node, Process, ToWorker, World};
 use crate::events::EngineEvent;
@@ -159,7 +159,7 @@ impl World<'_> {
             queued_tokens: status.queued_tokens,
             free: status.free,
             total: worker.blocks,
-            block_len: BLOCK_LEN,
+            block_len: worker.shape.block_len,
             cached: status.cached,
         };
         self.front.places.insert(from.instance, from.place);
@@ -418,7 +418,7 @@ impl Front {
             queued_tokens: 0,
             free: BlockCount(0),
             total: BlockCount(0),
-            block_len: BLOCK_LEN,
+            block_len: Shape::all()[0].block_len,
             cached: BTreeSet::new(),
         };
         let workers =

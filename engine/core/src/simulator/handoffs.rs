@@ -1,12 +1,13 @@
 //! What the engine thread does about handoffs, on both sides.
 
 use tidemill_kvtransfer_proto::endpoint_core::{EndpointEvent, ReserveOrder, ReservedHandoff, TargetWrite};
+use tidemill_kvtransfer_proto::layout::Bridge;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, HandoffId, TokenCount};
 
 use super::Mischief;
 use super::endpoint::Order;
 use super::engine::{OutgoingHandoff, Target, expect};
-use super::model::{BLOCK_LEN, LAYER_BYTES, LAYERS};
+use super::model::{LAYERS, Shape};
 use super::world::{Process, World};
 use crate::events::{EngineEvent, Recovery};
 use crate::handoff::Cancelled;
@@ -104,13 +105,14 @@ impl World<'_> {
         if let Some(memory) = memory {
             let blocks = reserved.cached.iter().chain(&reserved.targets).map(|it| it.block).collect();
             outgoing.target = Target::InPlace { blocks, memory, owner: reserved.peer };
-            let cached = TokenCount(reserved.first_block * BLOCK_LEN.tokens());
+            let cached = TokenCount(reserved.first_block * reserved.layout.block_len.tokens());
             life.scheduler.use_targets(request, cached);
             return;
         }
         let targets = u32::try_from(reserved.targets.len()).expect("few");
-        let pushes = Pushes::new(BLOCK_LEN, reserved.first_block, targets, reserved.tokens, LAYERS);
-        outgoing.target = Target::Pushed(pushes);
+        let shape = Shape::of(&reserved.layout);
+        let pushes = Pushes::new(shape.block_len, reserved.first_block, targets, reserved.tokens, LAYERS);
+        outgoing.target = Target::Pushed { pushes, bridge: reserved.bridge, shape };
         if life.step.is_some() {
             return; // It is computed now: the layers that are done go with the next one.
         }
@@ -139,19 +141,24 @@ impl World<'_> {
     ) {
         let life = self.life(process).expect("it runs");
         let Some(outgoing) = life.outgoing.get_mut(&handoff) else { return };
-        let Target::Pushed(pushes) = &mut outgoing.target else { return };
+        let Target::Pushed { pushes, bridge, shape } = &mut outgoing.target else { return };
         let due = pushes.take_due(layers, computed);
         if outgoing.ended || due.is_empty() {
             return;
         }
-        let table = life.scheduler.block_table(outgoing.request);
+        let table: Vec<BlockId> =
+            life.scheduler.block_table(outgoing.request).iter().map(|it| it.block).collect();
         let mut writes = Vec::new();
         for Due { layers, targets } in due {
             for target in targets {
-                let block =
-                    table[pushes.tokens_of(target).start as usize / BLOCK_LEN.tokens() as usize].block;
-                let source = life.memory.piece(block, layers.start, layers.len());
-                let offset = layers.start * LAYER_BYTES;
+                let (layers, tokens) = (layers.clone(), pushes.tokens_of(target));
+                let offset = layers.start * shape.layer_bytes();
+                let source = match bridge {
+                    Bridge::Identical => {
+                        life.memory.piece(table[tokens.start as usize / shape.tokens()], layers)
+                    }
+                    Bridge::Convert { .. } => life.memory.converted(*shape, &table, layers, tokens),
+                };
                 writes.push(TargetWrite { target_index: target, offset, source: Some(source) });
             }
         }
@@ -164,7 +171,7 @@ impl World<'_> {
         let is_complete = match &outgoing.target {
             Target::Unknown => false,
             Target::InPlace { .. } => true,
-            Target::Pushed(pushes) => pushes.is_complete(),
+            Target::Pushed { pushes, .. } => pushes.is_complete(),
         };
         if let Some(token) = outgoing.first_token.take_if(|_| is_complete && !outgoing.ended) {
             outgoing.ended = true;
@@ -213,6 +220,8 @@ impl World<'_> {
         if let Some(place) = place {
             let pair = (place.min(process.place), place.max(process.place));
             self.summary.handoffs[self.proofs[&pair] as usize] += 1;
+            let is_converted = self.workers[place].shape != self.workers[process.place].shape;
+            self.summary.converted += u64::from(is_converted);
         }
         self.order(process, Order::Adopt(handoff));
         self.deliver(process, outcome);

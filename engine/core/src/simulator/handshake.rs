@@ -1,14 +1,14 @@
-//! How two workers come to have a link, as the driver of an endpoint does it.
+//! How two workers come to have a link: what production's [`Contact`] decides, over simulated connections.
 
 use std::time::Duration;
 
 use tidemill_kvtransfer_proto::endpoint_core::LinkUp;
+use tidemill_kvtransfer_proto::handshake::Contact;
 use tidemill_kvtransfer_proto::message::{
     Hello, Message, Offer, OnFailure, PROTOCOL, Ready, Refuse, TransportKind, Welcome,
 };
-use tidemill_kvtransfer_proto::units::HandoffId;
+use tidemill_kvtransfer_proto::units::{HandoffId, Moment};
 
-use super::model::{BLOCK_BYTES, layout};
 use super::process::{LEASE, Life};
 use super::wire::ConnId;
 use super::world::{Process, World};
@@ -17,11 +17,12 @@ use super::world::{Process, World};
 #[derive(Debug)]
 pub(super) struct Peer {
     pub(super) place: usize,
+    pub(super) contact: Contact,
+    /// A connection that this side is making.
     pub(super) dial: Option<Dial>,
-    pub(super) inbound: Option<(ConnId, Hello, u64)>,
+    /// One that the peer is making.
+    pub(super) inbound: Option<(ConnId, Hello)>,
     pub(super) is_to_be_met: bool,
-    pub(super) retry_at: u64,
-    pub(super) backoff: u64,
 }
 
 #[derive(Debug)]
@@ -29,24 +30,23 @@ pub(super) struct Dial {
     pub(super) conn: ConnId,
     /// Once the peer has answered.
     pub(super) hello: Option<Hello>,
-    pub(super) deadline: u64,
 }
 
 impl World<'_> {
     /// The router has told of a peer.
     pub(super) fn meet(&mut self, process: Process, peer: Process) {
-        let now = self.now;
+        let now = self.local_moment(process.place);
         let Some(life) = self.life(process) else { return };
         life.core.meet(peer.instance, &format!("worker {}", peer.place));
-        let known = life.peers.entry(peer.instance).or_insert_with(|| Peer::new(peer.place));
-        known.retry_at = now;
+        let known = life.peers.entry(peer.instance).or_insert_with(|| Peer::new(peer, process.instance, now));
+        known.contact.met(now);
         known.is_to_be_met = !life.up.contains_key(&peer.instance);
-        self.wake_endpoint(process, now + 1);
+        self.wake_endpoint(process, self.now + 1);
     }
 
     /// Dials whoever is wanted, and gives up on handshakes that take too long.
     pub(super) fn tend_peers(&mut self, process: Process) {
-        let now = self.now;
+        let now = self.local_moment(process.place);
         let Some(life) = self.life(process) else { return };
         let peers: Vec<u64> = life.peers.keys().copied().collect();
         for peer in peers {
@@ -54,41 +54,44 @@ impl World<'_> {
             let is_up = life.up.contains_key(&peer);
             let is_wanted = life.core.wants_link(peer);
             let it = life.peers.get_mut(&peer).expect("just listed");
-            if it.dial.as_ref().is_some_and(|dial| dial.deadline <= now) {
+            let is_late = it.contact.is_late(Duration::ZERO, now);
+            if is_late && it.dial.is_some() {
                 self.dial_failed(process, peer, "the handshake took too long");
                 continue;
             }
-            if let Some((conn, _, _)) = it.inbound.take_if(|(_, _, deadline)| *deadline <= now) {
+            if let Some((conn, _)) = it.inbound.take_if(|_| is_late) {
+                it.contact.answer_ended();
                 self.close(conn, 1);
                 continue;
             }
-            let is_away = !is_up && it.dial.is_none() && it.inbound.is_none();
-            if is_away && it.retry_at <= now && (is_wanted || it.is_to_be_met) {
+            if it.contact.is_due(is_up, now) && (is_wanted || it.is_to_be_met) {
                 self.dial(process, peer);
             }
         }
     }
 
     pub(super) fn dial(&mut self, process: Process, peer: u64) {
+        let now = self.local_moment(process.place);
         let life = self.life(process).expect("it runs");
         let hello = life.hello();
         let known = life.peers.get_mut(&peer).expect("only who is known is dialled");
+        known.contact.dials(HANDSHAKE, now);
         let place = known.place;
         let Some(answering) = self.process(place) else {
             return self.dial_failed(process, peer, "connection refused");
         };
         let conn = self.connect(process, answering);
-        let deadline = self.now + HANDSHAKE;
         let known = self.life(process).expect("it runs").peers.get_mut(&peer).expect("just seen");
-        known.dial = Some(Dial { conn, hello: None, deadline });
+        known.dial = Some(Dial { conn, hello: None });
         self.say(conn, 0, Message::Hello(hello));
     }
 
     pub(super) fn dial_failed(&mut self, process: Process, peer: u64, reason: &str) {
         self.note(|| format!("worker {} cannot reach {peer:x}: {reason}", process.place));
-        self.back_off(process, peer);
+        let now = self.local_moment(process.place);
         let life = self.life(process).expect("it runs");
         let known = life.peers.get_mut(&peer).expect("it was dialled");
+        known.contact.dial_failed(now);
         known.is_to_be_met = false;
         if let Some(dial) = known.dial.take() {
             self.close(dial.conn, 0);
@@ -96,13 +99,6 @@ impl World<'_> {
         let life = self.life(process).expect("it runs");
         life.core.unreachable(peer, reason);
         self.act(process);
-    }
-
-    pub(super) fn back_off(&mut self, process: Process, peer: u64) {
-        let now = self.now;
-        let Some(known) = self.life(process).and_then(|life| life.peers.get_mut(&peer)) else { return };
-        known.retry_at = now + known.backoff;
-        known.backoff = (known.backoff * 2).min(500_000);
     }
 
     /// A message has come over a connection.
@@ -118,40 +114,56 @@ impl World<'_> {
         match message {
             Message::Hello(hello) => self.greet(process, conn, peer, hello),
             Message::Welcome(welcome) => self.welcomed(process, conn, welcome.hello),
-            Message::Refuse(_) => {
-                let until = self.now + HANDSHAKE;
-                let life = self.life(process).expect("it runs");
-                if let Some(known) = life.peers.get_mut(&peer.instance)
-                    && known.dial.take_if(|dial| dial.conn == conn).is_some()
-                {
-                    known.retry_at = until;
-                }
-                self.close(conn, side);
-            }
+            Message::Refuse(refuse) => self.refused(process, conn, &refuse),
             Message::Ready(ready) => self.ready(process, conn, side, peer, ready.busy),
             other => panic!("{other:?} comes before the handshake is over"),
         }
     }
 
+    /// The other side does not want a connection that this side makes.
+    fn refused(&mut self, process: Process, conn: ConnId, refuse: &Refuse) {
+        let Some(peer) = self.dialled(process, conn) else { return };
+        if !refuse.is_crossed() {
+            return self.dial_failed(process, peer, &refuse.reason);
+        }
+        let now = self.local_moment(process.place);
+        let known = self.life(process).expect("it runs").peers.get_mut(&peer).expect("it was dialled");
+        known.contact.crossed(HANDSHAKE, now);
+        known.dial = None;
+        self.close(conn, 0);
+    }
+
+    /// Whom this side tries to reach over a connection; whoever answered need not be the one.
+    fn dialled(&mut self, process: Process, conn: ConnId) -> Option<u64> {
+        let is_it = |it: &Peer| it.dial.as_ref().is_some_and(|dial| dial.conn == conn);
+        let life = self.life(process)?;
+        life.peers.iter().find(|(_, it)| is_it(it)).map(|(&peer, _)| peer)
+    }
+
     pub(super) fn greet(&mut self, process: Process, conn: ConnId, peer: Process, hello: Hello) {
-        let deadline = self.now + HANDSHAKE;
+        let now = self.local_moment(process.place);
         let life = self.life(process).expect("it runs");
-        let welcome = Message::Welcome(Welcome { hello: life.hello(), token: 0 });
-        life.core.meet(peer.instance, &hello.name);
-        let known = life.peers.entry(peer.instance).or_insert_with(|| Peer::new(peer.place));
-        if known.dial.is_some() && process.instance < peer.instance {
-            let refuse =
-                Refuse { field: "crossed".to_owned(), reason: "this side connects already".to_owned() };
+        let ours = life.hello();
+        if let Err(refuse) = ours.check(&hello) {
             self.say(conn, 1, Message::Refuse(refuse));
             self.close(conn, 1);
             return;
         }
+        life.core.meet(peer.instance, &hello.name);
+        let known = life.peers.entry(peer.instance).or_insert_with(|| Peer::new(peer, process.instance, now));
+        if !known.contact.answers_hello() {
+            self.say(conn, 1, Message::Refuse(Refuse::crossed()));
+            self.close(conn, 1);
+            return;
+        }
+        known.contact.answered_hello(HANDSHAKE, now);
         let dial = known.dial.take();
-        let inbound = known.inbound.replace((conn, hello, deadline));
+        let inbound = known.inbound.replace((conn, hello));
+        let welcome = Message::Welcome(Welcome { hello: ours, token: 0 });
         if let Some(dial) = dial {
             self.close(dial.conn, 0);
         }
-        if let Some((older, _, _)) = inbound {
+        if let Some((older, _)) = inbound {
             self.close(older, 1);
         }
         self.say(conn, 1, welcome);
@@ -159,11 +171,9 @@ impl World<'_> {
     }
 
     pub(super) fn welcomed(&mut self, process: Process, conn: ConnId, theirs: Hello) {
-        let life = self.life(process).expect("it runs");
-        let dialled = life.peers.iter().find(|(_, it)| it.dial.as_ref().is_some_and(|it| it.conn == conn));
-        let Some(peer) = dialled.map(|(&peer, _)| peer) else { return };
-        if theirs.instance != peer {
-            return self.dial_failed(process, peer, "another one answers there");
+        let Some(peer) = self.dialled(process, conn) else { return };
+        if let Err(refuse) = self.life(process).expect("it runs").hello().check_answer(peer, &theirs) {
+            return self.dial_failed(process, peer, &refuse.reason);
         }
         let now = self.local_moment(process.place);
         let life = self.life(process).expect("it runs");
@@ -186,7 +196,8 @@ impl World<'_> {
         let life = self.life(process).expect("it runs");
         let Some(known) = life.peers.get_mut(&peer.instance) else { return };
         let hello = if side == 1 {
-            let Some((_, hello, _)) = known.inbound.take_if(|it| it.0 == conn) else { return };
+            let Some((_, hello)) = known.inbound.take_if(|it| it.0 == conn) else { return };
+            known.contact.answer_ended();
             let ours = life.core.prepare_link(peer.instance, now);
             self.act(process);
             self.say(conn, 1, ready(ours));
@@ -217,12 +228,12 @@ impl World<'_> {
         life.last_delivery.insert(peer.instance, local);
         let known = life.peers.get_mut(&peer.instance).expect("it shook hands");
         known.is_to_be_met = false;
-        known.backoff = FIRST_BACKOFF;
+        known.contact.is_up();
         let (dial, inbound) = (known.dial.take(), known.inbound.take());
         if let Some(dial) = dial {
             self.close(dial.conn, 0);
         }
-        if let Some((other, _, _)) = inbound {
+        if let Some((other, _)) = inbound {
             self.close(other, 1);
         }
         self.note(|| format!("worker {} has a link to worker {}", process.place, peer.place));
@@ -239,21 +250,22 @@ impl World<'_> {
             life.core.link_lost(peer, "the connection was closed", now);
             return self.act(process);
         }
-        // Whom it dialled need not be who answered.
-        let dialled = life.peers.iter().find(|(_, it)| it.dial.as_ref().is_some_and(|it| it.conn == conn));
-        if let Some(peer) = dialled.map(|(&peer, _)| peer) {
+        if let Some(peer) = self.dialled(process, conn) {
             return self.dial_failed(process, peer, "the connection was closed");
         }
-        if let Some(known) = life.peers.get_mut(&peer) {
-            known.inbound.take_if(|it| it.0 == conn);
+        if let Some(known) = self.life(process).and_then(|life| life.peers.get_mut(&peer))
+            && known.inbound.take_if(|it| it.0 == conn).is_some()
+        {
+            known.contact.answer_ended();
         }
         self.close(conn, side);
     }
 }
 
 impl Peer {
-    pub(super) fn new(place: usize) -> Self {
-        Self { place, dial: None, inbound: None, is_to_be_met: false, retry_at: 0, backoff: FIRST_BACKOFF }
+    fn new(peer: Process, ours: u64, now: Moment) -> Self {
+        let contact = Contact::new(ours, peer.instance, now);
+        Self { place: peer.place, contact, dial: None, inbound: None, is_to_be_met: false }
     }
 }
 
@@ -263,8 +275,9 @@ impl Life {
             protocol: PROTOCOL,
             instance: self.instance,
             name: format!("{:x}", self.instance),
-            layout: layout(),
-            region_bytes: u64::from(self.scheduler.ledger().total.0) * BLOCK_BYTES as u64,
+            layout: self.memory.shape().layout(),
+            region_bytes: u64::from(self.scheduler.ledger().total.0)
+                * self.memory.shape().block_bytes() as u64,
             listen_port: 1,
             host: String::new(),
             memory_socket: String::new(),
@@ -278,6 +291,5 @@ fn ready(busy: Vec<HandoffId>) -> Message {
     Message::Ready(Ready { transport: TransportKind::Tcp, fallback: None, busy })
 }
 
-// As in production, in microseconds.
-const HANDSHAKE: u64 = 2_000_000;
-const FIRST_BACKOFF: u64 = 50_000;
+/// As in production.
+const HANDSHAKE: Duration = Duration::from_secs(2);

@@ -1,48 +1,79 @@
 //! A language model of one line, and the memory that its keys and values are in.
+//!
+//! A key is two numbers that `bf16` and `f32` both hold exactly, so that a cache that was converted on its way is
+//! still known bit for bit.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::rc::Rc;
 
 use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
-use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
+use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout, LAYER_ALIGNMENT};
 use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, TokenCount};
 
 use crate::request::{FinishReason, StopConditions, TokenId};
 
 /// Layers of the model.
 pub(super) const LAYERS: usize = 2;
-/// Tokens of a block.
-pub(super) const BLOCK_LEN: BlockLen = match BlockLen::new(4) {
-    Some(block_len) => block_len,
-    None => panic!("4 is a power of two"),
-};
-/// Bytes of a layer of a block: for each token 8 bytes of key and 8 of value.
-pub(super) const LAYER_BYTES: usize = 64;
-/// Bytes of a block.
-pub(super) const BLOCK_BYTES: usize = LAYERS * LAYER_BYTES;
-const SLOT_BYTES: usize = 8;
-const SLOTS: usize = BLOCK_LEN.tokens() as usize;
+/// Bits of a key that `bf16` has too, but for one of the exponent: no infinity and no NaN.
+const USED: u64 = 0xbfff_0000_bfff_0000;
 
-pub(super) fn layout() -> KvLayout {
-    let layout = KvLayout {
-        model: "one line".to_owned(),
-        layers: LAYERS as u16,
-        kv_heads: 1,
-        heads: HeadRange { first: 0, count: 1 },
-        head_size: 2,
-        dtype: KvDtype::F32,
-        block_len: BLOCK_LEN,
-        order: AxisOrder::TokenHead,
-    };
-    assert_eq!((layout.strides().layer, layout.block_bytes()), (LAYER_BYTES, BLOCK_BYTES));
-    layout
+/// How a worker lays out its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) block_len: BlockLen,
+    pub(super) dtype: KvDtype,
+}
+
+impl Shape {
+    /// All that there are: blocks of three lengths, numbers of two kinds.
+    pub(super) fn all() -> Vec<Self> {
+        let lens = [4, 8, 16].map(|tokens| BlockLen::new(tokens).expect("a power of two"));
+        let shapes =
+            lens.map(|block_len| [KvDtype::F32, KvDtype::Bf16].map(|dtype| Self { block_len, dtype }));
+        shapes.concat()
+    }
+
+    pub(super) fn of(layout: &KvLayout) -> Self {
+        Self { block_len: layout.block_len, dtype: layout.dtype }
+    }
+
+    pub(super) fn layout(self) -> KvLayout {
+        KvLayout {
+            model: "one line".to_owned(),
+            layers: LAYERS as u16,
+            kv_heads: 1,
+            heads: HeadRange { first: 0, count: 1 },
+            head_size: 2,
+            dtype: self.dtype,
+            block_len: self.block_len,
+            order: AxisOrder::TokenHead,
+        }
+    }
+
+    pub(super) fn tokens(self) -> usize {
+        self.block_len.tokens() as usize
+    }
+
+    fn slot_bytes(self) -> usize {
+        2 * self.dtype.bytes()
+    }
+
+    /// Bytes of a layer of a block, padding included.
+    pub(super) fn layer_bytes(self) -> usize {
+        (2 * self.tokens() * self.slot_bytes()).next_multiple_of(LAYER_ALIGNMENT)
+    }
+
+    pub(super) fn block_bytes(self) -> usize {
+        LAYERS * self.layer_bytes()
+    }
 }
 
 /// The content of a layer at a position, from the content before it and the token.
 pub(super) fn content(layer: usize, before: Option<u64>, token: TokenId) -> u64 {
     let before = before.unwrap_or(0x51ed_270b_7a5f_1c03 ^ layer as u64);
     let mixed = (before ^ (u64::from(token) + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    mixed ^ (mixed >> 29)
+    (mixed ^ (mixed >> 29)) & USED
 }
 
 /// The token that follows; 7 ends the text.
@@ -84,7 +115,10 @@ pub(super) fn answer(
 
 /// The block arena of a worker's process. Clones are mappings of the same memory, which outlives its owner.
 #[derive(Clone, Debug)]
-pub(super) struct Memory(Rc<RefCell<Vec<u8>>>);
+pub(super) struct Memory {
+    shape: Shape,
+    bytes: Rc<RefCell<Vec<u8>>>,
+}
 
 /// A range of an arena, as a write reads it.
 #[derive(Clone, Debug)]
@@ -95,51 +129,97 @@ pub(super) struct Piece {
 }
 
 impl Memory {
-    pub(super) fn new(blocks: u32) -> Self {
-        Self(Rc::new(RefCell::new(vec![0xee; blocks as usize * BLOCK_BYTES])))
+    pub(super) fn new(shape: Shape, blocks: u32) -> Self {
+        let bytes = vec![0xee; blocks as usize * shape.block_bytes()];
+        Self { shape, bytes: Rc::new(RefCell::new(bytes)) }
+    }
+
+    pub(super) fn shape(&self) -> Shape {
+        self.shape
     }
 
     /// What is there at a position of a sequence; `None` when key and value are not of one computation.
     pub(super) fn read(&self, table: &[BlockId], layer: usize, position: usize) -> Option<u64> {
-        let at = offset(table, layer, position);
-        let bytes = self.0.borrow();
-        let number =
-            |at: usize| u64::from_le_bytes(bytes[at..at + SLOT_BYTES].try_into().expect("eight bytes"));
-        let (key, value) = (number(at), number(at + SLOTS * SLOT_BYTES));
-        (key == !value).then_some(key)
+        let (key, value) = self.numbers(table, layer, position);
+        (key == value ^ USED).then_some(key)
     }
 
     pub(super) fn write(&self, table: &[BlockId], layer: usize, position: usize, content: u64) {
-        let at = offset(table, layer, position);
-        let mut bytes = self.0.borrow_mut();
-        bytes[at..at + SLOT_BYTES].copy_from_slice(&content.to_le_bytes());
-        let at = at + SLOTS * SLOT_BYTES;
-        bytes[at..at + SLOT_BYTES].copy_from_slice(&(!content).to_le_bytes());
+        let at = self.shape.offset(table, layer, position);
+        self.store(at, content, content ^ USED);
     }
 
     pub(super) fn copy_in(&self, offset: usize, bytes: &[u8]) {
-        self.0.borrow_mut()[offset..offset + bytes.len()].copy_from_slice(bytes);
+        self.bytes.borrow_mut()[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
     pub(super) fn copy_out(&self, offset: usize, buffer: &mut [u8]) {
-        buffer.copy_from_slice(&self.0.borrow()[offset..offset + buffer.len()]);
+        buffer.copy_from_slice(&self.bytes.borrow()[offset..offset + buffer.len()]);
     }
 
-    /// One layer of one block.
-    pub(super) fn piece(&self, block: BlockId, layer: usize, layers: usize) -> Piece {
-        let offset = block.0 as usize * BLOCK_BYTES + layer * LAYER_BYTES;
-        Piece { memory: self.clone(), offset, len: layers * LAYER_BYTES }
+    /// Some layers of one block.
+    pub(super) fn piece(&self, block: BlockId, layers: Range<usize>) -> Piece {
+        let layer_bytes = self.shape.layer_bytes();
+        let offset = block.0 as usize * self.shape.block_bytes() + layers.start * layer_bytes;
+        Piece { memory: self.clone(), offset, len: layers.len() * layer_bytes }
+    }
+
+    /// Some layers of one block of another shape, made of what is here at those positions, in memory of their own.
+    pub(super) fn converted(
+        &self,
+        to: Shape,
+        table: &[BlockId],
+        layers: Range<usize>,
+        positions: Range<u32>,
+    ) -> Piece {
+        let len = layers.len() * to.layer_bytes();
+        let memory = Self { shape: to, bytes: Rc::new(RefCell::new(vec![0; len])) };
+        for (index, layer) in layers.enumerate() {
+            for (slot, position) in positions.clone().enumerate() {
+                let (key, value) = self.numbers(table, layer, position as usize);
+                memory.store(index * to.layer_bytes() + slot * to.slot_bytes(), key, value);
+            }
+        }
+        Piece { memory, offset: 0, len }
+    }
+
+    fn numbers(&self, table: &[BlockId], layer: usize, position: usize) -> (u64, u64) {
+        let at = self.shape.offset(table, layer, position);
+        (self.number(at), self.number(at + self.shape.tokens() * self.shape.slot_bytes()))
+    }
+
+    /// The two numbers of a slot, as `f32` has them.
+    fn number(&self, at: usize) -> u64 {
+        let bytes = &self.bytes.borrow()[at..at + self.shape.slot_bytes()];
+        let half = |at: usize| u64::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+        match self.shape.dtype {
+            KvDtype::Bf16 => half(0) << 16 | half(2) << 48,
+            _ => u64::from_le_bytes(bytes.try_into().expect("two numbers of four bytes")),
+        }
+    }
+
+    fn store(&self, at: usize, key: u64, value: u64) {
+        let mut bytes = self.bytes.borrow_mut();
+        let slot_bytes = self.shape.slot_bytes();
+        for (at, number) in [(at, key), (at + self.shape.tokens() * slot_bytes, value)] {
+            let all = number.to_le_bytes();
+            let halves = [all[2], all[3], all[6], all[7]];
+            let stored: &[u8] = if self.shape.dtype == KvDtype::Bf16 { &halves } else { &all };
+            bytes[at..at + slot_bytes].copy_from_slice(stored);
+        }
     }
 }
 
-fn offset(table: &[BlockId], layer: usize, position: usize) -> usize {
-    let (block, slot) = (table[position / SLOTS], position % SLOTS);
-    block.0 as usize * BLOCK_BYTES + layer * LAYER_BYTES + slot * SLOT_BYTES
+impl Shape {
+    fn offset(self, table: &[BlockId], layer: usize, position: usize) -> usize {
+        let (block, slot) = (table[position / self.tokens()], position % self.tokens());
+        block.0 as usize * self.block_bytes() + layer * self.layer_bytes() + slot * self.slot_bytes()
+    }
 }
 
 impl WriteSource for Piece {
     fn memory(&self) -> usize {
-        0 // Each worker reads from its own arena alone.
+        Rc::as_ptr(&self.memory.bytes) as usize
     }
 
     fn offset(&self) -> usize {
@@ -151,11 +231,52 @@ impl WriteSource for Piece {
     }
 
     fn range(&self, offset: usize, len: usize) -> Option<Self> {
-        let inside = offset + len <= self.memory.0.borrow().len();
+        let inside = offset + len <= self.memory.bytes.borrow().len();
         inside.then(|| Self { memory: self.memory.clone(), offset, len })
     }
 
     fn read(&self, at: usize, buffer: &mut [u8]) {
         self.memory.copy_out(self.offset + at, buffer);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_is_as_its_layout_says_and_turns_into_every_other_without_a_bit_lost() {
+        let tokens: Vec<TokenId> = (0..37).map(|index| index % 7).collect();
+        let contents = contents(&tokens);
+        for from in Shape::all() {
+            let strides = from.layout().strides();
+            let (layer, value) = (strides.layer, strides.value_offset);
+            assert_eq!((layer, value), (from.layer_bytes(), from.tokens() * from.slot_bytes()), "{from:?}");
+            let table: Vec<BlockId> =
+                (0..37u32.div_ceil(from.block_len.tokens())).rev().map(BlockId).collect();
+            let memory = Memory::new(from, 10);
+            for (position, here) in contents.iter().enumerate() {
+                for (layer, content) in here.iter().enumerate() {
+                    memory.write(&table, layer, position, *content);
+                }
+            }
+            for to in Shape::all() {
+                let copy = Memory::new(to, 10);
+                let blocks = 37u32.div_ceil(to.block_len.tokens());
+                for block in 0..blocks {
+                    let first = block * to.block_len.tokens();
+                    let positions = first..(first + to.block_len.tokens()).min(37);
+                    let piece = memory.converted(to, &table, 0..LAYERS, positions);
+                    let mut bytes = vec![0; piece.len()];
+                    piece.read(0, &mut bytes);
+                    copy.copy_in(block as usize * to.block_bytes(), &bytes);
+                }
+                let table: Vec<BlockId> = (0..blocks).map(BlockId).collect();
+                for (position, here) in contents.iter().enumerate() {
+                    let found: [_; LAYERS] = std::array::from_fn(|layer| copy.read(&table, layer, position));
+                    assert_eq!(found, here.map(Some), "{from:?} to {to:?} at {position}");
+                }
+            }
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::endpoint::Order;
 use super::engine::{ActiveRequest, EngineInput, OutgoingHandoff, Step};
 use super::front::ToFront;
 use super::handshake::Peer;
-use super::model::{Memory, Piece, layout};
+use super::model::{Memory, Piece, Shape};
 use super::wire::ConnId;
 use super::world::{Event, Node, Process, World};
 use crate::request::RequestId;
@@ -46,10 +46,10 @@ pub(super) struct Life {
 }
 
 impl Life {
-    pub(super) fn new(instance: u64, scheduler: Scheduler, in_place: bool) -> Self {
+    pub(super) fn new(instance: u64, scheduler: Scheduler, shape: Shape, in_place: bool) -> Self {
         let blocks = scheduler.ledger().total.0;
         let rules = EndpointRules {
-            layout: layout(),
+            layout: shape.layout(),
             blocks: u64::from(blocks),
             in_place,
             coverage: Coverage::Full,
@@ -62,7 +62,7 @@ impl Life {
             instance,
             scheduler,
             core: EndpointCore::new(rules),
-            memory: Memory::new(blocks),
+            memory: Memory::new(shape, blocks),
             inbox: VecDeque::new(),
             step: None,
             requests: BTreeMap::new(),
@@ -108,7 +108,7 @@ impl World<'_> {
         let instance = self.number();
         let worker = &mut self.workers[place];
         let scheduler = Scheduler::new(worker.limits, worker.blocks);
-        worker.life = Some(Life::new(instance, scheduler, self.in_place));
+        worker.life = Some(Life::new(instance, scheduler, worker.shape, self.in_place));
         let process = Process { place, instance };
         self.note(|| format!("worker {place} starts as {instance:x}"));
         self.after(1, Event::Status(process));

@@ -12,7 +12,7 @@ use tidemill_kvtransfer_proto::message::Message;
 use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, WriteFault, WriteId};
 use tidemill_kvtransfer_proto::units::{BlockId, HandoffId};
 
-use super::model::{BLOCK_BYTES, LAYER_BYTES, Memory, Piece};
+use super::model::{Memory, Piece};
 use super::process::Life;
 use super::world::{Event, Node, Process, World};
 use super::{Fault, Mischief};
@@ -212,9 +212,10 @@ impl World<'_> {
         let at = end.queues[queue];
         let flight = Flight { source, range, snapshot: None, done: 0, queue, is_lost, fault: None };
         end.flights.insert(write, flight);
+        let block_bytes = self.conns[&id].ends[1 - side].memory.shape().block_bytes();
         self.note(|| {
-            let blocks = range.offset / BLOCK_BYTES as u64;
-            format!("worker {} writes {} B to block {blocks} for {}", process.place, range.len, range.handoff)
+            let block = range.offset / block_bytes as u64;
+            format!("worker {} writes {} B to block {block} for {}", process.place, range.len, range.handoff)
         });
         self.at(at, Event::Lands { conn: id, from: side, id: write });
         if echoes {
@@ -247,8 +248,9 @@ impl World<'_> {
         }
         let whole = self.conns[&id].ends[from].flights[&write].source.len();
         let done = self.conns[&id].ends[from].flights[&write].done;
-        let goes_on = LAYER_BYTES < whole - done && self.chance.happens(300);
-        let len = if goes_on { LAYER_BYTES } else { whole - done };
+        let layer_bytes = self.conns[&id].ends[1 - from].memory.shape().layer_bytes();
+        let goes_on = layer_bytes < whole - done && self.chance.happens(300);
+        let len = if goes_on { layer_bytes } else { whole - done };
         let fault = self.piece_lands(id, from, write, done, len);
         let end = &mut self.conns.get_mut(&id).expect("just seen").ends[from];
         let flight = end.flights.get_mut(&write).expect("just seen");
@@ -326,8 +328,8 @@ impl World<'_> {
         }
         let start = usize::try_from(range.offset).expect("inside the arena") + done;
         end.memory.copy_in(start, bytes);
-        let process = end.process;
-        for block in start / BLOCK_BYTES..=(start + bytes.len() - 1) / BLOCK_BYTES {
+        let (process, block_bytes) = (end.process, end.memory.shape().block_bytes());
+        for block in start / block_bytes..=(start + bytes.len() - 1) / block_bytes {
             self.check_lent(process, BlockId(u32::try_from(block).expect("small")), range.handoff);
         }
     }

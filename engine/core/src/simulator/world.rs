@@ -11,7 +11,7 @@ use tidemill_kvtransfer_proto::units::{BlockCount, TokenCount};
 use super::chaos::Chaos;
 
 use super::front::{Front, ToFront};
-use super::model::BLOCK_LEN;
+use super::model::Shape;
 use super::process::Life;
 use super::wire::{Conn, ConnId};
 use super::{Fault, Mischief, Options, Summary, Trace};
@@ -69,6 +69,7 @@ pub(super) enum Event {
 pub(super) struct Worker {
     pub(super) role: Role,
     pub(super) limits: Limits,
+    pub(super) shape: Shape,
     pub(super) blocks: BlockCount,
     pub(super) life: Option<Life>,
     /// Nothing runs there until then.
@@ -111,17 +112,23 @@ impl<'a> World<'a> {
         let mut chance = Chance::new(seed ^ 0x71de_3111_5eed_0001);
         let short_queues = options.faults.contains(Fault::FullQueue) && chance.happens(400);
         let roles = roles(&mut chance);
+        let shapes = shapes(&mut chance, roles.len());
         let workers: Vec<Worker> = roles
             .into_iter()
-            .map(|role| Worker {
-                role,
-                limits: limits(&mut chance, short_queues),
-                blocks: BlockCount(10 + below(&mut chance, 15)),
-                life: None,
-                stands_until: 0,
-                clock_rate: 1000,
-                clock_offset: u64::from(below(&mut chance, 1_000_000)),
-                slowness: 1,
+            .zip(shapes)
+            .map(|(role, shape)| {
+                let room = TokenCount(MAX_MODEL_LEN.0 + 4 * below(&mut chance, 15));
+                Worker {
+                    role,
+                    limits: limits(&mut chance, shape, short_queues),
+                    shape,
+                    blocks: room.blocks_to_hold(shape.block_len),
+                    life: None,
+                    stands_until: 0,
+                    clock_rate: 1000,
+                    clock_offset: u64::from(below(&mut chance, 1_000_000)),
+                    slowness: 1,
+                }
             })
             .collect();
         let mut proofs = BTreeMap::new();
@@ -392,10 +399,19 @@ fn roles(chance: &mut Chance) -> Vec<Role> {
     roles
 }
 
-fn limits(chance: &mut Chance, short_queues: bool) -> Limits {
+/// Every worker has its blocks in the same shape, or each in its own.
+fn shapes(chance: &mut Chance, workers: usize) -> Vec<Shape> {
+    let all = Shape::all();
+    if chance.happens(500) {
+        return vec![all[chance.below(all.len())]; workers];
+    }
+    (0..workers).map(|_| all[chance.below(all.len())]).collect()
+}
+
+fn limits(chance: &mut Chance, shape: Shape, short_queues: bool) -> Limits {
     let chunk = 2 + below(chance, 8);
     Limits {
-        block_len: BLOCK_LEN,
+        block_len: shape.block_len,
         max_model_len: MAX_MODEL_LEN,
         max_num_seqs: 1 + below(chance, 4),
         max_num_batched_tokens: TokenCount(4 + below(chance, 29)),
@@ -405,7 +421,7 @@ fn limits(chance: &mut Chance, short_queues: bool) -> Limits {
     }
 }
 
-/// Ten blocks: what each pool has at least.
+/// What each pool has room for at least.
 pub(super) const MAX_MODEL_LEN: TokenCount = TokenCount(40);
 /// How long everything may take once nothing goes wrong any more.
 const PATIENCE: u64 = 60_000_000;
