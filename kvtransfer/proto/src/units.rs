@@ -96,10 +96,56 @@ impl fmt::Display for HandoffId {
     }
 }
 
-// The two roundings agree exactly when no block is left partly filled.
-const _: () = {
-    let Some(block_len) = BlockLen::new(16) else { panic!("16 is a power of two") };
-    assert!(TokenCount(32).blocks_to_hold(block_len).0 == 2);
-    assert!(TokenCount(33).blocks_to_hold(block_len).0 == 3);
-    assert!(TokenCount(33).blocks_filled(block_len).0 == 2);
-};
+#[cfg(test)]
+mod tests {
+    use std::ops::Add;
+
+    use super::*;
+
+    /// Compiles only as long as a `$right` can neither become, nor be added to, nor be compared with a `$left`: with one
+    /// more way to mix them it would not be clear which `mixes` is meant.
+    macro_rules! are_apart {
+        ($($left:ty, $right:ty;)*) => { $({
+            trait Mixes<By> {
+                fn mixes() {}
+            }
+            struct ByConversion;
+            struct ByAddition;
+            struct ByComparison;
+            impl<T> Mixes<()> for T {}
+            impl<T: From<$right>> Mixes<ByConversion> for T {}
+            impl<T: Add<$right>> Mixes<ByAddition> for T {}
+            impl<T: PartialEq<$right>> Mixes<ByComparison> for T {}
+            <$left as Mixes<_>>::mixes();
+        })* };
+    }
+
+    #[test]
+    fn units_cannot_be_mixed_up() {
+        are_apart! {
+            TokenCount, BlockCount; BlockCount, TokenCount; TokenCount, BlockLen; BlockCount, BlockLen;
+            BlockId, BlockCount; BlockCount, BlockId; Epoch, HandoffId; HandoffId, Epoch;
+            TokenCount, u32; BlockCount, u32; BlockId, u32; BlockLen, u32; Epoch, u64; Moment, Duration;
+        }
+    }
+
+    #[test]
+    fn each_rounding_has_a_name() {
+        let block_len = BlockLen::new(16).unwrap();
+        #[rustfmt::skip]
+        let rows = [
+            // tokens   blocks to hold them   blocks that they fill
+            (0,         0,                    0),
+            (1,         1,                    0),
+            (16,        1,                    1),
+            (17,        2,                    1),
+            (32,        2,                    2),
+        ];
+        for (tokens, hold, filled) in rows {
+            let tokens = TokenCount(tokens);
+            let found = (tokens.blocks_to_hold(block_len), tokens.blocks_filled(block_len));
+            assert_eq!(found, (BlockCount(hold), BlockCount(filled)), "{tokens:?}");
+        }
+        assert_eq!(BlockLen::new(24), None, "a position splits by shift and mask");
+    }
+}

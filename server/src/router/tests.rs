@@ -27,8 +27,12 @@ async fn deploy(roles: &[Role]) -> Deployment {
 
 /// The same with other settings for each worker; does not wait until they have joined.
 async fn deploy_with(roles: &[Role], change: fn(usize, &mut EngineConfig)) -> Deployment {
+    follow(roles, change, Vec::new()).await
+}
+
+/// The same with slots of workers that are somewhere else, or nowhere.
+async fn follow(roles: &[Role], change: fn(usize, &mut EngineConfig), mut slots: Vec<Slot>) -> Deployment {
     let mut workers = Vec::new();
-    let mut slots = Vec::new();
     for (number, role) in roles.iter().enumerate() {
         let mut config = config(&format!("worker-{number}"), *role);
         change(number, &mut config);
@@ -201,6 +205,35 @@ async fn a_worker_with_another_model_stays_outside() {
     };
     tokio::time::timeout(LIMIT, refused).await.expect("the second worker is refused");
     mixed.tokens(3, 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_never_comes_is_said_and_what_is_there_serves() {
+    for (there, missing) in [(Role::Decode, Role::Prefill), (Role::Prefill, Role::Decode)] {
+        // An address at which somebody could listen, and nobody does.
+        let nobody =
+            std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
+        let (_sender, address) = watch::channel(Some(nobody.to_string()));
+        let absent = Slot { name: "absent".to_owned(), role: missing, address };
+        let half = follow(&[there], |_, _| {}, vec![absent]).await;
+        let serves = async {
+            while !matches!(half.cluster.health().serving, Serving::Yes { .. }) {
+                let _ = tokio::time::timeout(Duration::from_millis(20), half.cluster.change()).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, serves).await.expect("one worker is enough");
+        for which in 0..3 {
+            half.tokens(which, 6).await;
+        }
+        let troubles = half.cluster.troubles();
+        assert!(
+            troubles.iter().any(|it| it.starts_with("absent is not there: no connection")),
+            "{there:?}: {troubles:?}"
+        );
+        let workers = half.cluster.health().workers;
+        assert_eq!(workers.iter().filter(|it| !it.alive).count(), 1, "{there:?}: probes say which is gone");
+        assert_eq!(half.count("tidemill_fallbacks_total"), 3.0, "{there:?}: each is counted");
+    }
 }
 
 const LIMIT: Duration = Duration::from_secs(20);
