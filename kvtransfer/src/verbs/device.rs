@@ -100,7 +100,8 @@ impl Default for RdmaConfig {
             queue_pairs: 2,
             gid_index: None,
             timeout: 16,
-            retries: 7,
+            // Not 7: Soft-RoCE takes that for "without end" (rxe_comp.c), and no path would ever be found dead.
+            retries: 6,
             compute_cores: Vec::new(),
         }
     }
