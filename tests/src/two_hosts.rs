@@ -5,9 +5,10 @@
 //! reached over a wire of its own that no test cuts.
 
 use std::env;
+use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -21,6 +22,12 @@ use crate::fixtures::tests_folder;
 #[derive(Debug)]
 pub struct Pair {
     _alone: MutexGuard<'static, ()>,
+}
+
+/// The second host while it is without power. It comes up again when this is dropped.
+#[derive(Debug)]
+pub struct Crashed<'a> {
+    _pair: &'a Pair,
 }
 
 /// One of the hosts.
@@ -68,28 +75,57 @@ impl Pair {
 
     /// From now on every frame on all wires is lost without a word, in both directions.
     pub fn cut(&self) {
-        self.wires(&["cut"]);
+        self.wires(&WIRES, &["cut"]);
+    }
+
+    /// The same on one wire, the one between the devices of that number.
+    pub fn cut_wire(&self, number: usize) {
+        self.wires(&WIRES[number..=number], &["cut"]);
     }
 
     /// Makes the wires whole again.
     pub fn restore(&self) {
-        self.wires(&["restore"]);
+        self.wires(&WIRES, &["restore"]);
+    }
+
+    /// Ends the second host as a loss of power does: its machine is killed, and nothing there closes a connection.
+    pub fn crash_second(&self) -> Crashed<'_> {
+        wish("crash");
+        Crashed { _pair: self }
     }
 
     /// What `tc-netem` calls by these words happens to every frame on all wires: `["delay", "5ms"]`.
     pub fn worsen(&self, how: &[&str]) {
-        self.wires(&[&["netem"], how].concat());
+        self.wires(&WIRES, &[&["netem"], how].concat());
     }
 
-    fn wires(&self, what: &[&str]) {
+    fn wires(&self, numbers: &[&str], what: &[&str]) {
         let tool = tests_folder().join("rdma/guest/wire");
         let tool = tool.to_str().expect("the repository's path is UTF-8");
         for host in Host::BOTH {
-            for wire in ["0", "1"] {
-                host.run(&[&[tool, wire], what].concat());
+            for wire in numbers {
+                host.run(&[&[tool, *wire], what].concat());
             }
         }
     }
+}
+
+impl Drop for Crashed<'_> {
+    fn drop(&mut self) {
+        wish("start");
+    }
+}
+
+/// Has something done to the second host's machine by `tests/rdma/run-pair`, which takes the file away when it is done.
+fn wish(name: &str) {
+    let path = env::var_os("RDMA_VM_WISHES").expect("set on hosts of a pair");
+    let path = Path::new(&path).join(name);
+    fs::write(&path, "").expect("that folder can be written to");
+    let deadline = Instant::now() + START_LIMIT;
+    while path.exists() && Instant::now() < deadline {
+        thread::park_timeout(Duration::from_millis(5));
+    }
+    assert!(!path.exists() || thread::panicking(), "run-pair does not grant `{name}`");
 }
 
 impl Host {
@@ -150,7 +186,23 @@ impl Host {
 
     /// Packets that its RDMA devices have sent so far, by the kernel's own count.
     pub fn rdma_packets_sent(self) -> u64 {
-        let counters = self.run(&["sh", "-c", "cat /sys/class/infiniband/*/ports/1/hw_counters/sent_pkts"]);
+        self.sum("/sys/class/infiniband/*/ports/1/hw_counters/sent_pkts")
+    }
+
+    /// The same, of the device on that wire alone.
+    pub fn rdma_packets_sent_on(self, wire: usize) -> u64 {
+        self.sum(&format!("/sys/class/infiniband/rxe{wire}/ports/1/hw_counters/sent_pkts"))
+    }
+
+    /// Bytes that have come over a wire so far.
+    pub fn bytes_received_on(self, wire: usize) -> u64 {
+        let device = if env::var_os("RDMA_VM").is_some_and(|kind| kind == "uml") { "vec" } else { "eth" };
+        self.sum(&format!("/sys/class/net/{device}{wire}/statistics/rx_bytes"))
+    }
+
+    /// The sum of the kernel's counters at these paths.
+    fn sum(self, paths: &str) -> u64 {
+        let counters = self.run(&["sh", "-c", &format!("cat {paths}")]);
         counters.lines().map(|count| count.parse::<u64>().expect("a counter is a number")).sum()
     }
 
@@ -250,6 +302,8 @@ pub fn binary() -> PathBuf {
     path
 }
 
+/// Those that are not for the agents, as `tests/rdma/guest/wire` numbers them.
+const WIRES: [&str; 2] = ["0", "1"];
 /// Port of `tests/rdma/guest/agent`.
 const AGENT_PORT: u16 = 7;
 /// A debug binary in an emulated machine on a loaded host may take this long.
