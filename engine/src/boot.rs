@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
 use tidemill_engine_core::scheduler::{Limits, Scheduler};
+use tidemill_engine_core::speculation::Speculation;
 use tidemill_kernels::cpu::{Cpu, CpuOptions};
 use tidemill_kvtransfer::{Endpoint, EndpointConfig, Timing};
 use tidemill_kvtransfer_proto::digest::Coverage;
@@ -77,6 +78,7 @@ pub(crate) fn boot(
     };
     let mut driver = Driver {
         scheduler: Scheduler::new(limits, blocks),
+        speculation: config.speculation.map(Speculation::new),
         sampler: Sampler::new(model.spec.vocab_size),
         runner,
         arena,

@@ -14,6 +14,7 @@ use tidemill_engine_core::handoff::Cancelled;
 use tidemill_engine_core::plan::{StepPlan, Work};
 use tidemill_engine_core::request::{Logprobs, Part, Request, RequestId, TokenId};
 use tidemill_engine_core::scheduler::{Outcome, Scheduler};
+use tidemill_engine_core::speculation::Speculation;
 use tidemill_kernels::cpu::Cpu;
 use tidemill_kernels::kv::BlockAddress;
 use tidemill_kvtransfer::{Endpoint, HandoffEvent};
@@ -27,11 +28,14 @@ use crate::roles::FirstToken;
 use crate::roles::decode::Incoming;
 use crate::roles::prefill::{Announced, Origin, Outgoings};
 use crate::runner::{Batch, BatchSequence, LogitsWanted, Runner};
-use crate::sampler::{History, Sampled, Sampler, logprobs};
+use crate::sampler::{Sampled, Sampler};
+use crate::verification::{Share, StepResult};
 
 /// The state of the engine thread.
 pub(crate) struct Driver {
     pub(crate) scheduler: Scheduler,
+    /// Guesses at the next tokens, where they are wanted.
+    pub(crate) speculation: Option<Speculation>,
     pub(crate) runner: Runner,
     pub(crate) sampler: Sampler,
     pub(crate) arena: Arena,
@@ -74,13 +78,6 @@ pub(crate) struct Inbox {
     pub(crate) seen: VecDeque<Command>,
 }
 
-/// What a step produced for one sequence.
-struct StepResult {
-    request: RequestId,
-    sampled: Option<Result<Sampled, String>>,
-    prompt_logprobs: Vec<Logprobs>,
-}
-
 impl Driver {
     /// Serves until told to end.
     pub(crate) fn run(mut self) {
@@ -91,7 +88,7 @@ impl Driver {
                 }
                 self.obey(command);
             }
-            let plan = self.scheduler.plan();
+            let plan = self.plan();
             if !plan.is_empty() {
                 self.turn(&plan);
                 self.publish();
@@ -194,6 +191,16 @@ impl Driver {
         }
     }
 
+    fn plan(&mut self) -> StepPlan {
+        let scheduler = &self.scheduler;
+        match &mut self.speculation {
+            Some(speculation) => {
+                scheduler.plan_with_drafts(|plan, room| speculation.propose(scheduler, plan, room))
+            }
+            None => scheduler.plan(),
+        }
+    }
+
     /// One forward pass with all that belongs to it.
     fn turn(&mut self, plan: &StepPlan) {
         self.scheduler.begin(plan);
@@ -205,24 +212,30 @@ impl Driver {
                 (active.events)(EngineEvent::Begun);
             }
         }
+        let began = Instant::now();
         let results = if plan.work.is_empty() { Vec::new() } else { self.compute(plan) };
+        let took = began.elapsed();
         self.push_computed(plan);
-        let mut sampled: BTreeMap<RequestId, Sampled> = BTreeMap::new();
+        let mut sampled: BTreeMap<RequestId, VecDeque<Sampled>> = BTreeMap::new();
         for result in results {
             let Some(active) = self.requests.get_mut(&result.request) else { continue };
             active.prompt_logprobs.extend(result.prompt_logprobs);
-            match result.sampled {
-                None => {}
-                Some(Ok(token)) => drop(sampled.insert(result.request, token)),
-                Some(Err(message)) => self.fail(result.request, Recovery::GiveUp, message),
+            match result.failure {
+                None => drop(sampled.insert(result.request, result.sampled.into())),
+                Some(message) => self.fail(result.request, Recovery::GiveUp, message),
             }
         }
-        let tokens: Vec<(RequestId, TokenId)> = sampled.iter().map(|(id, it)| (*id, it.token)).collect();
-        for outcome in self.scheduler.finish(plan, &tokens) {
+        let tokens = sampled.iter().flat_map(|(id, list)| list.iter().map(|it| (*id, it.token)));
+        let tokens: Vec<(RequestId, TokenId)> = tokens.collect();
+        let outcomes = self.scheduler.finish(plan, &tokens);
+        if let Some(speculation) = &mut self.speculation {
+            speculation.learn(plan, &outcomes, took);
+        }
+        for outcome in outcomes {
             match outcome {
                 Outcome::Token { request, .. } => {
-                    let logprobs = sampled.remove(&request).and_then(|it| it.logprobs);
-                    self.deliver(outcome, logprobs);
+                    let next = sampled.get_mut(&request).and_then(VecDeque::pop_front);
+                    self.deliver(outcome, next.and_then(|it| it.logprobs));
                 }
                 Outcome::NoRoom { request } => {
                     self.fail(request, Recovery::GiveUp, "the KV cache is too small for this request".into());
@@ -236,12 +249,14 @@ impl Driver {
         let Self { scheduler, runner, sampler, arena, endpoint, inbox, requests, outgoing, fault, .. } = self;
         let tables: Vec<Vec<BlockAddress>> =
             plan.work.iter().map(|work| addresses(work, scheduler, requests, outgoing, arena)).collect();
+        let tokens: Vec<_> = plan.work.iter().map(|work| scheduler.work_tokens(plan, work)).collect();
         let sequences: Vec<BatchSequence<'_>> = plan
             .work
             .iter()
             .zip(&tables)
-            .map(|(work, blocks)| BatchSequence {
-                tokens: scheduler.work_tokens(work),
+            .zip(&tokens)
+            .map(|((work, blocks), tokens)| BatchSequence {
+                tokens,
                 first_position: work.first.0,
                 blocks,
                 logits: logits_wanted(work, requests.get(&work.request)),
@@ -272,34 +287,19 @@ impl Driver {
             }
         };
         let logits = runner.step(&Batch { sequences: &sequences }, &mut after_layers);
-        let mut results: Vec<StepResult> = plan
-            .work
-            .iter()
-            .map(|work| StepResult { request: work.request, sampled: None, prompt_logprobs: Vec::new() })
-            .collect();
+        let mut results: Vec<StepResult> =
+            plan.work.iter().map(|work| StepResult::new(work.request)).collect();
         logits.for_each(|row| {
-            let (work, result) = (&plan.work[row.sequence], &mut results[row.sequence]);
+            let work = &plan.work[row.sequence];
             let Some(active) = requests.get(&work.request) else { return };
-            let tokens = scheduler.tokens(work.request);
-            let next = row.position as usize + 1;
-            let parts = &active.request;
-            if let Some(count) = parts.sampling.prompt_logprobs
-                && next < parts.prompt_len
-                && next == active.prompt_logprobs.len() + result.prompt_logprobs.len() + 1
-            {
-                result.prompt_logprobs.extend(logprobs(row.logits, tokens[next], count).ok());
-            }
-            if work.samples && next == (work.first.0 + work.count.0) as usize {
-                let (prompt, output) = tokens.split_at(parts.prompt_len);
-                let index = u32::try_from(output.len()).expect("bounded by max_model_len");
-                let history = History { prompt, output };
-                let sampled = sampler.sample(row.logits, history, &parts.sampling, &parts.stop, index);
-                result.sampled = Some(sampled.map_err(|error| error.to_string()));
-            }
+            let share =
+                Share { work, tokens: scheduler.tokens(work.request), draft: plan.draft(work), active };
+            results[row.sequence].take(&row, share, sampler);
         });
         let decoding = |work: &&Work| work.samples && work.count == TokenCount(1);
         let generated = plan.work.iter().filter(decoding).count() as u64;
-        self.counters.prompt_tokens += u64::from(plan.tokens().0) - generated;
+        let known: u64 = plan.work.iter().map(|work| u64::from(work.count.0)).sum();
+        self.counters.prompt_tokens += known - generated;
         results
     }
 
@@ -346,6 +346,9 @@ impl Driver {
         self.counters.prefix_queries = core.prefix_queries;
         self.counters.prefix_hits = core.prefix_hits;
         self.counters.preemptions = core.preemptions;
+        if let Some(speculation) = &self.speculation {
+            self.counters.speculation = *speculation.sums();
+        }
         let status = EngineStatus {
             draining: self.draining,
             running: counts.running + counts.pushing,
@@ -408,7 +411,7 @@ fn logits_wanted(work: &Work, active: Option<&Active>) -> LogitsWanted {
     let prompt = active.filter(|active| active.request.sampling.prompt_logprobs.is_some());
     match prompt {
         Some(active) if (work.first.0 as usize) < active.request.prompt_len => LogitsWanted::All,
-        _ if work.samples => LogitsWanted::Last,
+        _ if work.samples => LogitsWanted::Tail(1 + work.drafted.0 as usize),
         _ => LogitsWanted::None,
     }
 }

@@ -10,6 +10,7 @@ pub use tidemill_engine_core::blocks::Ledger;
 pub use tidemill_engine_core::events::{EngineEvent, Recovery};
 pub use tidemill_engine_core::prefix_tree::CacheChanges;
 pub use tidemill_engine_core::routing::Role;
+pub use tidemill_engine_core::speculation::{MOST_DRAFTED, SpeculationSettings, SpeculationSums};
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
 /// Where a model's files are.
@@ -115,6 +116,8 @@ pub struct EngineConfig {
     pub digest: DigestCoverage,
     /// Whether a handoff on one host may compute in the peer's blocks (`docs/decisions/0002`).
     pub in_place: bool,
+    /// How next tokens are guessed, to be verified several in a step (`docs/decisions/0009`); `None` guesses none.
+    pub speculation: Option<SpeculationSettings>,
     /// Where to die, for tests of recovery.
     pub fault: Option<Fault>,
 }
@@ -237,6 +240,8 @@ pub struct Counters {
     pub handoff_refusals: u64,
     /// Seconds from the end of prefill to adoption, summed.
     pub handoff_seconds: f64,
+    /// Guesses at tokens, and what became of them.
+    pub speculation: SpeculationSums,
 }
 
 /// The engine's state, as published after each change.

@@ -17,4 +17,5 @@ pub mod network;
 mod roles;
 pub mod runner;
 pub mod sampler;
+mod verification;
 pub mod weights;

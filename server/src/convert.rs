@@ -3,18 +3,19 @@
 //! What comes from another process is checked here: a field that is missing or out of range is an [`Invalid`] that
 //! names it, so that the rest of the program deals in types that cannot be wrong.
 
+mod counters;
+
 use std::net::SocketAddr;
 
-use tidemill_engine::handle::{
-    Counters, Description, EngineEvent, EngineStatus, Ledger, Peer, PeerLink, Recovery, Role,
-};
+use tidemill_engine::handle::{Description, EngineEvent, EngineStatus, Peer, PeerLink, Recovery, Role};
 use tidemill_engine_core::request::{
     FinishReason, Logprobs, Part, Request, RequestId, SamplingParams, StopConditions,
 };
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
-use tidemill_kvtransfer_proto::units::{BlockCount, HandoffId, TokenCount};
+use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
 use crate::proto;
+use counters::{counters_from_wire, counters_to_wire, ledger_from_wire, ledger_to_wire};
 
 /// Version of the protocol between router and worker. A router refuses a worker with another one.
 pub(crate) const PROTOCOL: u32 = 1;
@@ -398,56 +399,6 @@ pub(crate) fn status_from_wire(wire: proto::Status) -> WorkerStatus {
     }
 }
 
-fn ledger_to_wire(ledger: &Ledger) -> proto::Ledger {
-    let Ledger { total, free, cached, held, reserved, quarantined } = *ledger;
-    let [total, free, cached, held, reserved, quarantined] =
-        [total, free, cached, held, reserved, quarantined].map(|BlockCount(count)| count);
-    proto::Ledger { total, free, cached, held, reserved, quarantined }
-}
-
-fn ledger_from_wire(wire: proto::Ledger) -> Ledger {
-    let proto::Ledger { total, free, cached, held, reserved, quarantined } = wire;
-    let [total, free, cached, held, reserved, quarantined] =
-        [total, free, cached, held, reserved, quarantined].map(BlockCount);
-    Ledger { total, free, cached, held, reserved, quarantined }
-}
-
-fn counters_to_wire(counters: &Counters) -> proto::Counters {
-    proto::Counters {
-        steps: counters.steps,
-        prompt_tokens: counters.prompt_tokens,
-        generation_tokens: counters.generation_tokens,
-        prefix_queries: counters.prefix_queries,
-        prefix_hits: counters.prefix_hits,
-        preemptions: counters.preemptions,
-        handoffs: counters.handoffs,
-        handoff_bytes: counters.handoff_bytes,
-        handoff_writes: counters.handoff_writes,
-        handoff_failures: counters.handoff_failures,
-        handoff_in_place: counters.handoff_in_place,
-        handoff_seconds: counters.handoff_seconds,
-        handoff_refusals: counters.handoff_refusals,
-    }
-}
-
-fn counters_from_wire(wire: proto::Counters) -> Counters {
-    Counters {
-        steps: wire.steps,
-        prompt_tokens: wire.prompt_tokens,
-        generation_tokens: wire.generation_tokens,
-        prefix_queries: wire.prefix_queries,
-        prefix_hits: wire.prefix_hits,
-        preemptions: wire.preemptions,
-        handoffs: wire.handoffs,
-        handoff_bytes: wire.handoff_bytes,
-        handoff_writes: wire.handoff_writes,
-        handoff_failures: wire.handoff_failures,
-        handoff_in_place: wire.handoff_in_place,
-        handoff_refusals: wire.handoff_refusals,
-        handoff_seconds: wire.handoff_seconds,
-    }
-}
-
 fn address(text: &str) -> Result<SocketAddr, Invalid> {
     text.parse().map_err(|_| Invalid { field: "handoff_address" })
 }
@@ -461,6 +412,9 @@ const AXIS_ORDERS: &[AxisOrder] = &[AxisOrder::TokenHead, AxisOrder::HeadToken];
 
 #[cfg(test)]
 mod tests {
+    use tidemill_engine::handle::{Counters, Ledger, SpeculationSums};
+    use tidemill_kvtransfer_proto::units::BlockCount;
+
     use super::*;
 
     fn logprobs() -> Logprobs {
@@ -567,6 +521,13 @@ mod tests {
                     steps: 1,
                     handoff_seconds: 0.5,
                     handoff_refusals: 3,
+                    speculation: SpeculationSums {
+                        drafts: 4,
+                        drafted: 5,
+                        accepted: 6,
+                        accepted_at: std::array::from_fn(|place| place as u64),
+                        held_back: 7,
+                    },
                     ..Counters::default()
                 },
             },

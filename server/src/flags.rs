@@ -11,6 +11,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod engine;
 mod front;
+mod speculative;
 mod values;
 
 pub(crate) use engine::{DeploymentFlags, EngineFlags, ModelFlags, RoleOverrides};

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use metrics::{Counter, Histogram, counter, gauge, histogram, with_local_recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use tidemill_engine::handle::{Counters, Ledger, Role};
+use tidemill_engine::handle::{Counters, Ledger, Role, SpeculationSums};
 
 pub(crate) use request::{Outcome, RequestRecord};
 
@@ -198,11 +198,22 @@ impl Metrics {
             (names::PREFIX_QUERIES, grown.prefix_queries),
             (names::PREFIX_HITS, grown.prefix_hits),
             (names::PREEMPTIONS, grown.preemptions),
+            (names::SPECULATION_DRAFTS, grown.speculation.drafts),
+            (names::SPECULATION_DRAFTED, grown.speculation.drafted),
+            (names::SPECULATION_ACCEPTED, grown.speculation.accepted),
         ] {
             counter!(name, "model_name" => self.model.clone(), "engine" => worker.to_owned())
                 .increment(value);
         }
+        for (place, value) in grown.speculation.accepted_at.iter().enumerate().filter(|(_, it)| 0 < **it) {
+            counter!(
+                names::SPECULATION_ACCEPTED_AT,
+                "model_name" => self.model.clone(), "engine" => worker.to_owned(), "position" => place.to_string()
+            )
+            .increment(*value);
+        }
         for (name, value) in [
+            (names::SPECULATION_HELD_BACK, grown.speculation.held_back),
             (names::STEPS, grown.steps),
             (names::COMPUTED_PROMPT_TOKENS, grown.prompt_tokens),
             (names::HANDOFFS, grown.handoffs),
@@ -283,6 +294,18 @@ fn difference(now: &Counters, before: &Counters) -> Counters {
         handoff_in_place: now.handoff_in_place.saturating_sub(before.handoff_in_place),
         handoff_refusals: now.handoff_refusals.saturating_sub(before.handoff_refusals),
         handoff_seconds: (now.handoff_seconds - before.handoff_seconds).max(0.0),
+        speculation: speculation_difference(&now.speculation, &before.speculation),
+    }
+}
+
+fn speculation_difference(now: &SpeculationSums, before: &SpeculationSums) -> SpeculationSums {
+    let at = |place: usize| now.accepted_at[place].saturating_sub(before.accepted_at[place]);
+    SpeculationSums {
+        drafts: now.drafts.saturating_sub(before.drafts),
+        drafted: now.drafted.saturating_sub(before.drafted),
+        accepted: now.accepted.saturating_sub(before.accepted),
+        accepted_at: std::array::from_fn(at),
+        held_back: now.held_back.saturating_sub(before.held_back),
     }
 }
 

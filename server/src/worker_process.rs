@@ -141,6 +141,7 @@ fn engine_config(flags: &WorkerFlags, model: &ResolvedModel) -> EngineConfig {
         rdma_gid_index: engine.rdma_gid_index,
         digest: engine.digest.coverage(),
         in_place: !engine.no_in_place,
+        speculation: engine.speculative_config.map(|config| config.0),
         fault: engine.fault_point.as_ref().map(|point| point.0.clone()),
     }
 }

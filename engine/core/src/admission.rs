@@ -14,7 +14,7 @@
 
 use tidemill_kvtransfer_proto::units::BlockCount;
 
-use crate::plan::{Admission, Draft, Purpose};
+use crate::plan::{Admission, Planner, Purpose};
 use crate::request::Part;
 use crate::sequence::{Place, Sequence, Stage, count_blocks};
 
@@ -33,7 +33,7 @@ struct Gates {
     running: u32,
 }
 
-impl Draft<'_> {
+impl Planner<'_> {
     /// Plans admissions, and the first work of those that compute.
     pub(crate) fn admit(&mut self) {
         let ledger = self.scheduler.pool.ledger();

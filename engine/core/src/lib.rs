@@ -20,4 +20,5 @@ pub mod routing;
 pub mod scheduler;
 pub mod sequence;
 pub mod simulator;
+pub mod speculation;
 mod step;

@@ -11,14 +11,16 @@
 //! 4. A step that preempts admits nobody: blocks taken from one for the sake of another must not go to a third.
 //! 5. The batch is the oldest sequences that run, as many as a step takes. There can be more after adoptions; the
 //!    latest of them wait for a place, so that a prompt in the batch is not crowded out by a stream of adoptions.
+//! 6. Drafts, which are guesses at the next tokens, get what is left when all of the above is planned: nobody waits, is
+//!    cut or loses a block for a guess. Without its drafts a plan is the one that would be made if there were none.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockRef, TokenCount};
 
-use crate::request::RequestId;
+use crate::request::{RequestId, TokenId};
 use crate::scheduler::Scheduler;
-use crate::sequence::{Place, Sequence, Stage};
+use crate::sequence::{Place, Sequence, Stage, count_blocks, count_tokens};
 
 /// One step. A value: print it, compare it, store it next to a trace. One without work must be begun and finished as
 /// well when it is not [empty](Self::is_empty).
@@ -32,7 +34,12 @@ pub struct StepPlan {
     pub admissions: Vec<Admission>,
     /// What is computed, decoding sequences first.
     pub work: Vec<Work>,
+    /// The guesses at the tokens that follow; each is verified by the step.
+    pub drafts: Drafts,
 }
+
+/// Guesses at the next tokens of sequences that decode.
+pub type Drafts = BTreeMap<RequestId, Vec<TokenId>>;
 
 /// A sequence leaves the queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,8 +72,18 @@ pub struct Work {
     pub first: TokenCount,
     /// How many tokens. At least one.
     pub count: TokenCount,
+    /// How many guessed tokens are computed behind these. A token is then sampled behind each of them too, and counts
+    /// as long as all guesses before it were right.
+    pub drafted: TokenCount,
     /// Whether a token is sampled behind the last one.
     pub samples: bool,
+}
+
+impl Work {
+    /// Tokens to compute, guesses included.
+    pub const fn rows(&self) -> TokenCount {
+        TokenCount(self.count.0 + self.drafted.0)
+    }
 }
 
 impl StepPlan {
@@ -75,27 +92,43 @@ impl StepPlan {
         *self == Self::default()
     }
 
-    /// Tokens of the forward pass.
+    /// Tokens of the forward pass, guesses included.
     pub fn tokens(&self) -> TokenCount {
-        TokenCount(self.work.iter().map(|work| work.count.0).sum())
+        TokenCount(self.work.iter().map(|work| work.rows().0).sum())
+    }
+
+    /// The guesses at the tokens that follow those of a work.
+    pub fn draft(&self, work: &Work) -> &[TokenId] {
+        self.drafts.get(&work.request).map_or(&[], Vec::as_slice)
     }
 }
 
 impl Scheduler {
-    /// Decides the next step. Changes nothing.
+    /// Decides the next step, without drafts. Changes nothing.
     pub fn plan(&self) -> StepPlan {
-        let mut draft = Draft::new(self);
-        draft.decode();
-        draft.prefill();
-        if draft.plan.preemptions.is_empty() {
-            draft.admit();
+        self.plan_with_drafts(|_, _| Drafts::new())
+    }
+
+    /// Decides the next step. Changes nothing.
+    ///
+    /// `guess` is asked once everything else is planned, and told how many more tokens the step may have. What it
+    /// gives is cut to what the limits and the blocks leave, and ignored for sequences that do not
+    /// [decode](Sequence::decodes) in this step.
+    pub fn plan_with_drafts(&self, guess: impl FnOnce(&StepPlan, TokenCount) -> Drafts) -> StepPlan {
+        let mut planner = Planner::new(self);
+        planner.decode();
+        planner.prefill();
+        if planner.plan.preemptions.is_empty() {
+            planner.admit();
+            let drafts = guess(&planner.plan, TokenCount(planner.tokens_left));
+            planner.add_drafts(drafts);
         }
-        draft.plan
+        planner.plan
     }
 }
 
 /// A plan while it is made, with what is left of each resource.
-pub(crate) struct Draft<'a> {
+pub(crate) struct Planner<'a> {
     pub(crate) scheduler: &'a Scheduler,
     pub(crate) plan: StepPlan,
     pub(crate) tokens_left: u32,
@@ -109,7 +142,7 @@ pub(crate) struct Draft<'a> {
     lost_users: BTreeMap<BlockId, u32>,
 }
 
-impl<'a> Draft<'a> {
+impl<'a> Planner<'a> {
     fn new(scheduler: &'a Scheduler) -> Self {
         let running = scheduler.roster.in_stage(Stage::Running);
         let growing = running.filter(|sequence| sequence.grows()).count();
@@ -171,8 +204,35 @@ impl<'a> Draft<'a> {
             request: sequence.id(),
             first,
             count: TokenCount(count),
+            drafted: TokenCount(0),
             samples: count == remaining,
         });
+    }
+
+    /// Adds guesses, oldest sequence first, as far as tokens and blocks are left over.
+    fn add_drafts(&mut self, mut drafts: Drafts) {
+        let block_len = self.scheduler.limits.block_len;
+        for work in &mut self.plan.work {
+            let Some(mut draft) = drafts.remove(&work.request) else { continue };
+            let sequence = self.scheduler.roster.get(work.request).expect("planned from this state");
+            if !sequence.decodes() {
+                continue;
+            }
+            let grown = sequence.blocks_to_grow(work.count, block_len).0;
+            // It needs no more blocks than it has tokens.
+            let spare = self.blocks_left.min(count_tokens(draft.len()).0);
+            let reach = BlockCount(count_blocks(sequence.blocks.len()).0 + grown + spare).tokens(block_len);
+            let room = reach.0 - sequence.known().0;
+            let useful = sequence.useful_drafts(self.scheduler.limits.max_model_len).0;
+            draft.truncate(useful.min(room).min(self.tokens_left) as usize);
+            if draft.is_empty() {
+                continue;
+            }
+            work.drafted = count_tokens(draft.len());
+            self.tokens_left -= work.drafted.0;
+            self.blocks_left -= sequence.blocks_to_grow(work.rows(), block_len).0 - grown;
+            self.plan.drafts.insert(work.request, draft);
+        }
     }
 
     /// Whether the step can take another sequence.

@@ -5,12 +5,13 @@
 //! runs; everything else (submissions, cancellations, news of handoffs in [`crate::handoff`]) may come at any time,
 //! also while the device computes, since blocks are given out in `begin` alone.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen, BlockRef, HandoffId, TokenCount};
 
 use crate::blocks::{BlockPool, Census, Ledger};
-use crate::plan::Work;
+use crate::plan::{StepPlan, Work};
 use crate::prefix_tree::CacheChanges;
 use crate::request::{Part, Request, RequestId, TokenId};
 use crate::roster::Roster;
@@ -197,10 +198,14 @@ impl Scheduler {
         self.roster.get(id).map_or(&[], Sequence::tokens)
     }
 
-    /// The tokens that a work computes.
-    pub fn work_tokens(&self, work: &Work) -> &[TokenId] {
+    /// The tokens that a work of `plan` computes, guesses included.
+    pub fn work_tokens(&self, plan: &StepPlan, work: &Work) -> Cow<'_, [TokenId]> {
         let first = work.first.0 as usize;
-        &self.tokens(work.request)[first..first + work.count.0 as usize]
+        let known = &self.tokens(work.request)[first..first + work.count.0 as usize];
+        match plan.draft(work) {
+            [] => Cow::Borrowed(known),
+            draft => Cow::Owned([known, draft].concat()),
+        }
     }
 
     /// The blocks of a sequence in order of position; empty when it computes in its peer's memory.

@@ -125,6 +125,19 @@ impl Sequence {
         self.request.part == Part::Whole
     }
 
+    /// Whether it is a token behind its output that it lacks: what a draft may guess at.
+    pub fn decodes(&self) -> bool {
+        self.grows() && self.remaining() == TokenCount(1) && !self.output().is_empty()
+    }
+
+    /// How many guesses at its next tokens could be of use: a step gives one more token than guesses were right, and
+    /// it may not outgrow the request or the model.
+    pub fn useful_drafts(&self, max_model_len: TokenCount) -> TokenCount {
+        let wanted = self.request.stop.max_tokens.saturating_sub(count_tokens(self.output().len()).0);
+        let fits = max_model_len.0.saturating_sub(self.known().0);
+        TokenCount(wanted.min(fits).saturating_sub(1))
+    }
+
     /// Blocks to hold all its tokens.
     pub(crate) fn blocks_to_hold(&self, block_len: BlockLen) -> BlockCount {
         self.known().blocks_to_hold(block_len)

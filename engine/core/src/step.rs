@@ -56,21 +56,25 @@ impl Scheduler {
         for work in &plan.work {
             let sequence = self.roster.get_mut(work.request).expect("planned from this state");
             assert_eq!(sequence.computed, work.first, "the plan was made for this state");
-            let more = sequence.blocks_to_grow(work.count, self.limits.block_len);
+            let more = sequence.blocks_to_grow(work.rows(), self.limits.block_len);
             sequence.blocks.extend(self.pool.hold(more));
         }
     }
 
-    /// Takes the result of the step: `sampled` has the token of each work that samples. A request that was cancelled
-    /// since `begin` needs none, and one given for it is ignored. Refused requests end here.
+    /// Takes the result of the step: `sampled` has the token of each work that samples, and after it, in order, one more
+    /// for each leading guess of its draft that was right. A request that was cancelled since `begin` needs none, and
+    /// those given for it are ignored, as are tokens behind one that ends a request. Refused requests end here.
     ///
     /// # Panics
     ///
-    /// When the step has not begun, or a token is missing.
+    /// When the step has not begun, a token is missing, or one follows a wrong guess.
     pub fn finish(&mut self, plan: &StepPlan, sampled: &[(RequestId, TokenId)]) -> Vec<Outcome> {
         assert!(self.in_step, "a step begins before it finishes");
         self.in_step = false;
-        let sampled: BTreeMap<RequestId, TokenId> = sampled.iter().copied().collect();
+        let mut by_request: BTreeMap<RequestId, Vec<TokenId>> = BTreeMap::new();
+        for (request, token) in sampled {
+            by_request.entry(*request).or_default().push(*token);
+        }
         let mut outcomes = Vec::new();
         for request in &plan.refusals {
             if self.roster.get(*request).is_some() {
@@ -86,11 +90,47 @@ impl Scheduler {
             sequence.computed = TokenCount(work.first.0 + work.count.0);
             self.index_full_blocks(work.request);
             if work.samples {
-                let token = sampled.get(&work.request).expect("each work that samples has a token");
-                outcomes.push(self.append(work.request, *token));
+                let tokens = by_request.get(&work.request).expect("each work that samples has a token");
+                self.append_verified(work.request, tokens, plan.draft(work), &mut outcomes);
             }
         }
         outcomes
+    }
+
+    /// Gives a sequence its next token and those behind right guesses, then takes back the blocks that only wrong
+    /// guesses needed: by the next plan there is no trace of them.
+    fn append_verified(
+        &mut self,
+        id: RequestId,
+        tokens: &[TokenId],
+        draft: &[TokenId],
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        let follow_right_guesses =
+            draft.iter().zip(tokens).take(tokens.len() - 1).all(|(it, token)| it == token);
+        assert!(
+            tokens.len() <= draft.len() + 1 && follow_right_guesses,
+            "a token follows a guess that was right"
+        );
+        for (guesses, token) in tokens.iter().enumerate() {
+            if 0 < guesses {
+                // The token before was guessed: its keys and values are there.
+                let sequence = self.roster.get_mut(id).expect("it has not ended");
+                sequence.computed.0 += 1;
+                self.index_full_blocks(id);
+            }
+            let outcome = self.append(id, *token);
+            outcomes.push(outcome);
+            if let Outcome::Token { finish: Some(_), .. } = outcome {
+                return;
+            }
+        }
+        if !draft.is_empty() {
+            let sequence = self.roster.get_mut(id).expect("it has not ended");
+            let needed = sequence.computed.blocks_to_hold(self.limits.block_len).0 as usize;
+            let surplus = sequence.blocks.split_off(needed);
+            self.pool.release(&surplus);
+        }
     }
 
     fn admit(&mut self, admission: &Admission) {

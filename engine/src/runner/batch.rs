@@ -34,6 +34,8 @@ pub enum LogitsWanted {
     None,
     /// The last: the next token will be chosen from it.
     Last,
+    /// The last so many, of which there are as many tokens at least: guessed tokens are verified by them.
+    Tail(usize),
     /// All: for log-probabilities of the prompt.
     All,
 }
@@ -72,6 +74,7 @@ impl<'a> Batch<'a> {
             let offsets = match sequence.logits {
                 LogitsWanted::None => 0..0,
                 LogitsWanted::Last => tokens - 1..tokens,
+                LogitsWanted::Tail(count) => tokens - count..tokens,
                 LogitsWanted::All => 0..tokens,
             };
             wanted.extend(offsets.map(|offset| WantedRow {

@@ -2,6 +2,7 @@
 
 use clap::Args;
 
+use super::speculative::SpeculativeConfig;
 use super::values::{
     AxisOrderName, ByteSize, CoreList, DigestName, FaultPoint, KvCacheDtype, LoadFormatName, RoleName,
     TransportName, typed,
@@ -83,6 +84,12 @@ pub(crate) struct EngineFlags {
     /// Compute every prompt from its first token
     #[arg(long, env = "TIDEMILL_NO_ENABLE_PREFIX_CACHING")]
     pub(crate) no_enable_prefix_caching: bool,
+    /// Guess tokens and verify several in one step, only while that pays; answers stay the same token for token. For
+    /// example '{"method": "ngram"}', which guesses what followed the last tokens where they occurred before. Further
+    /// fields: num_speculative_tokens, guesses in a step at most (8); prompt_lookup_max and prompt_lookup_min, tokens
+    /// that must match (5 and 2); adaptive, false to guess even where it does not pay
+    #[arg(long, env = "TIDEMILL_SPECULATIVE_CONFIG", value_name = "JSON")]
+    pub(crate) speculative_config: Option<SpeculativeConfig>,
     /// Where weights come from
     #[arg(long, env = "TIDEMILL_LOAD_FORMAT", value_enum, default_value_t)]
     pub(crate) load_format: LoadFormatName,
@@ -208,6 +215,9 @@ impl EngineFlags {
         if let Some(index) = self.rdma_gid_index {
             set("rdma-gid-index", index.to_string());
         }
+        if let Some(config) = self.speculative_config {
+            set("speculative-config", config.to_string());
+        }
         if let Some(tokens) = self.max_model_len {
             set("max-model-len", tokens.to_string());
         }
@@ -285,6 +295,8 @@ mod tests {
             "mlx5_0,mlx5_1:2",
             "--rdma-gid-index",
             "3",
+            "--speculative-config",
+            r#"{"method": "ngram", "num_speculative_tokens": 5}"#,
         ];
         let Command::Serve(serve) = Cli::parse_from(typed).command else { panic!("typed serve") };
         let parsed = |role: RoleName| {
@@ -308,6 +320,7 @@ mod tests {
         assert!(prefill.no_enable_prefix_caching && decode.no_enable_prefix_caching);
         assert_eq!((decode.max_model_len, decode.digest), (Some(99), DigestName::Full));
         assert_eq!(decode.transport, TransportName::Rdma);
+        assert_eq!(decode.speculative_config.map(|it| it.0.most), Some(5));
         assert_eq!(
             (decode.rdma_devices.join(" "), decode.rdma_gid_index),
             ("mlx5_0 mlx5_1:2".into(), Some(3))

@@ -37,6 +37,12 @@ metric_names! {
     describe_histogram PARAMS_N = "vllm:request_params_n", "Answers asked for in a request.";
     describe_histogram PARAMS_MAX_TOKENS = "vllm:request_params_max_tokens", "Output tokens allowed for a sequence.";
 
+    describe_counter SPECULATION_DRAFTS = "vllm:spec_decode_num_drafts_total", "Drafts of guessed tokens that were verified, one for each sequence and step.";
+    describe_counter SPECULATION_DRAFTED = "vllm:spec_decode_num_draft_tokens_total", "Guessed tokens that were verified.";
+    describe_counter SPECULATION_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total", "Guessed tokens that were right: each saved a step.";
+    describe_counter SPECULATION_ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total", "Guessed tokens that were right, by place in the draft.";
+    describe_counter SPECULATION_HELD_BACK = "tidemill_spec_decode_held_back_total", "Drafts that could have been made, but would not have paid.";
+
     describe_gauge WORKER_UP = "tidemill_worker_up", "1 while the worker answers, 0 while it is gone.";
     describe_counter WORKER_RESTARTS = "tidemill_worker_restarts_total", "Starts of a worker after its death.";
     describe_gauge BLOCKS = "tidemill_blocks", "KV blocks by state; the sum over states never changes.";

@@ -41,6 +41,34 @@ fn a_restarted_worker_adds_to_what_it_did_before() {
 }
 
 #[test]
+fn guesses_are_counted_as_vllm_counts_them() {
+    let metrics = Metrics::new("m");
+    let report = |drafts, accepted_at: [u64; 2]| {
+        let mut status = status(1, 0, 0.0);
+        let sums = &mut status.counters.speculation;
+        (sums.drafts, sums.drafted, sums.held_back) = (drafts, 4 * drafts, drafts + 1);
+        sums.accepted = accepted_at.iter().sum();
+        sums.accepted_at[..2].copy_from_slice(&accepted_at);
+        metrics.record_worker_status(&status);
+    };
+    report(3, [2, 0]);
+    report(5, [4, 1]);
+    let text = metrics.render();
+    #[rustfmt::skip]
+    let rows = [
+        (r#"vllm:spec_decode_num_drafts_total{model_name="m",engine="p0"}"#,                                  5.0),
+        (r#"vllm:spec_decode_num_draft_tokens_total{model_name="m",engine="p0"}"#,                           20.0),
+        (r#"vllm:spec_decode_num_accepted_tokens_total{model_name="m",engine="p0"}"#,                         5.0),
+        (r#"vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="m",engine="p0",position="0"}"#,    4.0),
+        (r#"vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="m",engine="p0",position="1"}"#,    1.0),
+        (r#"tidemill_spec_decode_held_back_total{worker="p0"}"#,                                              6.0),
+    ];
+    for (series, expected) in rows {
+        assert_eq!(value(&text, series), Some(expected), "{series}\n{text}");
+    }
+}
+
+#[test]
 fn a_worker_is_down_until_it_reports_again() {
     let metrics = Metrics::new("m");
     let up = r#"tidemill_worker_up{worker="p0",role="prefill"}"#;

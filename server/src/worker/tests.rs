@@ -71,6 +71,7 @@ pub(crate) fn config(name: &str, role: Role) -> EngineConfig {
         rdma_gid_index: None,
         digest: DigestCoverage::Sampled,
         in_place: true,
+        speculation: None,
         fault: None,
     }
 }

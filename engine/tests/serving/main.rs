@@ -1,5 +1,7 @@
 //! Whole engines in one process: requests go in, tokens come out, blocks come back, whatever the way.
 
+mod speculation;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -242,11 +244,15 @@ impl Pair {
     }
 
     fn submit(&self, which: u32) -> (Stream, Stream) {
+        self.submit_request(&request(which, Part::Whole))
+    }
+
+    fn submit_request(&self, request: &Request) -> (Stream, Stream) {
         let handoff = HandoffId(NEXT.fetch_add(1, Ordering::Relaxed));
-        let prefill =
-            submit(&self.prefill, request(which, Part::PrefillFor(handoff)), Some(peer(&self.decode)));
-        let decode =
-            submit(&self.decode, request(which, Part::DecodeFrom(handoff)), Some(peer(&self.prefill)));
+        let part =
+            |part| Request { id: RequestId(NEXT.fetch_add(1, Ordering::Relaxed)), part, ..request.clone() };
+        let prefill = submit(&self.prefill, part(Part::PrefillFor(handoff)), Some(peer(&self.decode)));
+        let decode = submit(&self.decode, part(Part::DecodeFrom(handoff)), Some(peer(&self.prefill)));
         (prefill, decode)
     }
 
@@ -287,6 +293,7 @@ fn config(model: &str, role: Role) -> EngineConfig {
         rdma_gid_index: None,
         digest: DigestCoverage::Sampled,
         in_place: true,
+        speculation: None,
         fault: None,
     }
 }
