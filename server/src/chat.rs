@@ -5,7 +5,6 @@
 
 mod client;
 mod editor;
-mod event_lines;
 mod session;
 
 use std::io::{IsTerminal, Read};

@@ -53,6 +53,9 @@ pub(crate) enum Command {
     Route(Box<RouteFlags>),
     /// Talk to a model in the terminal, over any OpenAI-compatible URL
     Chat(crate::chat::ChatFlags),
+    /// Measure how fast a server is
+    #[command(subcommand, arg_required_else_help = true)]
+    Bench(crate::bench::BenchCommand),
     /// Say what this machine offers and what Tidemill would use
     Doctor(DoctorFlags),
     /// Print a completion script for a shell
@@ -173,7 +176,7 @@ impl FrontFlags {
 }
 
 /// A whole or fractional number of seconds.
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is not a number of seconds"))?;
     Duration::try_from_secs_f64(seconds).map_err(|error| format!("`{text}` seconds: {error}"))
 }
@@ -224,7 +227,10 @@ mod tests {
 
     #[test]
     fn every_flag_has_its_environment_twin_and_help() {
-        for command in Cli::command().get_subcommands() {
+        let cli = Cli::command();
+        let is_group = |command: &&clap::Command| command.has_subcommands();
+        let (groups, alone): (Vec<_>, Vec<_>) = cli.get_subcommands().partition(is_group);
+        for command in alone.into_iter().chain(groups.into_iter().flat_map(clap::Command::get_subcommands)) {
             for argument in command.get_arguments() {
                 let Some(long) = argument.get_long().filter(|&long| long != "help" && long != "version")
                 else {

@@ -11,10 +11,12 @@ use clap::Parser;
 use crate::flags::{Cli, Command};
 
 mod admission;
+mod bench;
 mod chat;
 mod chat_template;
 mod convert;
 mod doctor;
+mod event_lines;
 mod flags;
 mod front;
 mod generation;
@@ -41,6 +43,7 @@ pub fn main() -> ExitCode {
         Command::Worker(flags) => worker_process::run(&flags),
         Command::Route(flags) => route::run(&flags),
         Command::Chat(flags) => chat::run(&flags),
+        Command::Bench(command) => bench::run(&command),
         Command::Doctor(flags) => doctor::run(&flags),
         Command::Completions { shell } => {
             flags::print_completions(shell);

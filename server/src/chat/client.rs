@@ -6,7 +6,7 @@ use reqwest::{RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::event_lines::EventLines;
+use crate::event_lines::EventLines;
 
 /// A server.
 #[derive(Debug)]

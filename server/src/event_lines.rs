@@ -2,7 +2,7 @@
 
 /// Collects bytes into events.
 #[derive(Debug, Default)]
-pub(super) struct EventLines {
+pub(crate) struct EventLines {
     /// The beginning of a line.
     line: Vec<u8>,
     /// The data of the event so far.
@@ -11,7 +11,7 @@ pub(super) struct EventLines {
 
 impl EventLines {
     /// Adds bytes and returns the data of each event that they complete. Comments and other fields are dropped.
-    pub(super) fn push(&mut self, bytes: &[u8]) -> Vec<String> {
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> Vec<String> {
         let mut events = Vec::new();
         for &byte in bytes {
             if byte != b'\n' {
