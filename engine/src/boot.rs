@@ -19,7 +19,7 @@ use crate::driver::{Driver, Inbox};
 use crate::engine::{Command, EngineError, Shared};
 use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, LoadProgress};
 use crate::memory::{Arena, available_bytes};
-use crate::models::Model;
+use crate::models::{LoadOptions, Model};
 use crate::roles::prefill::Outgoings;
 use crate::runner::{Runner, RunnerLimits};
 use crate::sampler::Sampler;
@@ -38,10 +38,14 @@ pub(crate) fn boot(
     wires: Wires,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(Driver, Description, Arc<Endpoint>), EngineError> {
-    let cpu = Cpu::new(CpuOptions { cores: config.cores.clone(), threads: config.threads, isa: None })
+    let cpu = Cpu::new(CpuOptions { cores: config.cores.clone(), threads: config.threads, isa: config.isa })
         .map_err(|error| EngineError::Device(error.to_string()))?;
     let cpu = Arc::new(cpu);
-    let model = Arc::new(Model::load_on(cpu.threads(), &config.model, config.load_format, progress)?);
+    let model = Arc::new(Model::load_with(
+        LoadOptions { threads: cpu.threads(), format: config.load_format, quantization: config.quantization },
+        &config.model,
+        progress,
+    )?);
     let layout = layout(&config, &model)?;
     let (max_model_len, blocks) = capacity(&config, &model, &layout, available_bytes())?;
     let bytes = blocks.0 as usize * layout.block_bytes();

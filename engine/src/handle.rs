@@ -11,6 +11,8 @@ pub use tidemill_engine_core::events::{EngineEvent, Recovery};
 pub use tidemill_engine_core::prefix_tree::CacheChanges;
 pub use tidemill_engine_core::routing::Role;
 pub use tidemill_engine_core::speculation::{MOST_DRAFTED, SpeculationSettings, SpeculationSums};
+pub use tidemill_kernels::cpu::{Isa, UnknownIsa};
+pub use tidemill_kernels::matrix::{Quantization, UnknownQuantization};
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
 /// Where a model's files are.
@@ -80,6 +82,8 @@ pub struct EngineConfig {
     pub model: ModelSource,
     /// How its weights come to be.
     pub load_format: LoadFormat,
+    /// How its weights are made smaller; `None` keeps them as they come.
+    pub quantization: Option<Quantization>,
     /// Longest sequence; `None` takes the model's own limit.
     pub max_model_len: Option<u32>,
     /// Sequences in one step at most.
@@ -102,6 +106,8 @@ pub struct EngineConfig {
     pub cores: Vec<usize>,
     /// Number of threads where no cores are named; `None` takes as many as the process has cores.
     pub threads: Option<usize>,
+    /// Instructions to compute with; `None` takes the fastest there are.
+    pub isa: Option<Isa>,
     /// Where peers reach this worker; port 0 picks one.
     pub handoff_listen: SocketAddr,
     /// Which ways a handoff may take.
@@ -176,7 +182,7 @@ pub struct Description {
     pub kv_dtype: KvDtype,
     /// Order of axes inside a block.
     pub axis_order: AxisOrder,
-    /// The device in words: "cpu avx2, 2 threads".
+    /// The device in words: "cpu avx512-bf16, 2 threads".
     pub device: String,
     /// Sequences in one step at most.
     pub max_num_seqs: u32,

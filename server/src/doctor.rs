@@ -60,7 +60,7 @@ pub(crate) fn run(flags: &DoctorFlags) -> anyhow::Result<ExitCode> {
     }
     let findings = match &flags.peer {
         Some(peer) => pair::findings(peer, flags.transport)?,
-        None => probes::all(),
+        None => probes::all(flags.cpu_isa),
     };
     if flags.json {
         let report = serde_json::json!({"version": crate::VERSION, "findings": findings});
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn every_machine_gets_a_whole_report() {
-        let findings = probes::all();
+        let findings = probes::all(None);
         for subject in ["processor", "instructions", "cores", "memory", "gpus", "rdma", "would use"] {
             assert!(findings.iter().any(|finding| finding.subject == subject), "{subject} in {findings:?}");
         }

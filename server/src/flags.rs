@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use tidemill_engine::handle::Isa;
 
 mod engine;
 mod front;
@@ -151,6 +152,9 @@ pub(crate) struct DoctorFlags {
     /// Print JSON instead of text
     #[arg(long, env = "TIDEMILL_JSON")]
     pub(crate) json: bool,
+    /// Instructions to compute with, such as avx2 or portable [default: the fastest there are]
+    #[arg(long, env = "TIDEMILL_CPU_ISA", value_name = "NAME", value_parser = engine::cpu_isa)]
+    pub(crate) cpu_isa: Option<Isa>,
     /// Measure the way to another host, on which `tidemill doctor --serve` runs
     #[arg(long, env = "TIDEMILL_PEER", value_name = "HOST[:PORT]", conflicts_with = "serve")]
     pub(crate) peer: Option<String>,

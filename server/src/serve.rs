@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use indicatif::MultiProgress;
+use tidemill_engine::handle::Isa;
 
 use crate::flags::{RoleName, ServeFlags, typed};
 use crate::front::{self, Front};
@@ -56,7 +57,8 @@ async fn serve(
     };
     let mut code = ExitCode::SUCCESS;
     if matches!(up, Ok(true)) {
-        front.print_banner(&words(flags));
+        let isa = flags.engine.cpu_isa.unwrap_or_else(Isa::detect);
+        front.print_banner(&format!("{}, cpu {isa}", words(flags)));
         code = front.until_told(&mut signals, &cluster, flags.front.shutdown_timeout).await;
     }
     front.close().await;

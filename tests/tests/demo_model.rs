@@ -8,13 +8,15 @@ use tidemill_tests::deployment::Deployment;
 const ENOUGH: usize = 18;
 
 #[tokio::test]
-async fn the_demo_model_is_right_split_and_whole_and_with_an_int8_cache() {
+async fn the_demo_model_is_right_split_and_whole_and_in_fewer_bits() {
     #[rustfmt::skip]
-    let rows: [(&str, &[&str]); 4] = [
+    let rows: [(&str, &[&str]); 6] = [
         ("split",                               &[]),
         ("split over tcp",                      &["--transport", "tcp"]),
         ("colocated",                           &["--colocated"]),
         ("bf16 prefill, int8 decode",           &["--decode-kv-cache-dtype", "int8"]),
+        ("int8 weights",                        &["--quantization", "int8"]),
+        ("int4 weights",                        &["--quantization", "int4", "--colocated"]),
     ];
     for (name, flags) in rows {
         let deployment = Deployment::start(flags);

@@ -14,7 +14,7 @@ use tidemill_kernels::matrix::WeightDtype;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::units::BlockLen;
 
-use crate::handle::{LoadFormat, LoadProgress, ModelSource};
+use crate::handle::{LoadFormat, LoadProgress, ModelSource, Quantization};
 use crate::weights::{self, Weights};
 
 pub use error::ModelError;
@@ -33,10 +33,21 @@ pub struct Model {
     pub generation: GenerationDefaults,
     /// Its weights.
     pub weights: Weights,
-    /// Type that the weights are stored in.
+    /// Type that the weights come in.
     pub dtype: WeightDtype,
     /// Equal for two workers exactly when their K and V for equal tokens are: 32 hexadecimal digits.
     pub fingerprint: String,
+}
+
+/// How weights are loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Threads that read and pack them; they change no number.
+    pub threads: usize,
+    /// How they come to be.
+    pub format: LoadFormat,
+    /// How they are made smaller (`docs/decisions/0010`); `None` keeps them as they come.
+    pub quantization: Option<Quantization>,
 }
 
 impl Model {
@@ -50,23 +61,22 @@ impl Model {
         format: LoadFormat,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        Self::load_on(1, source, format, progress)
+        Self::load_with(LoadOptions { threads: 1, format, quantization: None }, source, progress)
     }
 
-    /// The same on so many threads.
+    /// The same, on several threads and in fewer bits.
     ///
     /// # Errors
     ///
     /// As [`load`](Self::load).
-    pub fn load_on(
-        threads: usize,
+    pub fn load_with(
+        options: LoadOptions,
         source: &ModelSource,
-        format: LoadFormat,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
         let spec = ModelSpec::read(source)?;
         let generation = GenerationDefaults::read(source)?;
-        let loaded = weights::load(&spec, ModelFiles::of(source), format, threads, progress)?;
+        let loaded = weights::load(&spec, ModelFiles::of(source), options, progress)?;
         let weights::Loaded { weights, fingerprint, dtype } = loaded;
         Ok(Self { spec, generation, weights, dtype, fingerprint })
     }

@@ -1,12 +1,13 @@
 //! A short text that is equal for two workers exactly when their K and V for equal tokens are.
 //!
 //! It covers what the forward pass reads (not the model's name or folder): the shape and constants, and each tensor's
-//! name, shape, type and bytes. Above [`WHOLE_UP_TO`] bytes of weights only some stretches of each tensor are read, as a
+//! name, shape, type and bytes, and how weights are quantised. Above [`WHOLE_UP_TO`] bytes of weights only some stretches of each tensor are read, as a
 //! model must not be read from disk twice; a fine-tuned model differs nearly everywhere, so a few stretches tell it apart.
 
 use tidemill_kernels::matrix::WeightDtype;
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::handle::Quantization;
 use crate::models::ModelSpec;
 
 /// A fingerprint in the making.
@@ -17,12 +18,15 @@ pub(super) struct Fingerprint {
 
 impl Fingerprint {
     /// Starts with the configuration; `bytes` is the size of all weights.
-    pub(super) fn of(spec: &ModelSpec, bytes: u64) -> Self {
+    pub(super) fn of(spec: &ModelSpec, quantization: Option<Quantization>, bytes: u64) -> Self {
         let mut hasher = Xxh3::new();
         let ModelSpec { heads, kv_heads, head_size, norm_eps, rope, windows, tied_embeddings, .. } = spec;
         let constants =
             format!("{heads} {kv_heads} {head_size} {norm_eps:?} {rope:?} {windows:?} {tied_embeddings}");
         add_framed(&mut hasher, constants.as_bytes());
+        if let Some(quantization) = quantization {
+            add_framed(&mut hasher, quantization.to_string().as_bytes());
+        }
         Self { hasher, whole: bytes < WHOLE_UP_TO }
     }
 

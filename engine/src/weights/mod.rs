@@ -13,8 +13,8 @@ use std::borrow::Cow;
 use tidemill_kernels::matrix::{Embedding, MatrixSource, PackedMatrix, WeightDtype};
 use tidemill_kernels::reference::widen_matrix;
 
-use crate::handle::{LoadFormat, LoadProgress};
-use crate::models::{ModelError, ModelFiles, ModelSpec};
+use crate::handle::{LoadFormat, LoadProgress, Quantization};
+use crate::models::{LoadOptions, ModelError, ModelFiles, ModelSpec};
 use checkpoint::CheckpointFiles;
 use dummy::Dummy;
 use fingerprint::Fingerprint;
@@ -26,7 +26,7 @@ use tensors::{
 /// All weights of a decoder.
 #[derive(Debug)]
 pub struct Weights {
-    /// The embedding, unless it is also the head.
+    /// The embedding, never quantised, unless it is also the head.
     pub embedding: Option<Embedding>,
     /// The decoder layers, first to last.
     pub layers: Vec<LayerWeights>,
@@ -104,24 +104,23 @@ struct Tensor<'a> {
 pub(crate) fn load(
     spec: &ModelSpec,
     files: ModelFiles<'_>,
-    format: LoadFormat,
-    threads: usize,
+    options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, ModelError> {
     let wanted = tensors::tensors(spec);
-    match format {
+    match options.format {
         LoadFormat::Safetensors => {
             let files = CheckpointFiles::open(files)?;
             let mut checkpoint = files.checkpoint()?;
             checkpoint.check(spec, &wanted)?;
             let total = checkpoint.bytes(&wanted);
-            read_all(spec, &mut checkpoint, total, threads, progress)
+            read_all(spec, &mut checkpoint, total, options, progress)
         }
         LoadFormat::Dummy { seed } => {
             let elements: u64 = wanted.iter().map(TensorSpec::elements).sum();
             let total = elements * spec.dtype.bytes() as u64;
-            let mut dummy = Dummy { seed, dtype: spec.dtype, threads };
-            read_all(spec, &mut dummy, total, threads, progress)
+            let mut dummy = Dummy { seed, dtype: spec.dtype, threads: options.threads };
+            read_all(spec, &mut dummy, total, options, progress)
         }
     }
 }
@@ -130,11 +129,18 @@ fn read_all(
     spec: &ModelSpec,
     source: &mut dyn TensorSource,
     total: u64,
-    threads: usize,
+    options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, ModelError> {
-    Loading { spec, source, fingerprint: Fingerprint::of(spec, total), threads, progress, done: 0, total }
-        .run()
+    let fingerprint = Fingerprint::of(spec, options.quantization, total);
+    Loading { spec, source, fingerprint, options, progress, done: 0, total }.run()
+}
+
+/// The head has 8 bits where all else has 4: its errors are those of the logits.
+const fn head_quantization(quantization: Quantization) -> Quantization {
+    match quantization {
+        Quantization::Int8 | Quantization::Int4 { .. } => Quantization::Int8,
+    }
 }
 
 /// Takes the tensors one by one, and keeps account of them.
@@ -142,7 +148,7 @@ struct Loading<'a> {
     spec: &'a ModelSpec,
     source: &'a mut dyn TensorSource,
     fingerprint: Fingerprint,
-    threads: usize,
+    options: LoadOptions,
     progress: &'a mut dyn FnMut(LoadProgress),
     done: u64,
     total: u64,
@@ -153,23 +159,30 @@ impl Loading<'_> {
         let spec = self.spec;
         let table = [spec.vocab_size, spec.hidden_size];
         self.report();
-        let (embedding, head, dtype) = if spec.tied_embeddings {
-            let threads = self.threads;
-            let pack = |source: MatrixSource<'_>| {
-                (PackedMatrix::pack_on(threads, table[0], table[1], source), source.dtype)
-            };
-            let (head, dtype) = self.take(EMBEDDING, &table, pack)?;
-            (None, Some(head), dtype)
-        } else {
-            let pack = |source: MatrixSource<'_>| (Embedding::new(table[0], table[1], source), source.dtype);
-            let (embedding, dtype) = self.take(EMBEDDING, &table, pack)?;
-            (Some(embedding), None, dtype)
+        let embed = |source: MatrixSource<'_>| Embedding::new(table[0], table[1], source);
+        let pack_head = self.packer(table, self.options.quantization.map(head_quantization));
+        let (embedding, head, dtype) = match (spec.tied_embeddings, self.options.quantization) {
+            (true, None) => {
+                let pack = |source: MatrixSource<'_>| (pack_head(source), source.dtype);
+                let (head, dtype) = self.take(EMBEDDING, &table, pack)?;
+                (None, Some(head), dtype)
+            }
+            (true, Some(_)) => {
+                let pack = |source: MatrixSource<'_>| (embed(source), pack_head(source), source.dtype);
+                let (embedding, head, dtype) = self.take(EMBEDDING, &table, pack)?;
+                (Some(embedding), Some(head), dtype)
+            }
+            (false, _) => {
+                let pack = |source: MatrixSource<'_>| (embed(source), source.dtype);
+                let (embedding, dtype) = self.take(EMBEDDING, &table, pack)?;
+                (Some(embedding), None, dtype)
+            }
         };
         let layers = (0..spec.layers).map(|layer| self.layer(layer)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(FINAL_NORM, spec.hidden_size)?;
         let head = match head {
             Some(head) => head,
-            None => self.matrix(HEAD, table)?,
+            None => self.take(HEAD, &table, pack_head)?,
         };
         let weights = Weights { embedding, layers, final_norm, head };
         Ok(Loaded { weights, fingerprint: self.fingerprint.text(), dtype })
@@ -208,8 +221,21 @@ impl Loading<'_> {
     }
 
     fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, ModelError> {
-        let threads = self.threads;
-        self.take(name, &shape, |source| PackedMatrix::pack_on(threads, shape[0], shape[1], source))
+        let pack = self.packer(shape, self.options.quantization);
+        self.take(name, &shape, pack)
+    }
+
+    /// Packs a matrix of `shape`.
+    fn packer(
+        &self,
+        [outputs, inputs]: [usize; 2],
+        quantization: Option<Quantization>,
+    ) -> impl Fn(MatrixSource<'_>) -> PackedMatrix + use<> {
+        let threads = self.options.threads;
+        move |source| match quantization {
+            None => PackedMatrix::pack_on(threads, outputs, inputs, source),
+            Some(quantization) => PackedMatrix::quantize_on(threads, outputs, inputs, source, quantization),
+        }
     }
 
     fn vector(&mut self, name: &str, elements: usize) -> Result<Vec<f32>, ModelError> {

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use tidemill_engine::handle::{LoadFormat, ModelSource};
+use tidemill_engine::handle::{LoadFormat, ModelSource, Quantization};
 use tidemill_engine::memory::Arena;
-use tidemill_engine::models::Model;
+use tidemill_engine::models::{LoadOptions, Model};
 use tidemill_engine::runner::{Batch, BatchSequence, LogitsWanted, Runner, RunnerLimits};
 use tidemill_kernels::cpu::{Cpu, CpuOptions};
 use tidemill_kernels::kv::BlockAddress;
@@ -22,6 +22,14 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
 pub(crate) fn model(name: &str) -> Arc<Model> {
     let source = ModelSource::Folder(fixture(name));
     Arc::new(Model::load(&source, LoadFormat::Safetensors, &mut |_| {}).expect("the fixture loads"))
+}
+
+/// The same in fewer bits.
+pub(crate) fn quantized_model(name: &str, quantization: Quantization) -> Arc<Model> {
+    let options =
+        LoadOptions { threads: 2, format: LoadFormat::Safetensors, quantization: Some(quantization) };
+    let source = ModelSource::Folder(fixture(name));
+    Arc::new(Model::load_with(options, &source, &mut |_| {}).expect("the fixture loads"))
 }
 
 /// What transformers computed for one prompt.

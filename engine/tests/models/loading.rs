@@ -4,10 +4,10 @@ use std::error::Error;
 use std::fs;
 use std::path::Path;
 
-use super::bench::{Bench, Storage, fixture, goldens, model};
+use super::bench::{Bench, Storage, fixture, goldens, model, quantized_model};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tidemill_engine::handle::{EmbeddedFile, LoadFormat, LoadProgress, ModelSource};
+use tidemill_engine::handle::{EmbeddedFile, LoadFormat, LoadProgress, ModelSource, Quantization};
 use tidemill_engine::models::{Model, ModelError, ModelSpec};
 
 fn load(folder: &Path) -> Result<Model, ModelError> {
@@ -173,6 +173,43 @@ fn fingerprints_tell_models_apart_and_copies_not() {
         fs::write(&path, bytes).expect("the copy can be written");
     });
     assert_ne!(print(other_weight.path()), original, "each weight matters");
+}
+
+#[test]
+fn fingerprints_tell_quantizations_apart() {
+    let quantizations =
+        ["int8", "int4", "int4-g64", "int4-g128"].map(|name| name.parse::<Quantization>().expect("a name"));
+    let mut prints: Vec<String> = quantizations
+        .into_iter()
+        .map(|quantization| {
+            assert_eq!(quantization.to_string().parse(), Ok(quantization));
+            quantized_model("llama2", quantization).fingerprint.clone()
+        })
+        .collect();
+    prints.push(model("llama2").fingerprint.clone());
+    prints.sort_unstable();
+    prints.dedup();
+    assert_eq!(prints.len(), 5, "{prints:?}");
+    let error = "int3".parse::<Quantization>().expect_err("there is none").to_string();
+    assert!(error.contains("`int3` is no quantization; there are int8"), "{error}");
+}
+
+#[test]
+fn quantized_models_keep_their_embedding() {
+    // One with a table of its own, one whose table is also the head.
+    for name in ["llama2", "qwen2"] {
+        let (plain, quantized) = (model(name), quantized_model(name, Quantization::Int8));
+        let width = plain.spec.hidden_size;
+        let (mut expected, mut found) = (vec![0.0; width], vec![0.0; width]);
+        for token in 0..plain.spec.vocab_size {
+            match &plain.weights.embedding {
+                Some(table) => table.row(token, &mut expected),
+                None => plain.weights.head.row(token, &mut expected),
+            }
+            quantized.weights.embedding.as_ref().expect("never quantised").row(token, &mut found);
+            assert_eq!(found, expected, "{name}: token {token}");
+        }
+    }
 }
 
 #[test]

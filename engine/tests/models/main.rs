@@ -4,3 +4,4 @@ mod bench;
 mod blocks;
 mod loading;
 mod parity;
+mod quantized;

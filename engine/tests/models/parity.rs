@@ -1,6 +1,10 @@
 //! The forward pass against transformers, and against itself: the same bits however a sequence is cut, batched and stored.
 
-use super::bench::{Bench, Golden, Storage, Work, distance, fixture, goldens, model};
+use std::sync::Arc;
+
+use super::bench::{Bench, Golden, Storage, Work, distance, fixture, goldens, model, quantized_model};
+use tidemill_engine::handle::Quantization;
+use tidemill_engine::models::Model;
 use tidemill_engine::runner::LogitsWanted;
 use tidemill_engine::sampler::{History, Sampler, logprobs};
 use tidemill_engine_core::request::{SamplingParams, StopConditions};
@@ -9,7 +13,7 @@ use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 /// Makes each check a test of each fixture model.
 macro_rules! for_every_model {
     ($($name:ident: $folder:literal,)*) => {
-        const MODELS: &[&str] = &[$($folder),*];
+        pub(super) const MODELS: &[&str] = &[$($folder),*];
         mod logits_and_greedy_tokens_are_those_of_transformers {
             $(#[test] fn $name() { super::check_goldens($folder); })*
         }
@@ -152,9 +156,19 @@ fn all_bits(bench: &mut Bench, sequences: &[Vec<u32>], cut: Cut, company: Compan
 }
 
 fn check_bits(name: &str) {
+    check_bits_of(&model(name), name);
+}
+
+#[test]
+fn bits_of_quantized_models_do_not_depend_on_cuts_batches_or_blocks() {
+    for quantization in [Quantization::Int8, Quantization::Int4 { group: 32 }] {
+        check_bits_of(&quantized_model("qwen2", quantization), "qwen2");
+    }
+}
+
+fn check_bits_of(model: &Arc<Model>, name: &str) {
     use AxisOrder::{HeadToken, TokenHead};
     use Company::{Alone, Together};
-    let model = model(name);
     let continued = |golden: Golden| [&golden.prompt[..], &golden.greedy[..CONTINUED]].concat();
     let sequences: Vec<Vec<u32>> = goldens(name).into_iter().map(continued).collect();
     #[rustfmt::skip]
@@ -173,10 +187,10 @@ fn check_bits(name: &str) {
         ("heads first, blocks of 4",            4,  HeadToken, Cut::Unequal,    Together),
     ];
     for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
-        let mut bench = Bench::new(&model, Storage { dtype, ..Storage::PLAIN });
+        let mut bench = Bench::new(model, Storage { dtype, ..Storage::PLAIN });
         let whole = all_bits(&mut bench, &sequences, Cut::Whole, Alone);
         for (row, block_len, order, cut, company) in rows {
-            let mut bench = Bench::new(&model, Storage { dtype, block_len, order });
+            let mut bench = Bench::new(model, Storage { dtype, block_len, order });
             let bits = all_bits(&mut bench, &sequences, cut, company);
             assert!(bits == whole, "{name}: {row}, {dtype:?}");
         }

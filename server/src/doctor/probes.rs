@@ -5,16 +5,17 @@ use std::{fs, thread};
 
 use nvml_wrapper::Nvml;
 use rustix::process::{Resource, getrlimit};
+use tidemill_engine::handle::Isa;
 use tidemill_engine::memory::available_bytes;
 use tidemill_engine::network::{self, PortReport, Unavailable};
 
 use super::Finding;
 
 /// Everything, in the order of the report.
-pub(super) fn all() -> Vec<Finding> {
+pub(super) fn all(isa: Option<Isa>) -> Vec<Finding> {
     let mut findings = vec![processor(), instructions(), cores(), memory()];
     findings.extend([locked_memory(), open_files(), huge_pages(), shared_memory()]);
-    findings.extend([gpus(), rdma(), would_use()]);
+    findings.extend([gpus(), rdma(), would_use(isa.unwrap_or_else(Isa::detect))]);
     findings
 }
 
@@ -144,14 +145,14 @@ fn describe_port(port: &PortReport) -> String {
     format!("{} {} {state}, {address}, MTU {}{node}", port.name, port.link_layer, port.mtu)
 }
 
-fn would_use() -> Finding {
+fn would_use(isa: Isa) -> Finding {
     let usable = thread::available_parallelism().map_or(1, usize::from);
     let split =
         if usable < 2 { "both workers on one core" } else { "prefill and decode on cores of their own" };
     Finding::good(
         "would use",
         format!(
-            "cpu kernels, {split}, handoff in place by shared memory; between machines RDMA where both have it, else TCP"
+            "cpu kernels ({isa}), {split}, handoff in place by shared memory; between machines RDMA where both have it, else TCP"
         ),
     )
 }

@@ -1,6 +1,9 @@
 //! Flags of models, deployments and engines.
 
+use std::str::FromStr;
+
 use clap::Args;
+use tidemill_engine::handle::{Isa, Quantization, UnknownIsa};
 
 use super::speculative::SpeculativeConfig;
 use super::values::{
@@ -93,12 +96,18 @@ pub(crate) struct EngineFlags {
     /// Where weights come from
     #[arg(long, env = "TIDEMILL_LOAD_FORMAT", value_enum, default_value_t)]
     pub(crate) load_format: LoadFormatName,
+    /// Make weights smaller and faster while they are loaded: int8, int4 (in groups of 32), int4-g64 or int4-g128
+    #[arg(long, env = "TIDEMILL_QUANTIZATION", value_name = "KIND", value_parser = Quantization::from_str)]
+    pub(crate) quantization: Option<Quantization>,
     /// Seed of dummy weights, and of requests that bring none
     #[arg(long, env = "TIDEMILL_SEED", default_value = "0")]
     pub(crate) seed: u64,
     /// Threads that compute, each on its own core [default: one per core]
     #[arg(long, env = "TIDEMILL_THREADS", value_name = "N", value_parser = positive())]
     pub(crate) threads: Option<u32>,
+    /// Instructions to compute with, such as avx2 or portable, to compare them [default: the fastest there are]
+    #[arg(long, env = "TIDEMILL_CPU_ISA", value_name = "NAME", value_parser = cpu_isa)]
+    pub(crate) cpu_isa: Option<Isa>,
     /// Which ways a handoff of a KV cache may take
     #[arg(long, env = "TIDEMILL_TRANSPORT", value_enum, default_value_t)]
     pub(crate) transport: TransportName,
@@ -218,6 +227,12 @@ impl EngineFlags {
         if let Some(config) = self.speculative_config {
             set("speculative-config", config.to_string());
         }
+        if let Some(quantization) = self.quantization {
+            set("quantization", quantization.to_string());
+        }
+        if let Some(isa) = self.cpu_isa {
+            set("cpu-isa", isa.to_string());
+        }
         if let Some(tokens) = self.max_model_len {
             set("max-model-len", tokens.to_string());
         }
@@ -252,6 +267,12 @@ fn block_size(text: &str) -> Result<u32, String> {
     } else {
         Err(format!("a block has 1, 2, 4, … or {MAX_BLOCK_SIZE} tokens, not {tokens}"))
     }
+}
+
+/// Refuses at once what this machine does not have.
+pub(crate) fn cpu_isa(name: &str) -> Result<Isa, String> {
+    let isa: Isa = name.parse().map_err(|error: UnknownIsa| error.to_string())?;
+    if isa.is_available() { Ok(isa) } else { Err(format!("this machine does not have {isa}")) }
 }
 
 /// Workers of one role that `serve` starts at most; more belong on more machines.
@@ -297,6 +318,10 @@ mod tests {
             "3",
             "--speculative-config",
             r#"{"method": "ngram", "num_speculative_tokens": 5}"#,
+            "--cpu-isa",
+            "portable",
+            "--quantization",
+            "int4",
         ];
         let Command::Serve(serve) = Cli::parse_from(typed).command else { panic!("typed serve") };
         let parsed = |role: RoleName| {
@@ -321,9 +346,24 @@ mod tests {
         assert_eq!((decode.max_model_len, decode.digest), (Some(99), DigestName::Full));
         assert_eq!(decode.transport, TransportName::Rdma);
         assert_eq!(decode.speculative_config.map(|it| it.0.most), Some(5));
+        assert_eq!(prefill.cpu_isa, Some(Isa::Portable));
+        assert_eq!(decode.quantization, Some(Quantization::Int4 { group: 32 }));
         assert_eq!(
             (decode.rdma_devices.join(" "), decode.rdma_gid_index),
             ("mlx5_0 mlx5_1:2".into(), Some(3))
         );
+    }
+
+    #[test]
+    fn instructions_that_are_unknown_or_absent_are_refused() {
+        let error = Cli::try_parse_from(["tidemill", "worker", "--role", "decode", "--cpu-isa", "sse9"]);
+        let text = error.expect_err("there is no such set").to_string();
+        assert!(text.contains("`sse9` is no instruction set; there are avx512-bf16"), "{text}");
+        for isa in Isa::ALL {
+            match cpu_isa(isa.name()) {
+                Ok(found) => assert!(found == isa && isa.is_available()),
+                Err(text) => assert_eq!(text, format!("this machine does not have {isa}")),
+            }
+        }
     }
 }
