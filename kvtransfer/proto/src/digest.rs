@@ -69,37 +69,68 @@ pub fn granule_digest(
     xxh3_64_with_seed(&sample, seed)
 }
 
-/// Digests of several granules of `len` bytes: `read(which, offset, buffer)` copies bytes of the granule `which`
-/// into the buffer, `tell(which, digest)` hears of each.
+/// Adds the digests of granules up, block by block.
 ///
-/// Sampled lines are taken of some granules before any of them is hashed: the memory then looks for all of them at
-/// once, instead of for one after the other.
-pub fn granule_digests(
+/// Of some granules together it is found out which lines are looked at, then all of those are read, and then hashed: the
+/// memory looks for as many of them at once as it can, instead of for one after the other. `P` says where a granule lies,
+/// and `read(place, offset, buffer)` copies bytes of it into the buffer.
+#[derive(Debug)]
+pub struct BlockDigests<'a, P, R: FnMut(P, usize, &mut [u8])> {
     coverage: Coverage,
-    granules: impl ExactSizeIterator<Item = Granule>,
+    /// Bytes of a granule.
     len: usize,
-    mut read: impl FnMut(usize, usize, &mut [u8]),
-    mut tell: impl FnMut(usize, u64),
-) {
-    if coverage == Coverage::Full || len <= SAMPLE {
-        for (which, granule) in granules.enumerate() {
-            tell(which, granule_digest(coverage, granule, len, |offset, buffer| read(which, offset, buffer)));
-        }
-        return;
+    /// One for each target.
+    sums: &'a mut [u64],
+    read: R,
+    waiting: Vec<(Granule, P, [usize; LINES])>,
+    samples: [[u8; SAMPLE]; BATCH],
+}
+
+impl<'a, P: Copy, R: FnMut(P, usize, &mut [u8])> BlockDigests<'a, P, R> {
+    /// Adds to `sums`, of which there is one for each target. Granules have `len` bytes.
+    pub fn new(coverage: Coverage, len: usize, sums: &'a mut [u64], read: R) -> Self {
+        let (waiting, samples) = (Vec::with_capacity(BATCH), [[0; SAMPLE]; BATCH]);
+        Self { coverage, len, sums, read, waiting, samples }
     }
-    let mut samples = [[0; SAMPLE]; BATCH];
-    let mut seeds = [0; BATCH];
-    let count = granules.len();
-    for (which, granule) in granules.enumerate() {
-        let slot = which % BATCH;
-        granule.take_sample(len, &mut samples[slot], |offset, buffer| read(which, offset, buffer));
-        seeds[slot] = granule.seed();
-        if slot + 1 == BATCH || which + 1 == count {
-            for (slot, (sample, &seed)) in samples.iter().zip(&seeds).enumerate().take(slot + 1) {
-                tell(which - which % BATCH + slot, xxh3_64_with_seed(sample, seed));
+
+    /// Adds a granule.
+    ///
+    /// # Panics
+    ///
+    /// At some time before this value is gone, when there is no such target.
+    pub fn add(&mut self, granule: Granule, place: P) {
+        if self.coverage == Coverage::Full || self.len <= SAMPLE {
+            let read = |offset, buffer: &mut [u8]| (self.read)(place, offset, buffer);
+            let digest = granule_digest(self.coverage, granule, self.len, read);
+            return add_to(self.sums, granule, digest);
+        }
+        self.waiting.push((granule, place, granule.lines(self.len)));
+        if self.waiting.len() == BATCH {
+            self.look();
+        }
+    }
+
+    fn look(&mut self) {
+        let Self { sums, read, waiting, samples, .. } = self;
+        for ((_, place, lines), sample) in waiting.iter().zip(&mut *samples) {
+            for (&line, bytes) in lines.iter().zip(sample.as_chunks_mut::<LINE>().0) {
+                read(*place, line, bytes);
             }
         }
+        for ((granule, ..), sample) in waiting.drain(..).zip(&*samples) {
+            add_to(sums, granule, xxh3_64_with_seed(sample, granule.seed()));
+        }
     }
+
+    /// Adds what is still missing.
+    pub fn finish(mut self) {
+        self.look();
+    }
+}
+
+fn add_to(sums: &mut [u64], granule: Granule, digest: u64) {
+    let sum = &mut sums[granule.target as usize];
+    *sum = sum.wrapping_add(digest);
 }
 
 /// The granules, as (target, index), that a sampled digest looks at when the prompt was computed in the
@@ -175,8 +206,8 @@ const LINES: usize = 4;
 const SAMPLE: usize = LINES * LINE;
 /// Granules looked at of a handoff that moved nothing.
 const SPOTS: usize = 16;
-/// Samples taken before they are hashed: as many lines as a core can have under way.
-const BATCH: usize = 8;
+/// Samples taken before they are hashed: more lines than a core can have under way.
+const BATCH: usize = 16;
 /// Bytes hashed at a time.
 const CHUNK: usize = 8192;
 
@@ -233,22 +264,26 @@ mod tests {
     }
 
     #[test]
-    fn many_digests_are_the_digests_of_each() {
+    fn the_digests_of_blocks_are_the_sums_of_those_of_their_granules() {
         let bytes: Vec<u8> = (0..40_000u32).map(|index| (index * 31 % 251) as u8).collect();
         for coverage in [Coverage::Sampled, Coverage::Full] {
-            for (count, len) in [(0, 300), (1, 300), (8, 300), (19, 300), (5, 100), (7, 5000)] {
-                let granule = |index: usize| Granule { index: index as u32, ..GRANULE };
-                let mut found = Vec::new();
-                let read = |which: usize, offset: usize, buffer: &mut [u8]| {
-                    buffer.copy_from_slice(&bytes[which * len + offset..][..buffer.len()]);
+            for (count, len) in [(0, 300), (1, 300), (16, 300), (35, 300), (5, 100), (7, 5000)] {
+                let granule = |it: usize| Granule { target: it as u32 % 3, index: it as u32, ..GRANULE };
+                let mut expected = [7u64; 3];
+                for it in 0..count {
+                    let digest = digest(coverage, granule(it), &bytes[it * len..(it + 1) * len]);
+                    expected[it % 3] = expected[it % 3].wrapping_add(digest);
+                }
+                let mut sums = [7; 3];
+                let read = |it: usize, offset: usize, buffer: &mut [u8]| {
+                    buffer.copy_from_slice(&bytes[it * len + offset..][..buffer.len()]);
                 };
-                granule_digests(coverage, (0..count).map(granule), len, read, |which, digest| {
-                    assert_eq!(which, found.len(), "told in order");
-                    found.push(digest);
-                });
-                let each =
-                    (0..count).map(|it| digest(coverage, granule(it), &bytes[it * len..(it + 1) * len]));
-                assert_eq!(found, each.collect::<Vec<_>>(), "{coverage:?}, {count} of {len} bytes");
+                let mut digests = BlockDigests::new(coverage, len, &mut sums, read);
+                for it in 0..count {
+                    digests.add(granule(it), it);
+                }
+                digests.finish();
+                assert_eq!(sums, expected, "{coverage:?}, {count} of {len} bytes");
             }
         }
     }

@@ -2,8 +2,8 @@
 
 use super::prefilling::Outgoing;
 use super::{EndpointCore, PostedWrite};
-use crate::coalesce::{Span, coalesce};
-use crate::digest::granule_digests;
+use crate::coalesce::{Runs, Span};
+use crate::digest::{BlockDigests, BlockShape};
 use crate::sender::SenderEvent;
 use crate::transport::{Completion, Post, RemoteRange, WriteFault, WriteId, stamp};
 use crate::units::{BlockId, BlockRef, HandoffId, Moment};
@@ -80,6 +80,7 @@ impl<S: WriteSource> EndpointCore<S> {
                 link.posting.pop_front();
                 continue;
             };
+            let mut accepted = Vec::with_capacity(outgoing.pending.len());
             while let Some((source, range)) = outgoing.pending.pop_front() {
                 let id = WriteId(*next_write);
                 match post(id, &source, range) {
@@ -90,13 +91,17 @@ impl<S: WriteSource> EndpointCore<S> {
                         }
                         link.under_way += 1;
                         writes.insert(id, PostedWrite { peer, link: link.id, handoff });
-                        outgoing.add_digests(handoff, &source, &range);
+                        accepted.push((source, range));
                     }
                     Post::QueueFull => {
                         outgoing.pending.push_front((source, range));
-                        return;
+                        break;
                     }
                 }
+            }
+            outgoing.add_digests(handoff, &accepted);
+            if !outgoing.pending.is_empty() {
+                return;
             }
             link.posting.pop_front();
         }
@@ -104,7 +109,7 @@ impl<S: WriteSource> EndpointCore<S> {
 
     /// Posted writes have ended, on a link that is up or one that was severed.
     pub fn completed(&mut self, done: &[Completion], now: Moment) {
-        let mut settled = Vec::with_capacity(done.len());
+        let mut settled: Vec<Settled> = Vec::new();
         for completion in done {
             let Some(write) = self.writes.remove(&completion.id) else { continue };
             if let Some(link) = self.link_mut(write.peer).filter(|link| link.id == write.link) {
@@ -115,9 +120,14 @@ impl<S: WriteSource> EndpointCore<S> {
                     self.link_lost(write.peer, "the connection was closed", now);
                 }
             }
-            settled.push((write.handoff, completion.outcome));
+            let (handoff, outcome) = (write.handoff, completion.outcome);
+            match settled.last_mut() {
+                // Most writes end well, many at a time.
+                Some(last) if last.handoff == handoff && last.outcome == outcome => last.writes += 1,
+                _ => settled.push(Settled { handoff, outcome, writes: 1 }),
+            }
         }
-        for (handoff, outcome) in settled {
+        for Settled { handoff, outcome, writes } in settled {
             match outcome {
                 Ok(()) | Err(WriteFault::Severed) => {}
                 // The peer's news of the cancel is on its way, on another socket.
@@ -127,72 +137,53 @@ impl<S: WriteSource> EndpointCore<S> {
                     self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason }, now);
                 }
             }
-            self.apply_to_sender(handoff, SenderEvent::Settled { writes: 1 }, now);
+            self.apply_to_sender(handoff, SenderEvent::Settled { writes }, now);
         }
     }
+}
+
+/// Writes of one handoff that ended alike, one after the other.
+struct Settled {
+    handoff: HandoffId,
+    outcome: Result<(), WriteFault>,
+    writes: u32,
 }
 
 impl<S: WriteSource> Outgoing<S> {
     /// Checks writes and joins neighbours; `None` when one of them is not what it may be.
     fn ranges(&self, handoff: HandoffId, writes: &[TargetWrite<S>]) -> Option<Vec<(S, RemoteRange)>> {
+        let BlockShape { block, granule } = self.shape;
+        // Most pieces are one layer long, which spares a division.
+        let is_whole = |bytes: usize| bytes == granule || bytes.is_multiple_of(granule);
         // Offsets continue each other only within one memory, of which there are few.
-        let mut memories: Vec<(&S, Vec<Span>)> = Vec::new();
+        let mut memories: Vec<(&S, Runs)> = Vec::new();
         let mut last = 0;
-        for index in self.in_order_of_blocks(writes)? {
-            let TargetWrite { target_index, offset, source } = &writes[index as usize];
-            let source = source.as_ref()?;
+        for TargetWrite { target_index, offset, source } in writes {
+            let lane = *target_index as usize;
+            let (target, source) = (self.targets.get(lane)?, source.as_ref()?);
             let len = source.len();
-            let is_aligned =
-                offset.is_multiple_of(self.shape.granule) && len.is_multiple_of(self.shape.granule);
-            let is_inside = offset.checked_add(len).is_some_and(|end| end <= self.shape.block);
-            if len == 0 || !is_aligned || !is_inside {
+            let is_inside = offset.checked_add(len).is_some_and(|end| end <= block);
+            if len == 0 || !is_inside || !is_whole(len) || !is_whole(*offset) {
                 return None;
             }
             let key = source.memory();
             if memories.get(last).is_none_or(|(memory, _)| memory.memory() != key) {
                 last = memories.iter().position(|(memory, _)| memory.memory() == key).unwrap_or_else(|| {
-                    memories.push((source, Vec::with_capacity(writes.len())));
+                    memories.push((source, Runs::new(self.targets.len(), LONGEST_WRITE)));
                     memories.len() - 1
                 });
             }
-            let block = self.targets[*target_index as usize].block.0 as usize;
-            let target = (block * self.shape.block + offset) as u64;
-            memories[last].1.push(Span { source: source.offset() as u64, target, len: len as u64 });
+            let target = (target.block.0 as usize * block + offset) as u64;
+            memories[last].1.add(lane, Span { source: source.offset() as u64, target, len: len as u64 });
         }
         let mut ranges = Vec::new();
-        for (memory, mut spans) in memories {
-            coalesce(&mut spans, LONGEST_WRITE);
-            for Span { source, target, len } in spans {
+        for (memory, runs) in memories {
+            for Span { source, target, len } in runs.into_spans() {
                 let source = memory.range(usize::try_from(source).ok()?, usize::try_from(len).ok()?)?;
                 ranges.push((source, self.range(handoff, target, len)?));
             }
         }
         Some(ranges)
-    }
-
-    /// Indices of pieces by the number of their block, those of one block in the order in which they came: then they
-    /// are nearly sorted by address, without having been compared. Pieces come layer by layer, thousands of them.
-    /// `None` when a target does not exist.
-    fn in_order_of_blocks(&self, writes: &[TargetWrite<S>]) -> Option<Vec<u32>> {
-        let mut ranks = vec![0; self.targets.len()];
-        for (rank, &target) in self.positions.values().enumerate() {
-            ranks[target] = rank;
-        }
-        let mut ends = vec![0u32; ranks.len()];
-        for write in writes {
-            ends[*ranks.get(write.target_index as usize)?] += 1;
-        }
-        let mut sum = 0;
-        for end in &mut ends {
-            sum += std::mem::replace(end, sum);
-        }
-        let mut order = vec![0; writes.len()];
-        for (index, write) in writes.iter().enumerate() {
-            let place = &mut ends[ranks[write.target_index as usize]];
-            order[*place as usize] = u32::try_from(index).ok()?;
-            *place += 1;
-        }
-        Some(order)
     }
 
     /// Names a range of targets to the peer, with their epochs.
@@ -205,25 +196,29 @@ impl<S: WriteSource> Outgoing<S> {
         Some(RemoteRange { stamp: stamp(&covered?), ..range })
     }
 
-    /// Adds up the digests of the granules of one write.
-    fn add_digests(&mut self, handoff: HandoffId, source: &S, range: &RemoteRange) {
+    /// Adds up the digests of the granules of some writes.
+    fn add_digests(&mut self, handoff: HandoffId, writes: &[(S, RemoteRange)]) {
         let Self { positions, digests, shape, coverage, .. } = self;
-        let start = usize::try_from(range.offset).expect("inside the peer's arena");
-        let position = |which: usize| {
-            let block = (start + which * shape.granule) / shape.block;
-            positions[&BlockId(u32::try_from(block).expect("a target"))]
-        };
-        let granules = (0..source.len() / shape.granule).map(|which| {
-            let within = (start + which * shape.granule) % shape.block;
-            shape.granule_of(handoff, position(which), within / shape.granule)
-        });
-        let read = |which: usize, offset: usize, buffer: &mut [u8]| {
-            source.read(which * shape.granule + offset, buffer);
-        };
-        granule_digests(*coverage, granules, shape.granule, read, |which, digest| {
-            let sum = &mut digests[position(which)];
-            *sum = sum.wrapping_add(digest);
-        });
+        let BlockShape { block, granule } = *shape;
+        let read =
+            |(source, at): (&S, usize), offset: usize, buffer: &mut [u8]| source.read(at + offset, buffer);
+        let mut digests = BlockDigests::new(*coverage, granule, digests, read);
+        for (source, range) in writes {
+            let start = usize::try_from(range.offset).expect("inside the peer's arena");
+            let end = start + source.len();
+            let mut at = start;
+            // Blocks that lie side by side at the peer need not be neighbours in the sequence.
+            while at < end {
+                let number = u32::try_from(at / block).expect("a target");
+                let (target, first) = (positions[&BlockId(number)], at % block / granule);
+                let behind = end.min((number as usize + 1) * block);
+                for index in first..first + (behind - at) / granule {
+                    digests.add(shape.granule_of(handoff, target, index), (source, at - start));
+                    at += granule;
+                }
+            }
+        }
+        digests.finish();
     }
 }
 
