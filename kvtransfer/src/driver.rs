@@ -185,9 +185,10 @@ impl Driver {
     }
 
     fn take_orders(&mut self) {
-        let mut count = [0; 8];
-        // Nothing to read means that no order came since the last look.
-        let _ = rustix::io::read(&self.wake, &mut count);
+        if self.is_ready(self.wake.as_fd()) {
+            // Nothing to read means that no order came since the last look.
+            let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        }
         loop {
             let command = match self.inbox.try_recv() {
                 Ok(command) => command,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
 
-use crate::shm::{Region, Slab};
+use crate::shm::{Region, RegionWriter, Slab};
 
 /// Memory that writes read from.
 #[derive(Clone, Debug)]
@@ -60,14 +60,22 @@ impl SourceRange {
         }
     }
 
-    /// Copies `len` bytes, starting `at` bytes into the range, to `offset` in `target`.
-    pub(crate) fn copy_to(&self, at: usize, target: &Region, offset: usize, len: usize) {
+    /// Copies `len` bytes, starting `at` bytes into the range, to `offset` in a region. `next` is where
+    /// the copy after that will read: any address.
+    pub(crate) fn copy_to(
+        &self,
+        at: usize,
+        target: &RegionWriter<'_>,
+        offset: usize,
+        len: usize,
+        next: *const u8,
+    ) {
         assert!(at + len <= self.len, "a read stays inside its source");
         match &self.memory {
-            Memory::Arena(region) => target.copy_from(offset, region, self.offset + at, len),
+            Memory::Arena(region) => target.copy_from(offset, region, self.offset + at, len, next),
             Memory::Staged(slab) => {
                 let start = self.offset + at;
-                target.write(offset, &slab.as_slice()[start..start + len]);
+                target.write(offset, &slab.as_slice()[start..start + len], next);
             }
         }
     }

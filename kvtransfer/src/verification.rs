@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tidemill_kvtransfer_proto::digest::{Coverage, granule_digests, spots};
+use tidemill_kvtransfer_proto::digest::{BlockDigests, Coverage, spots};
 use tidemill_kvtransfer_proto::endpoint_core::{DigestOrder, DigestTicket};
 use tidemill_kvtransfer_proto::units::HandoffId;
 
@@ -54,19 +54,14 @@ impl DigestJob {
             Some(spots) => spots[first + which],
             None => ((first + which) / per_block, (first + which) % per_block),
         };
-        let granules = (0..now).map(|which| {
-            let (target, index) = place(which);
-            shape.granule_of(*handoff, target, index)
-        });
-        let read = |which: usize, offset: usize, buffer: &mut [u8]| {
+        let read = |start: usize, offset: usize, buffer: &mut [u8]| memory.read(start + offset, buffer);
+        let mut sums = BlockDigests::new(*coverage, shape.granule, digests, read);
+        for which in 0..now {
             let (target, index) = place(which);
             let start = targets[target].block.0 as usize * shape.block + index * shape.granule;
-            memory.read(start + offset, buffer);
-        };
-        granule_digests(*coverage, granules, shape.granule, read, |which, digest| {
-            let sum = &mut digests[place(which).0];
-            *sum = sum.wrapping_add(digest);
-        });
+            sums.add(shape.granule_of(*handoff, target, index), start);
+        }
+        sums.finish();
         *done += now;
         (*done == all).then(|| std::mem::take(digests))
     }

@@ -87,7 +87,8 @@ impl Driver {
 
     fn accept(&mut self) {
         let deadline = self.now + self.config.timing.handshake;
-        while self.lobby.len() < MAX_VISITORS
+        while self.is_ready(self.listener.as_fd())
+            && self.lobby.len() < MAX_VISITORS
             && let Ok((stream, from)) = self.listener.accept()
         {
             match prepare(&stream) {
@@ -95,7 +96,9 @@ impl Driver {
                 Err(error) => tracing::warn!(%from, %error, "a connection cannot be used"),
             }
         }
-        let Some(listener) = &self.memory_listener else { return };
+        let Some(listener) = self.memory_listener.as_ref().filter(|it| self.is_ready(it.as_fd())) else {
+            return;
+        };
         while self.memory_lobby.len() < MAX_VISITORS
             && let Ok((stream, _)) = listener.accept()
         {

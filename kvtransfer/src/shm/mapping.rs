@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::{fmt, io};
 
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::Access;
 
@@ -50,7 +50,16 @@ impl Mapping {
     }
 
     fn own(base: *mut u8, len: usize, access: Access) -> Self {
-        Self { base: NonNull::new(base).expect("mmap never returns address zero"), len, access }
+        let mapping =
+            Self { base: NonNull::new(base).expect("mmap never returns address zero"), len, access };
+        // Blocks lie scattered over gigabytes: with pages of 4 KiB nearly each line that is looked at costs a walk
+        // through the page tables, and each page of a peer's memory a fault. A system without huge pages says no.
+        // SAFETY: the mapping that was just made; the advice changes no byte of it.
+        let advised = unsafe { rustix::mm::madvise(base.cast(), len, Advice::LinuxHugepage) };
+        if let Err(error) = advised {
+            tracing::debug!(%error, "no huge pages");
+        }
+        mapping
     }
 
     pub(super) fn as_ptr(&self) -> *mut u8 {

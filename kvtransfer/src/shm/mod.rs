@@ -13,6 +13,7 @@ mod streaming;
 mod transport;
 
 pub(crate) use process::Process;
+pub(crate) use region::RegionWriter;
 pub use region::{Access, Region};
 pub use slab::Slab;
 pub(crate) use transport::SharedMemoryTransport;

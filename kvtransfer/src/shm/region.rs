@@ -32,9 +32,15 @@ pub struct Region {
     fd: OwnedFd,
 }
 
+/// Copies into a region. Whoever hears of it after this value is gone sees the bytes; before, they may be on their way.
+#[derive(Debug)]
+pub(crate) struct RegionWriter<'a> {
+    region: &'a Region,
+}
+
 impl Region {
     /// Makes a region of `len` zeroed bytes; `name` shows up in `/proc/<pid>/maps`. Memory is taken from the
-    /// system page by page as it is first touched.
+    /// system page by page as it is first touched: huge pages where the system has them for shared memory.
     ///
     /// # Errors
     ///
@@ -112,11 +118,17 @@ impl Region {
     ///
     /// When the range is outside the region or the region is mapped for reading only.
     pub fn write(&self, offset: usize, source: &[u8]) {
+        self.writer().write(offset, source, source.as_ptr());
+    }
+
+    /// To copy many pieces in.
+    ///
+    /// # Panics
+    ///
+    /// When the region is mapped for reading only.
+    pub(crate) fn writer(&self) -> RegionWriter<'_> {
         assert_eq!(self.mapping.access(), Access::ReadWrite, "the region is mapped for reading only");
-        let target = self.mapping.range(offset, source.len());
-        // SAFETY: `range` checked that the target is mapped for this many bytes, and the assertion that it may
-        // be stored to; `source` is a slice and thus no part of a region. See `read` for other processes.
-        unsafe { streaming::copy(source.as_ptr(), target, source.len()) };
+        RegionWriter { region: self }
     }
 
     /// The bytes of a range, for a system call that sends them.
@@ -163,18 +175,54 @@ impl Region {
     ///
     /// When a range is outside its region or this region is mapped for reading only.
     pub fn copy_from(&self, offset: usize, source: &Self, source_offset: usize, len: usize) {
-        assert_eq!(self.mapping.access(), Access::ReadWrite, "the region is mapped for reading only");
+        self.writer().copy_from(offset, source, source_offset, len, source.as_ptr());
+    }
+}
+
+impl RegionWriter<'_> {
+    /// Copies `source` in, starting at `offset`. `next` is where the next copy will read, if there is one: any address.
+    ///
+    /// # Panics
+    ///
+    /// When the range is outside the region.
+    pub(crate) fn write(&self, offset: usize, source: &[u8], next: *const u8) {
+        let target = self.region.mapping.range(offset, source.len());
+        // SAFETY: `range` checked that the target is mapped for this many bytes, and `writer` that it may be stored
+        // to; `source` is a slice and thus no part of a region. See `Region::read` for other processes.
+        unsafe { streaming::copy(source.as_ptr(), target, source.len(), next) };
+    }
+
+    /// Copies `len` bytes from `source` at `source_offset` to `offset`. The two may be the same region. `next` as in
+    /// [`write`](Self::write).
+    ///
+    /// # Panics
+    ///
+    /// When a range is outside its region.
+    pub(crate) fn copy_from(
+        &self,
+        offset: usize,
+        source: &Region,
+        source_offset: usize,
+        len: usize,
+        next: *const u8,
+    ) {
         let source = source.mapping.range(source_offset, len).cast_const();
-        let target = self.mapping.range(offset, len);
+        let target = self.region.mapping.range(offset, len);
         if source.addr().abs_diff(target.addr()) < len {
-            // SAFETY: `range` checked both sides for this many bytes; `copy` allows them to overlap. See `read` for
-            // other processes.
+            // SAFETY: `range` checked both sides for this many bytes; `copy` allows them to overlap. See
+            // `Region::read` for other processes.
             return unsafe { std::ptr::copy(source, target, len) };
         }
         // SAFETY: `range` checked both sides for this many bytes, and their addresses are further apart. Two mappings
         // of one memfd may still be the same memory: then bytes that are copied while they change are a mixture, as
-        // with a peer that writes. See `read` for other processes.
-        unsafe { streaming::copy(source, target, len) };
+        // with a peer that writes. See `Region::read` for other processes.
+        unsafe { streaming::copy(source, target, len, next) };
+    }
+}
+
+impl Drop for RegionWriter<'_> {
+    fn drop(&mut self) {
+        streaming::settle();
     }
 }
 

@@ -4,19 +4,31 @@
 //! fetches the line that it is about to overwrite; a store past the cache does not, which saves a third of the
 //! traffic. `memcpy` stores like that only for pieces much longer than a block, see `docs/performance.md`.
 
-/// Copies `len` bytes.
+/// Copies `len` bytes. Other threads are sure to see them only after [`settle`]. `next` is where the next copy will
+/// read, which is asked for in time; it may be any address.
 ///
 /// # Safety
 ///
 /// `source` is good for reads and `target` for writes of `len` bytes, and the two ranges do not overlap.
-pub(super) unsafe fn copy(source: *const u8, target: *mut u8, len: usize) {
+pub(super) unsafe fn copy(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
     #[cfg(target_arch = "x86_64")]
     if LEAST <= len {
         // SAFETY: the caller's promise.
-        return unsafe { copy_past_the_cache(source, target, len) };
+        return unsafe { copy_past_the_cache(source, target, len, next) };
     }
+    let _ = next;
     // SAFETY: the caller's promise.
     unsafe { std::ptr::copy_nonoverlapping(source, target, len) };
+}
+
+/// Orders everything that this thread copied before whatever it does next: stores past the cache are ordered by nothing
+/// else. It waits for memory, so once for many copies.
+pub(super) fn settle() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has it, and it touches no memory.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
 }
 
 /// The same with stores of SSE2, which every x86-64 has.
@@ -26,21 +38,20 @@ pub(super) unsafe fn copy(source: *const u8, target: *mut u8, len: usize) {
 /// As for [`copy`]; and `len` is at least one cache line.
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::multiple_unsafe_ops_per_block, reason = "eight moves of one line, under one condition")]
-unsafe fn copy_past_the_cache(source: *const u8, target: *mut u8, len: usize) {
-    use std::arch::x86_64::{
-        __m128i, _MM_HINT_NTA, _mm_loadu_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
-    };
+unsafe fn copy_past_the_cache(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
+    use std::arch::x86_64::{__m128i, _MM_HINT_NTA, _mm_loadu_si128, _mm_prefetch, _mm_stream_si128};
     let head = target.align_offset(LINE).min(len);
     // SAFETY: `head <= len`.
     unsafe { std::ptr::copy_nonoverlapping(source, target, head) };
     let lines = (len - head) / LINE;
     for line in 0..lines {
         let at = head + line * LINE;
+        let ahead = at + AHEAD;
+        let ahead = if ahead < len { source.wrapping_add(ahead) } else { next.wrapping_add(ahead - len) };
         // SAFETY: `at + LINE <= len`, so both addresses and the 64 bytes behind them are inside the ranges of the
-        // caller; `target + at` is a multiple of 64. The address that is prefetched may be outside: it is only a
-        // hint, made with arithmetic that may wrap.
+        // caller; `target + at` is a multiple of 64. What is prefetched may be any address: it is only a hint.
         unsafe {
-            _mm_prefetch::<_MM_HINT_NTA>(source.wrapping_add(at + AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(ahead.cast());
             let from: *const __m128i = source.add(at).cast();
             let to: *mut __m128i = target.add(at).cast();
             let [a, b, c, d] = [0, 1, 2, 3].map(|part| _mm_loadu_si128(from.add(part)));
@@ -55,9 +66,6 @@ unsafe fn copy_past_the_cache(source: *const u8, target: *mut u8, len: usize) {
     let (rest_from, rest_to) = unsafe { (source.add(done), target.add(done)) };
     // SAFETY: what is left of both ranges.
     unsafe { std::ptr::copy_nonoverlapping(rest_from, rest_to, len - done) };
-    // Stores past the cache are ordered by nothing else: after this, whoever hears of the copy sees it.
-    // SAFETY: every x86-64 has it, and it touches no memory.
-    unsafe { _mm_sfence() };
 }
 
 /// Bytes of a cache line.
@@ -81,7 +89,8 @@ mod tests {
             for (from, to) in [(0, 0), (1, 0), (0, 1), (3, 17), (64, 63)] {
                 let mut target = vec![0xee; 20_000];
                 // SAFETY: both ranges lie in their vectors, which are two.
-                unsafe { copy(source[from..].as_ptr(), target[to..].as_mut_ptr(), len) };
+                unsafe { copy(source[from..].as_ptr(), target[to..].as_mut_ptr(), len, source.as_ptr()) };
+                settle();
                 assert!(target[to..to + len] == source[from..from + len], "{len} bytes from {from} to {to}");
                 let outside = target[..to].iter().chain(&target[to + len..]);
                 assert!(

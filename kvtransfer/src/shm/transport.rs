@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
 use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, Transport, WriteFault, WriteId};
 
-use super::Region;
+use super::region::{Region, RegionWriter};
 use crate::source::SourceRange;
 
 /// The sending end. The receiver does not look at writes: the protocol alone keeps them out of blocks that were
@@ -49,17 +49,29 @@ impl SharedMemoryTransport {
         !self.queue.is_empty()
     }
 
-    /// Copies at most `budget` bytes of the write in front. `None` while it is not done.
-    fn advance(&self, copy: &mut Copy, budget: &mut usize) -> Option<Result<(), WriteFault>> {
-        let inside = usize::try_from(copy.target.offset)
-            .ok()
-            .filter(|&offset| self.target.contains(offset, copy.source.len()));
-        let Some(offset) = inside else { return Some(Err(WriteFault::Outside)) };
-        let len = (copy.source.len() - copy.done).min(*budget);
-        copy.source.copy_to(copy.done, &self.target, offset + copy.done, len);
-        copy.done += len;
-        *budget -= len;
-        (copy.done == copy.source.len()).then_some(Ok(()))
+    /// Copies at most `budget` bytes of the write in front. `None` while it is not done, or where there is none.
+    fn advance(&mut self, writer: &RegionWriter<'_>, budget: &mut usize) -> Option<Completion> {
+        let next = self.queue.get(1).map(|copy| copy.source.as_ptr());
+        let Copy { id, source, target, done } = self.queue.front_mut()?;
+        let next = next.unwrap_or(source.as_ptr());
+        let inside =
+            usize::try_from(target.offset).ok().filter(|&offset| self.target.contains(offset, source.len()));
+        let outcome = match inside {
+            None => Err(WriteFault::Outside),
+            Some(offset) => {
+                let len = (source.len() - *done).min(*budget);
+                source.copy_to(*done, writer, offset + *done, len, next);
+                *done += len;
+                *budget -= len;
+                if *done < source.len() {
+                    return None;
+                }
+                Ok(())
+            }
+        };
+        let completion = Completion { id: *id, outcome };
+        self.queue.pop_front();
+        Some(completion)
     }
 }
 
@@ -77,14 +89,14 @@ impl Transport for SharedMemoryTransport {
 
     fn poll(&mut self, done: &mut Vec<Completion>) {
         done.append(&mut self.severed);
+        let target = Arc::clone(&self.target);
+        // Gone before anybody hears of what has completed.
+        let writer = target.writer();
         let mut budget = BYTES_PER_POLL;
         while 0 < budget
-            && let Some(mut copy) = self.queue.pop_front()
+            && let Some(completion) = self.advance(&writer, &mut budget)
         {
-            match self.advance(&mut copy, &mut budget) {
-                Some(outcome) => done.push(Completion { id: copy.id, outcome }),
-                None => self.queue.push_front(copy),
-            }
+            done.push(completion);
         }
     }
 }

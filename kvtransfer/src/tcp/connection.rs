@@ -101,14 +101,18 @@ impl Connection {
     /// Reads what has come, up to a bound, appending the complete messages to `messages`. They count even when
     /// the connection turns out to be lost behind them.
     pub(crate) fn receive(&mut self, messages: &mut Vec<Message>) -> Result<(), Loss> {
+        self.take_messages(messages)?; // They may have come along with the handshake.
         for _ in 0..READS_PER_TURN {
-            while let Some(message) = self.reader.next_message()? {
-                messages.push(message);
-            }
-            if !self.read()? {
-                return Ok(());
+            let length = self.read()?;
+            self.take_messages(messages)?;
+            if length < READ {
+                return Ok(()); // There was room for more: nothing is left, or poll will tell.
             }
         }
+        Ok(())
+    }
+
+    fn take_messages(&mut self, messages: &mut Vec<Message>) -> Result<(), CodecError> {
         while let Some(message) = self.reader.next_message()? {
             messages.push(message);
         }
@@ -121,23 +125,23 @@ impl Connection {
             if let Some(message) = self.reader.next_message()? {
                 return Ok(Some(message));
             }
-            if !self.read()? {
+            if self.read()? == 0 {
                 return Ok(None);
             }
         }
     }
 
-    /// Reads once; false when nothing is there.
-    fn read(&mut self) -> Result<bool, Loss> {
-        let mut buffer = [0; 16 << 10];
+    /// Reads once. Returns how many bytes came, zero when none are there.
+    fn read(&mut self) -> Result<usize, Loss> {
+        let mut buffer = [0; READ];
         loop {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Err(Loss::Closed),
                 Ok(length) => {
                     self.reader.push(&buffer[..length]);
-                    return Ok(true);
+                    return Ok(length);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
@@ -147,5 +151,7 @@ impl Connection {
 
 /// What may wait for a slow reader: several of the longest messages.
 const MAX_QUEUED: usize = 4 * codec::MAX_FRAME;
+/// Bytes read at a time.
+const READ: usize = 16 << 10;
 /// Reads before it is another peer's turn.
 const READS_PER_TURN: usize = 16;
