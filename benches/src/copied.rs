@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use tidemill_kvtransfer::Region;
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvDtype;
 
@@ -16,12 +17,13 @@ pub(crate) fn measure(rounds: usize) -> anyhow::Result<Vec<Row>> {
     for (name, layers) in [("whole blocks", all_layers), ("layer by layer", 1)] {
         let mut pair = Pair::new(layout.clone(), 2 * BLOCKS, Way::SharedMemory, Coverage::Sampled)?;
         let bytes = pair.bytes(BLOCKS);
-        let (from, mut to) = (vec![1u8; bytes], vec![2u8; bytes]);
+        let (from, mut to) = (Region::new("limit", bytes)?, vec![2; bytes]);
+        from.write(0, &vec![1; bytes]);
         let mut writes = 0;
         let mut failure = None;
         let (memcpy, handoff) = in_turns(
             rounds,
-            || time(|| to.copy_from_slice(std::hint::black_box(&from))),
+            || time(|| from.read(0, std::hint::black_box(&mut to))),
             || match pair.hand_over(BLOCKS, layers) {
                 Ok(took) => {
                     writes = took.writes;

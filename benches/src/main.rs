@@ -34,7 +34,7 @@ struct Cli {
 enum Command {
     /// Everything about moving KV cache from one worker to another
     Handoff {
-        /// Only rows whose name contains this
+        /// Only groups whose name contains this: copied, owner, tcp, posting, conversion, digest, exposed, router, killed
         #[arg(long, value_name = "TEXT")]
         only: Option<String>,
         /// Repetitions of each measurement
@@ -49,14 +49,16 @@ enum Command {
 /// One group of rows: what `--only` chooses by, and how they are measured.
 type Group = (&'static str, fn(usize) -> anyhow::Result<Vec<Row>>);
 
-const GROUPS: [Group; 7] = [
+const GROUPS: [Group; 9] = [
     ("copied", copied::measure),
     ("owner", owner_change::measure),
     ("tcp", tcp::measure),
     ("posting", posting::measure),
     ("conversion", conversion::measure),
     ("digest", digests::measure),
-    ("system", whole_system::measure),
+    ("exposed", whole_system::exposed),
+    ("router", whole_system::router),
+    ("killed", whole_system::killed),
 ];
 
 fn main() -> ExitCode {

@@ -11,13 +11,20 @@ use tidemill_tests::deployment::Deployment;
 use crate::report::{Row, Target};
 use crate::timing::{median, quantile};
 
-pub(crate) fn measure(rounds: usize) -> anyhow::Result<Vec<Row>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut rows = Vec::new();
-    rows.push(runtime.block_on(exposed_transfer(rounds))?);
-    rows.push(runtime.block_on(front_end(rounds))?);
-    rows.extend(runtime.block_on(killed_prefill())?);
-    Ok(rows)
+pub(crate) fn exposed(rounds: usize) -> anyhow::Result<Vec<Row>> {
+    Ok(vec![runtime()?.block_on(exposed_transfer(rounds))?])
+}
+
+pub(crate) fn router(rounds: usize) -> anyhow::Result<Vec<Row>> {
+    Ok(vec![runtime()?.block_on(front_end(rounds))?])
+}
+
+pub(crate) fn killed(_rounds: usize) -> anyhow::Result<Vec<Row>> {
+    runtime()?.block_on(killed_prefill())
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 /// Every worker has one core, so that a split deployment computes no faster than a colocated one.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tidemill_kvtransfer::{
-    Endpoint, EndpointConfig, HandoffEvent, PeerAddress, PushWrite, RdmaConfig, Region, Reserve, Source,
-    Timing, TransportChoice,
+    Endpoint, EndpointConfig, HandoffEvent, Path, PeerAddress, PushWrite, RdmaConfig, Region, Reserve,
+    Source, Timing, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
@@ -95,9 +95,11 @@ impl Pair {
             targets,
         });
         let HandoffEvent::Reserved(reserved) = self.prefill.next()?.1 else { bail!("no reservation came") };
-        let is_in_place = matches!(reserved.path, tidemill_kvtransfer::Path::InPlace(_));
+        if let Path::InPlace(arena) = &reserved.path {
+            self.compute_in(arena, &reserved.targets);
+        }
         let began = Instant::now();
-        if !is_in_place {
+        if matches!(reserved.path, Path::Write) {
             let strides = self.layout.strides();
             let sources: Vec<u32> = scattered(self.blocks, blocks, 11).collect();
             for first in (0..usize::from(self.layout.layers)).step_by(layers) {
@@ -122,6 +124,16 @@ impl Pair {
             after_finish: committed.saturating_duration_since(finished),
             writes: stats.writes,
         })
+    }
+}
+
+impl Pair {
+    /// What an engine does that computes in its peer's blocks: it stores into each of them.
+    fn compute_in(&self, arena: &Region, targets: &[BlockRef]) {
+        let bytes = vec![5; self.layout.block_bytes()];
+        for target in targets {
+            arena.write(target.block.0 as usize * bytes.len(), &bytes);
+        }
     }
 }
 

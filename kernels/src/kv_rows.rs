@@ -59,10 +59,14 @@ pub(crate) fn row<'a>(shape: &KvBlockShape, block: BlockAddress, row: RowIndex) 
 
 /// Scale of a row: 1 for types without scales.
 pub(crate) fn scale(shape: &KvBlockShape, block: BlockAddress, row: RowIndex) -> f32 {
-    shape.scale_offset(row).map_or(1.0, |offset| {
-        let stored = bytes(shape, block, offset, size_of::<f32>());
-        f32::from_ne_bytes(stored.try_into().expect("four bytes were asked for"))
-    })
+    shape.scale_offset(row).map_or(1.0, |offset| stored_scale(shape, block, offset))
+}
+
+/// The scale at an offset in a block.
+#[inline(always)]
+pub(crate) fn stored_scale(shape: &KvBlockShape, block: BlockAddress, offset: usize) -> f32 {
+    let stored = bytes(shape, block, offset, size_of::<f32>());
+    f32::from_ne_bytes(stored.try_into().expect("four bytes were asked for"))
 }
 
 /// Lets `write` fill the stored bytes of a row; the scale it returns is stored for types that have one.
@@ -79,10 +83,12 @@ pub(crate) fn write_row(
 }
 
 /// Stored bytes of neighbouring rows, or of their scales.
+#[inline(always)]
 pub(crate) fn run<'a>(shape: &KvBlockShape, block: BlockAddress, offset: usize, len: usize) -> &'a [u8] {
     bytes(shape, block, offset, len)
 }
 
+#[inline(always)]
 fn bytes<'a>(shape: &KvBlockShape, block: BlockAddress, offset: usize, len: usize) -> &'a [u8] {
     // SAFETY: `checked` keeps the range inside the block, which by the invariant of `BlockAddress` is good for reads
     // for as long as the address is given to kernels; nothing writes what a kernel reads, by the same invariant.
@@ -96,6 +102,7 @@ fn bytes_mut<'a>(shape: &KvBlockShape, block: BlockAddress, offset: usize, len: 
     unsafe { slice::from_raw_parts_mut(checked(shape, block, offset, len), len) }
 }
 
+#[inline(always)]
 fn checked(shape: &KvBlockShape, block: BlockAddress, offset: usize, len: usize) -> *mut u8 {
     assert!(offset + len <= shape.block_bytes(), "row at {offset} ends after the block");
     // SAFETY: inside the block, as just asserted, and so inside the allocation that the address promises.

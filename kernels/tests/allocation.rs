@@ -77,7 +77,7 @@ fn no_operation_allocates_after_reserve() {
                 first: 3,
                 count: 9,
             };
-            cpu.convert_block(&mut image, &shape, 0..1, span);
+            cpu.convert_block(&mut image, &shape, 0..1, span, 0);
             cpu.zero_tail(&shape, blocks.addresses[3], 10);
         }
         assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "on {}", cpu.describe());

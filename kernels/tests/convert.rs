@@ -104,7 +104,7 @@ fn convert(
         let first = index * to.block_len;
         let count = to.block_len.min(tokens - first);
         let span = TokenSpan { shape: from, blocks: &source.addresses, first, count };
-        cpu.convert_block(image(block, &to), &to, 0..to.layers, span);
+        cpu.convert_block(image(block, &to), &to, 0..to.layers, span, 0);
     }
     target
 }
@@ -229,6 +229,14 @@ fn convert_heads(
         reference::convert_heads(&mut plain, to, 0..to.layers, span, heads);
         cpu.convert_heads(image, to, 0..to.layers, span, heads);
         assert!(*image == *plain, "{heads:?} of {from:?} to {to:?}");
+        if heads.count == to.kv_heads {
+            // All heads of the target: one call fills a block, whatever was in it.
+            let mut whole = vec![0xaa; plain.len()];
+            cpu.convert_block(&mut whole, to, 0..to.layers, span, heads.from);
+            assert!(whole == plain, "a whole block of {heads:?} of {from:?} to {to:?}");
+            reference::convert_block(&mut whole, to, 0..to.layers, span, heads.from);
+            assert!(whole == plain, "reference: a whole block of {heads:?} of {from:?} to {to:?}");
+        }
     }
 }
 
@@ -266,10 +274,10 @@ fn check_row(name: &str, row: &[f32], from: &KvBlockShape, dtype: KvDtype) {
     let to = shape(dtype, 1, 1, 1, from.head_size, Order::TokenHead);
     let span = TokenSpan { shape: from, blocks: &source.addresses, first: 0, count: 1 };
     let mut plain = vec![0; to.block_bytes()];
-    reference::convert_block(&mut plain, &to, 0..1, span);
+    reference::convert_block(&mut plain, &to, 0..1, span, 0);
     for cpu in support::cpus(1) {
         let mut image = vec![0; to.block_bytes()];
-        cpu.convert_block(&mut image, &to, 0..1, span);
+        cpu.convert_block(&mut image, &to, 0..1, span, 0);
         let (from, cpu) = (from.dtype, cpu.describe());
         assert!(image == plain, "{name} of {from:?} as {dtype:?} on {cpu}: {image:?}, not {plain:?}");
     }
@@ -292,9 +300,9 @@ proptest! {
                 // Layer groups of one and of the rest, as a push that follows the computation sends them.
                 for layers in [0..1, 1..to.layers] {
                     let mut image = vec![0xaa; layers.len() * to.layer_stride];
-                    cpu.convert_block(&mut image, &to, layers.clone(), span);
+                    cpu.convert_block(&mut image, &to, layers.clone(), span, 0);
                     let mut plain = vec![0x55; image.len()];
-                    reference::convert_block(&mut plain, &to, layers.clone(), span);
+                    reference::convert_block(&mut plain, &to, layers.clone(), span, 0);
                     prop_assert!(image == plain, "{isa} and reference differ in layers {layers:?}");
                     // SAFETY: the bytes of these layers of one block, which belongs to `target`.
                     let bytes = unsafe {

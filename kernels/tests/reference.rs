@@ -117,7 +117,7 @@ fn convert_block_puts_tokens_into_their_slots_and_zeros_elsewhere() {
     reference::write_kv(&from, 0, &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[-1.0; 7], &[rows]);
     let mut image = vec![0xff; 64];
     let span = TokenSpan { shape: &from, blocks: &blocks.addresses, first: 5, count: 2 };
-    reference::convert_block(&mut image, &to, 0..1, span);
+    reference::convert_block(&mut image, &to, 0..1, span, 0);
     let halves: Vec<f32> =
         image.as_chunks().0.iter().map(|&bytes| half::bf16::from_le_bytes(bytes).to_f32()).collect();
     assert_eq!(halves[..8], [0.0, 5.0, 6.0, 0.0, 0.0, -1.0, -1.0, 0.0]);

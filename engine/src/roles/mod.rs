@@ -5,5 +5,6 @@ mod events;
 mod first_token;
 pub(crate) mod links;
 pub(crate) mod prefill;
+mod staging;
 
 pub(crate) use first_token::FirstToken;

@@ -12,18 +12,20 @@ use tidemill_engine_core::pushes::{Due, Pushes};
 use tidemill_engine_core::request::RequestId;
 use tidemill_kernels::cpu::Cpu;
 use tidemill_kernels::kv::BlockAddress;
-use tidemill_kernels::step::{HeadSpan, TokenSpan};
-use tidemill_kvtransfer::{Endpoint, Path, PushWrite, Reserved, Slab, Source};
+use tidemill_kernels::step::TokenSpan;
+use tidemill_kvtransfer::{Endpoint, Path, PushWrite, Reserved, Source};
 use tidemill_kvtransfer_proto::layout::{Bridge, KvLayout};
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
 use super::FirstToken;
+use super::staging::Staging;
 use crate::memory::{Arena, block_shape};
 
 /// All handoffs that this worker computes prompts for.
 #[derive(Debug, Default)]
 pub(crate) struct Outgoings {
     by_handoff: BTreeMap<HandoffId, Outgoing>,
+    staging: Staging,
 }
 
 /// One of them.
@@ -139,7 +141,7 @@ impl Outgoings {
             .collect();
         let writes = match bridge {
             Bridge::Identical => origin.as_it_is(pushes, pieces, table),
-            Bridge::Convert { .. } => origin.converted(pushes, pieces, table, layout),
+            Bridge::Convert { .. } => origin.converted(pushes, pieces, table, layout, &mut self.staging),
         };
         origin.endpoint.push(handoff, writes);
         true
@@ -212,30 +214,25 @@ impl Origin<'_> {
         pieces: Vec<(Range<usize>, u32)>,
         table: &[BlockRef],
         layout: &KvLayout,
+        staging: &mut Staging,
     ) -> Vec<PushWrite> {
         let shape = &block_shape(layout);
         // A tensor-parallel peer holds some of our heads.
-        let heads = HeadSpan {
-            from: usize::from(layout.heads.first - self.arena.layout().heads.first),
-            to: 0,
-            count: shape.kv_heads,
-        };
+        let first_head = usize::from(layout.heads.first - self.arena.layout().heads.first);
         let blocks: Vec<BlockAddress> =
             table.iter().map(|reference| self.arena.address(reference.block)).collect();
         let bytes = |layers: &Range<usize>| layers.len() * shape.layer_stride;
         let total = pieces.iter().map(|(layers, _)| bytes(layers)).sum();
-        let mut slab = Slab::new(total).expect("address space for a copy of some of our blocks");
-        let mut rest = slab.as_mut_slice();
+        let mut slab = staging.take(total);
+        let mut rest = Arc::get_mut(&mut slab).expect("nobody reads what was just taken").as_mut_slice();
         for (layers, target) in &pieces {
             let (image, behind) = rest.split_at_mut(bytes(layers));
             let tokens = pushes.tokens_of(*target);
             let (first, count) = (tokens.start as usize, tokens.len());
             let from = TokenSpan { shape: self.arena.shape(), blocks: &blocks, first, count };
-            // A new slab is zeros, as the call asks.
-            self.cpu.convert_heads(image, shape, layers.clone(), from, heads);
+            self.cpu.convert_block(image, shape, layers.clone(), from, first_head);
             rest = behind;
         }
-        let slab = Arc::new(slab);
         let mut at = 0;
         let write = |(layers, target): (Range<usize>, u32)| {
             let len = bytes(&layers);
@@ -243,6 +240,8 @@ impl Origin<'_> {
             at += len;
             PushWrite { target_index: target, offset: layers.start * shape.layer_stride, len, source }
         };
-        pieces.into_iter().map(write).collect()
+        let writes = pieces.into_iter().map(write).collect();
+        staging.keep(slab);
+        writes
     }
 }

@@ -110,6 +110,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch_far(self, at: *const u8) {
+        // SAFETY: a hint, which reads nothing and is ignored where there is nothing; as in `add`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
     fn power_of_two(self, a: __m256) -> __m256 {
         // SAFETY: as in `add`.
         unsafe { power_of_two(a) }
@@ -247,7 +253,14 @@ fn greatest_bf16(stored: &[[u8; BF16_RUN]]) -> u16 {
         let numbers = unsafe { _mm256_loadu_si256(half.as_ptr().cast()) };
         greatest = _mm256_max_epu16(greatest, _mm256_and_si256(numbers, magnitude));
     }
-    let eight = _mm_max_epu16(_mm256_castsi256_si128(greatest), _mm256_extracti128_si256::<1>(greatest));
+    greatest_of(greatest)
+}
+
+/// The greatest of sixteen numbers.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn greatest_of(sixteen: __m256i) -> u16 {
+    let eight = _mm_max_epu16(_mm256_castsi256_si128(sixteen), _mm256_extracti128_si256::<1>(sixteen));
     // The instruction finds the least of eight: of the complements, that of the greatest.
     let ones = _mm_set1_epi16(-1);
     !(_mm_extract_epi16::<0>(_mm_minpos_epu16(_mm_xor_si128(eight, ones))) as u16)

@@ -4,8 +4,8 @@
 
 use super::{
     Isa,
-    avx2::Avx2,
-    simd::{BF16_RUN, Kernel, LANES, Simd},
+    avx2::{self, Avx2},
+    simd::{BF16_RUN, Kernel, LANES, SIGN_BF16, Simd},
 };
 use crate::matrix::PANEL;
 use std::arch::x86_64::*;
@@ -161,6 +161,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch_far(self, at: *const u8) {
+        self.0.prefetch_far(at)
+    }
+
+    #[inline(always)]
     fn power_of_two(self, a: __m256) -> __m256 {
         self.0.power_of_two(a)
     }
@@ -182,12 +187,14 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn greatest_bf16(self, stored: &[[u8; BF16_RUN]]) -> u16 {
-        self.0.greatest_bf16(stored)
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { greatest_bf16(stored) }
     }
 
     #[inline(always)]
     fn bf16_to_int8(self, stored: &[u8; BF16_RUN], inverse: f32, steps: &mut [u8; BF16_RUN / 2]) {
-        self.0.bf16_to_int8(stored, inverse, steps)
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { bf16_to_int8(stored, inverse, steps) }
     }
 
     type Panel = __m512;
@@ -261,3 +268,40 @@ fn panel_bf16(line: &[u32; PANEL]) -> [__m512; 2] {
     let upper = _mm512_set1_epi32(0xffff_0000u32.cast_signed());
     [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(_mm512_and_si512(pairs, upper))]
 }
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+fn greatest_bf16(stored: &[[u8; BF16_RUN]]) -> u16 {
+    let magnitude = _mm512_set1_epi16((!SIGN_BF16).cast_signed());
+    let mut greatest = _mm512_setzero_si512();
+    for run in stored {
+        // SAFETY: sixty-four bytes are good for reads through the reference.
+        let numbers = unsafe { _mm512_loadu_si512(run.as_ptr().cast()) };
+        greatest = _mm512_max_epu16(greatest, _mm512_and_si512(numbers, magnitude));
+    }
+    let (low, high) = (_mm512_castsi512_si256(greatest), _mm512_extracti64x4_epi64::<1>(greatest));
+    avx2::greatest_of(_mm256_max_epu16(low, high))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+fn bf16_to_int8(stored: &[u8; BF16_RUN], inverse: f32, steps: &mut [u8; BF16_RUN / 2]) {
+    let inverse = _mm512_set1_ps(inverse);
+    // SAFETY: sixty-four bytes are good for reads through the reference.
+    let pairs = unsafe { _mm512_loadu_si512(stored.as_ptr().cast()) };
+    // Every second number, and those between.
+    let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
+    let high_half = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+    let odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, high_half));
+    let even = _mm512_cvtps_epi32(_mm512_mul_ps(even, inverse));
+    let odd = _mm512_cvtps_epi32(_mm512_mul_ps(odd, inverse));
+    // A step is the last byte of its lane: that of an even number, then that of the odd one behind it.
+    let last_byte = _mm512_set1_epi32(0xff);
+    let both = _mm512_ternarylogic_epi32::<PICK>(last_byte, even, _mm512_slli_epi32::<8>(odd));
+    let bytes = _mm512_cvtepi32_epi16(both);
+    // SAFETY: thirty-two bytes are good for writes through the reference.
+    unsafe { _mm256_storeu_si256(steps.as_mut_ptr().cast(), bytes) };
+}
+
+/// Where the first of three bits is set the second, elsewhere the third.
+const PICK: i32 = 0b1100_1010;

@@ -1,7 +1,7 @@
 //! Blocks of one layout into a block of another.
 //!
 //! What a handoff between unequal workers costs is bytes through memory, so that is all that happens here: each byte
-//! is read once and written once, neighbours are copied in one piece, and nothing is zeroed that will be written.
+//! is read once, in the order in which it lies, and written once, and nothing is zeroed that will be written.
 
 use super::{
     kv_codec::{bf16_row_to_int8, decode_row, encode_row},
@@ -39,7 +39,9 @@ struct Strides {
     head: usize,
 }
 
-/// A rectangle of equal runs of bytes: offsets and strides on both sides.
+/// A rectangle of equal runs of bytes: offsets and strides on both sides, the outer axis being that of the longer
+/// strides in the source. Memory is read in its own order then; the image, which is written, lies in a cache.
+#[derive(Clone, Copy)]
 struct Rectangle {
     source: usize,
     target: usize,
@@ -62,13 +64,14 @@ impl Kernel for ConvertHeads<'_> {
     fn run<S: Simd>(mut self, simd: S) {
         let TokenSpan { shape, blocks, first, count } = self.from;
         assert!(shape.head_size <= WIDEST_HEAD, "convert: heads of {}", shape.head_size);
-        let mut values = [0.0; WIDEST_HEAD];
+        let mut values = None;
         for layer in self.layers.clone() {
             let mut position = first;
             while position < first + count {
                 let token = position % shape.block_len;
                 let tokens = (shape.block_len - token).min(first + count - position);
                 let block = blocks[position / shape.block_len];
+                let next = blocks.get((position + tokens) / shape.block_len);
                 for part in [Part::Key, Part::Value] {
                     let source = RowIndex { part, layer, token, head: self.heads.from };
                     let target = RowIndex {
@@ -77,7 +80,12 @@ impl Kernel for ConvertHeads<'_> {
                         token: position % self.to.block_len,
                         head: self.heads.to,
                     };
-                    self.convert(simd, Piece { block, source, target, tokens }, &mut values);
+                    let piece = Piece { block, source, target, tokens };
+                    if let (Part::Value, Some(&block)) = (part, next) {
+                        let source = RowIndex { part: Part::Key, token: 0, ..source };
+                        self.ask_for(simd, Piece { block, source, tokens: shape.block_len, ..piece });
+                    }
+                    self.convert(simd, piece, &mut values);
                 }
                 position += tokens;
             }
@@ -88,87 +96,116 @@ impl Kernel for ConvertHeads<'_> {
 impl ConvertHeads<'_> {
     #[inline(always)]
     fn convert<S: Simd>(&mut self, simd: S, piece: Piece, values: &mut Values) {
-        let (from, to) = (self.from.shape, self.to);
-        if from.dtype != to.dtype {
-            return self.convert_rows(simd, piece, values);
-        }
+        // Copies, since the compiler cannot know that what is written is not the shapes.
+        let (from, to) = (*self.from.shape, *self.to);
         let offsets = (from.row_offset(piece.source), to.row_offset(piece.target));
-        self.copy(piece, offsets, (data_strides(from), data_strides(to)), to.row_bytes());
-        let scales = (from.scale_offset(piece.source), to.scale_offset(piece.target));
-        if let (Some(source), Some(target)) = scales {
-            let strides = (scale_strides(from), scale_strides(to));
-            self.copy(piece, (source, target), strides, size_of::<f32>());
+        let strides = (data_strides(&from), data_strides(&to));
+        let rows = self.rectangle(piece, offsets, strides, from.row_bytes());
+        let scale_offsets = (from.scale_offset(piece.source), to.scale_offset(piece.target));
+        let scale_strides = (scale_strides(&from), scale_strides(&to));
+        if from.dtype != to.dtype {
+            // Without scales on one side its offsets are not looked at.
+            let offsets = (scale_offsets.0.unwrap_or_default(), scale_offsets.1.unwrap_or_default());
+            let scales = self.rectangle(piece, offsets, scale_strides, SCALE);
+            return self.convert_rows(simd, piece.block, (rows, scales), values);
+        }
+        self.copy(simd, piece.block, rows.joined());
+        if let (Some(source), Some(target)) = scale_offsets {
+            let scales = self.rectangle(piece, (source, target), scale_strides, SCALE);
+            self.copy(simd, piece.block, scales.joined());
         }
     }
 
-    /// Copies rows of `len` bytes, as many at a time as lie side by side here and there.
+    /// Asks for the first bytes of a piece that is read soon: what is asked for on the way from line to line ends with the
+    /// block before.
     #[inline(always)]
-    fn copy(
-        &mut self,
+    fn ask_for<S: Simd>(&self, simd: S, piece: Piece) {
+        let (from, to) = (*self.from.shape, *self.to);
+        let strides = (data_strides(&from), data_strides(&to));
+        let rows = self.rectangle(piece, (from.row_offset(piece.source), 0), strides, from.row_bytes());
+        let first = piece.block.as_ptr().cast_const();
+        let mut asked = 0;
+        for outer in 0..rows.outer.count {
+            for inner in 0..rows.inner.count {
+                let row = first.wrapping_add(rows.at(outer, inner).0);
+                for at in (0..rows.len).step_by(LINE) {
+                    simd.prefetch_far(row.wrapping_add(at));
+                }
+                asked += rows.len;
+            }
+            if COPY_AHEAD <= asked {
+                return;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn rectangle(
+        &self,
         piece: Piece,
         (source, target): (usize, usize),
         (from, to): (Strides, Strides),
         len: usize,
-    ) {
+    ) -> Rectangle {
         let tokens = Axis { count: piece.tokens, source: from.token, target: to.token };
         let heads = Axis { count: self.heads.count, source: from.head, target: to.head };
-        let (outer, inner) = if to.token < to.head { (heads, tokens) } else { (tokens, heads) };
-        let Rectangle { source, target, outer, inner, len } =
-            Rectangle { source, target, outer, inner, len }.joined();
-        for row in 0..outer.count {
-            let (source, target) = (source + row * outer.source, target + row * outer.target);
-            for run in 0..inner.count {
-                let (source, target) = (source + run * inner.source, target + run * inner.target);
-                let stored = kv_rows::run(self.from.shape, piece.block, source, len);
-                self.image[target..target + len].copy_from_slice(stored);
+        // As the data lies: a type without scales has no strides of scales.
+        let shape = self.from.shape;
+        let by_heads = shape.token_stride < shape.head_stride;
+        let (outer, inner) = if by_heads { (heads, tokens) } else { (tokens, heads) };
+        Rectangle { source, target, outer, inner, len }
+    }
+
+    #[inline(always)]
+    fn copy<S: Simd>(&mut self, simd: S, block: BlockAddress, runs: Rectangle) {
+        let (from, ahead) = (*self.from.shape, runs.ahead(COPY_AHEAD));
+        for outer in 0..runs.outer.count {
+            for inner in 0..runs.inner.count {
+                let (source, target) = runs.at(outer, inner);
+                let stored = kv_rows::run(&from, block, source, runs.len);
+                copy_run(simd, stored, &mut self.image[target..target + runs.len], ahead);
             }
         }
     }
 
-    /// Converts row by row, in the order of the target.
+    /// Converts the rows of a rectangle; the other one is that of their scales.
     #[inline(always)]
-    fn convert_rows<S: Simd>(&mut self, simd: S, piece: Piece, values: &mut Values) {
-        let (tokens, heads) = (piece.tokens, self.heads.count);
-        if self.to.token_stride < self.to.head_stride {
-            for head in 0..heads {
-                for token in 0..tokens {
-                    self.convert_row(simd, piece, (token, head), values);
-                }
-            }
-        } else {
-            for token in 0..tokens {
-                for head in 0..heads {
-                    self.convert_row(simd, piece, (token, head), values);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn convert_row<S: Simd>(
+    fn convert_rows<S: Simd>(
         &mut self,
         simd: S,
-        piece: Piece,
-        (token, head): (usize, usize),
+        block: BlockAddress,
+        (rows, scales): (Rectangle, Rectangle),
         values: &mut Values,
     ) {
-        let (from, to) = (self.from.shape, self.to);
-        let at = |row: RowIndex| RowIndex { token: row.token + token, head: row.head + head, ..row };
-        let (source, target) = (at(piece.source), at(piece.target));
-        let stored = kv_rows::row(from, piece.block, source);
-        let image = &mut self.image[to.row_offset(target)..][..to.row_bytes()];
-        let direct = match (from.dtype, to.dtype) {
-            (KvDtype::Bf16, KvDtype::Int8) => bf16_row_to_int8(simd, stored, image),
-            _ => None,
-        };
-        let scale = direct.unwrap_or_else(|| {
-            let scale = kv_rows::scale(from, piece.block, source);
-            let values = &mut values[..from.head_size];
-            decode_row(simd, from.dtype, stored, scale, values);
-            encode_row(simd, to.dtype, values, image)
-        });
-        if let Some(offset) = to.scale_offset(target) {
-            self.image[offset..offset + size_of::<f32>()].copy_from_slice(&scale.to_ne_bytes());
+        let (from, to, ahead) = (*self.from.shape, *self.to, rows.ahead(CONVERT_AHEAD));
+        let (has_scale, gets_scale) = (from.dtype == KvDtype::Int8, to.dtype == KvDtype::Int8);
+        let to_bytes = to.row_bytes();
+        for outer in 0..rows.outer.count {
+            for inner in 0..rows.inner.count {
+                let (source, target) = rows.at(outer, inner);
+                let (source_scale, target_scale) = scales.at(outer, inner);
+                let stored = kv_rows::run(&from, block, source, rows.len);
+                for line in stored.chunks(LINE) {
+                    simd.prefetch_far(line.as_ptr().wrapping_add(ahead));
+                }
+                let image = &mut self.image[target..target + to_bytes];
+                let direct = match (from.dtype, to.dtype) {
+                    (KvDtype::Bf16, KvDtype::Int8) => bf16_row_to_int8(simd, stored, image),
+                    _ => None,
+                };
+                let scale = direct.unwrap_or_else(|| {
+                    let scale =
+                        if has_scale { kv_rows::stored_scale(&from, block, source_scale) } else { 1.0 };
+                    let values = values.get_or_insert([0.0; WIDEST_HEAD]);
+                    let values = &mut values[..from.head_size];
+                    decode_row(simd, from.dtype, stored, scale, values);
+                    encode_row(simd, to.dtype, values, image)
+                });
+                if gets_scale {
+                    let image = &mut self.image[target_scale..target_scale + SCALE];
+                    image.copy_from_slice(&scale.to_ne_bytes());
+                }
+            }
         }
     }
 }
@@ -186,11 +223,49 @@ impl Rectangle {
         }
         self
     }
+
+    /// Offsets of one run, in the source and in the target.
+    #[inline(always)]
+    fn at(&self, outer: usize, inner: usize) -> (usize, usize) {
+        (
+            self.source + outer * self.outer.source + inner * self.inner.source,
+            self.target + outer * self.outer.target + inner * self.inner.target,
+        )
+    }
+
+    /// How far behind a line that is read lies one to be asked for, so that `bytes` are read in between: whole steps of the
+    /// outer axis. Between the last of them and the next part there is mostly no gap.
+    #[inline(always)]
+    fn ahead(&self, bytes: usize) -> usize {
+        if self.outer.count == 1 {
+            return bytes;
+        }
+        bytes.div_ceil(self.inner.count * self.len) * self.outer.source
+    }
+}
+
+/// Copies a run whose source is read from memory. Runs are short, a row of some hundred bytes or a few of them: too
+/// short for `memcpy` to be worth a call, and for the machine to see by itself what is read next.
+#[inline(always)]
+fn copy_run<S: Simd>(simd: S, stored: &[u8], image: &mut [u8], ahead: usize) {
+    let (lines, rest) = stored.as_chunks::<LINE>();
+    let (image_lines, image_rest) = image.as_chunks_mut::<LINE>();
+    for (image, line) in image_lines.iter_mut().zip(lines) {
+        simd.prefetch_far(line.as_ptr().wrapping_add(ahead));
+        *image = *line;
+    }
+    if rest.is_empty() {
+        return;
+    }
+    match (rest.as_chunks::<SCALE>(), image_rest.as_chunks_mut::<SCALE>()) {
+        (([scale], []), ([image], [])) => *image = *scale,
+        _ => image_rest.copy_from_slice(rest),
+    }
 }
 
 /// Zeroes what of an image no token of `from` will be written to: slots before and behind them, and the padding.
 pub(crate) fn clear_uncovered(image: &mut [u8], to: &KvBlockShape, layers: usize, from: TokenSpan<'_>) {
-    let scale = if to.dtype == KvDtype::Int8 { size_of::<f32>() } else { 0 };
+    let scale = if to.dtype == KvDtype::Int8 { SCALE } else { 0 };
     let data = to.block_len * to.kv_heads * to.row_bytes();
     let scales = to.block_len * to.kv_heads * scale;
     let is_dense = to.value_offset == data
@@ -211,8 +286,17 @@ fn scale_strides(shape: &KvBlockShape) -> Strides {
     Strides { token: shape.scale_token_stride, head: shape.scale_head_stride }
 }
 
-/// A row on its way from one type to another.
-type Values = [f32; WIDEST_HEAD];
+/// A row on its way from one type to another. Most need no stop on the way, and then it is not cleared either.
+type Values = Option<[f32; WIDEST_HEAD]>;
 
+/// Bytes of the scale of a row.
+const SCALE: usize = size_of::<f32>();
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Bytes copied between the moment that a line is asked for and that it is needed: as many as come from memory while it
+/// looks for the line and, in the page tables, for its page.
+const COPY_AHEAD: usize = 4096;
+/// The same for rows that are converted, which takes longer.
+const CONVERT_AHEAD: usize = 2048;
 /// Elements of the widest head that a conversion has room for: no model has more than 576 (the latent of DeepSeek).
 const WIDEST_HEAD: usize = 1024;

@@ -56,14 +56,28 @@ pub(crate) fn bf16_row_to_int8<S: Simd>(simd: S, stored: &[u8], steps: &mut [u8]
     if !rest.is_empty() {
         return None;
     }
+    let (step_runs, _) = steps.as_chunks_mut::<{ BF16_RUN / 2 }>();
+    // Heads of 64 and 128 in straight lines of code.
+    match runs.len() {
+        2 => bf16_runs_to_int8(simd, &runs[..2], &mut step_runs[..2]),
+        4 => bf16_runs_to_int8(simd, &runs[..4], &mut step_runs[..4]),
+        _ => bf16_runs_to_int8(simd, runs, step_runs),
+    }
+}
+
+#[inline(always)]
+fn bf16_runs_to_int8<S: Simd>(
+    simd: S,
+    runs: &[[u8; BF16_RUN]],
+    steps: &mut [[u8; BF16_RUN / 2]],
+) -> Option<f32> {
     let greatest = simd.greatest_bf16(runs);
     let scale = f32::from_bits(u32::from(greatest) << 16) / 127.0;
     if scale < f32::MIN_POSITIVE || INFINITE_BF16 <= greatest {
         return None;
     }
     let inverse = 1.0 / scale;
-    let (step_runs, _) = steps.as_chunks_mut::<{ BF16_RUN / 2 }>();
-    for (run, steps) in runs.iter().zip(step_runs) {
+    for (run, steps) in runs.iter().zip(steps) {
         simd.bf16_to_int8(run, inverse, steps);
     }
     Some(scale)

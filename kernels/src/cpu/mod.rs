@@ -243,7 +243,8 @@ impl Cpu {
         attention.compute(out, self.level, &mut step.pool, &mut step.tiles, &self.attention);
     }
 
-    /// Writes the tokens of `from` into `image`, the bytes of `layers` of one block of shape `to`.
+    /// Writes the tokens of `from` into `image`, the bytes of `layers` of one block of shape `to`, whose heads are
+    /// those of the source from `first_head` on.
     ///
     /// Token `p` goes to slot `p % to.block_len`; all else in the image becomes zero. Equal types copy bits (and
     /// scales). Runs on the calling thread, beside whatever the pool does.
@@ -253,15 +254,17 @@ impl Cpu {
         to: &KvBlockShape,
         layers: Range<usize>,
         from: TokenSpan<'_>,
+        first_head: usize,
     ) {
-        from.assert_fills(to);
+        let heads = HeadSpan { from: first_head, to: 0, count: to.kv_heads };
+        heads.assert_fits(from.shape, to);
         from.assert_converts(to, &layers, image);
         clear_uncovered(image, to, layers.len(), from);
-        let heads = HeadSpan { from: 0, to: 0, count: to.kv_heads };
         self.level.run(ConvertHeads { image, to, layers, from, heads });
     }
 
-    /// The same for some heads, between workers that hold different ones: everything else in the image stays as it is.
+    /// The same for some heads of the target, between workers that hold different ones: everything else in the image
+    /// stays as it is.
     /// A block for all heads is put together from the blocks of several workers by one call for each of them, into an
     /// image that began as zeros.
     pub fn convert_heads(

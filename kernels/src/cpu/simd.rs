@@ -39,6 +39,9 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn round(self, a: Self::Vector) -> Self::Vector;
     /// Asks for the cache line of `at`, which will be read soon.
     fn prefetch(self, at: &u8);
+    /// Asks for the line at an address that may be nothing to read, and that is needed once only.
+    #[inline(always)]
+    fn prefetch_far(self, _at: *const u8) {}
     /// `2^a` for integers `a` from -126 to 127.
     fn power_of_two(self, a: Self::Vector) -> Self::Vector;
     /// The sum of each vector's lanes: `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.

@@ -8,13 +8,19 @@ use crate::{
 };
 use std::ops::Range;
 
-/// Writes the tokens of `from` into `image`, the bytes of `layers` of one block of shape `to`.
+/// Writes the tokens of `from` into `image`, the bytes of `layers` of one block of shape `to`, whose heads are those of
+/// the source from `first_head` on.
 ///
 /// Token `p` goes to slot `p % to.block_len`; all else in the image becomes zero. Equal types copy bits (and scales).
-pub fn convert_block(image: &mut [u8], to: &KvBlockShape, layers: Range<usize>, from: TokenSpan<'_>) {
-    from.assert_fills(to);
+pub fn convert_block(
+    image: &mut [u8],
+    to: &KvBlockShape,
+    layers: Range<usize>,
+    from: TokenSpan<'_>,
+    first_head: usize,
+) {
     image.fill(0);
-    convert_heads(image, to, layers, from, HeadSpan { from: 0, to: 0, count: to.kv_heads });
+    convert_heads(image, to, layers, from, HeadSpan { from: first_head, to: 0, count: to.kv_heads });
 }
 
 /// The same for some heads; everything else in the image stays as it is.
@@ -83,11 +89,6 @@ impl HeadSpan {
 }
 
 impl TokenSpan<'_> {
-    /// That one call can fill a whole block.
-    pub(crate) fn assert_fills(&self, to: &KvBlockShape) {
-        assert_eq!(self.shape.kv_heads, to.kv_heads, "convert: equal heads");
-    }
-
     pub(crate) fn assert_converts(&self, to: &KvBlockShape, layers: &Range<usize>, image: &[u8]) {
         let from = self.shape;
         assert_eq!(from.head_size, to.head_size, "convert: heads of equal size");
