@@ -83,6 +83,7 @@ fn prepared(
         heartbeat: second,
         patience: second,
         stall: second,
+        credit: u64::MAX,
     });
     core.meet(DECODE, "decode");
     core.link_up(DECODE, LinkUp { hello: hello(layout), proof: QuietProof::Process, busy: Vec::new() }, now);

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tidemill_kvtransfer::{
-    Endpoint, EndpointConfig, HandoffEvent, Path, PeerAddress, PushWrite, RdmaConfig, Region, Reserve,
-    Source, Timing, TransportChoice,
+    DEFAULT_CREDIT, Endpoint, EndpointConfig, HandoffEvent, Path, PeerAddress, PushWrite, RdmaConfig, Region,
+    Reserve, Source, Timing, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
@@ -89,6 +89,7 @@ impl Pair {
         self.decode.endpoint.reserve(Reserve {
             handoff,
             peer_instance: 1,
+            within: Duration::ZERO,
             tokens: TokenCount(blocks * self.layout.block_len.tokens()),
             first_block: 0,
             cached: Vec::new(),
@@ -165,6 +166,7 @@ impl Worker {
             require: true,
             in_place: way == Way::InPlace,
             coverage,
+            credit: DEFAULT_CREDIT,
             timing: Timing { lease: PATIENCE, ..Timing::default() },
             rdma: RdmaConfig::default(),
         };

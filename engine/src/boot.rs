@@ -185,6 +185,7 @@ fn endpoint(
             },
             require: config.require_transport,
             in_place: config.in_place,
+            credit: tidemill_kvtransfer::DEFAULT_CREDIT,
             timing: Timing::default(),
             coverage: match config.digest {
                 DigestCoverage::Sampled => Coverage::Sampled,

@@ -356,6 +356,7 @@ impl Driver {
             queued_tokens: self.scheduler.queued_tokens(),
             ledger: self.scheduler.ledger(),
             counters: self.counters,
+            credit: self.endpoint.credit_load(),
         };
         self.shared.publish(status, self.scheduler.take_cache_changes());
     }

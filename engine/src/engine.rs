@@ -167,7 +167,7 @@ impl EngineHandle {
 
     /// The state after the last turn of the engine's loop.
     pub fn status(&self) -> EngineStatus {
-        self.shared.published().status.clone()
+        EngineStatus { credit: self.endpoint.credit_load(), ..self.shared.published().status.clone() }
     }
 
     /// Calls `listener` after each turn of the engine's loop, on the engine thread: it must not block.

@@ -13,6 +13,7 @@ pub use tidemill_engine_core::routing::Role;
 pub use tidemill_engine_core::speculation::{MOST_DRAFTED, SpeculationSettings, SpeculationSums};
 pub use tidemill_kernels::cpu::{Isa, UnknownIsa};
 pub use tidemill_kernels::matrix::{Quantization, UnknownQuantization};
+pub use tidemill_kvtransfer_proto::credit::CreditLoad;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
 /// Where a model's files are.
@@ -265,4 +266,6 @@ pub struct EngineStatus {
     pub ledger: Ledger,
     /// Sums.
     pub counters: Counters,
+    /// What peers may send here, and what waits for leave.
+    pub credit: CreditLoad,
 }

@@ -159,6 +159,7 @@ impl Driver {
             self.take_digests();
             self.flush_links();
             self.bury_the_doomed();
+            self.links.set_credit(self.core.credit_load());
         }
         self.say_goodbye();
     }
@@ -198,7 +199,7 @@ impl Driver {
             let now = self.moment();
             match command {
                 Command::Meet { peers, reply } => self.meet(peers, &reply),
-                Command::Reserve(reserve) => self.core.reserve(reserve_order(reserve)),
+                Command::Reserve(reserve) => self.core.reserve(reserve_order(reserve), now),
                 Command::Adopt(handoff) => self.core.adopt(handoff),
                 Command::Refuse(handoff, reason) => self.core.refuse(handoff, reason),
                 Command::Cancel(handoff) => self.core.cancel(handoff),
@@ -260,12 +261,13 @@ fn rules(config: &EndpointConfig) -> EndpointRules {
         heartbeat: config.timing.heartbeat,
         patience: config.timing.patience,
         stall: STALL,
+        credit: config.credit,
     }
 }
 
 fn reserve_order(reserve: Reserve) -> ReserveOrder {
-    let Reserve { handoff, peer_instance, tokens, first_block, cached, targets } = reserve;
-    ReserveOrder { handoff, peer: peer_instance, tokens, first_block, cached, targets }
+    let Reserve { handoff, peer_instance: peer, within, tokens, first_block, cached, targets } = reserve;
+    ReserveOrder { handoff, peer, within, tokens, first_block, cached, targets }
 }
 
 fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {

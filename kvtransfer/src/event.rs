@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use tidemill_kvtransfer_proto::endpoint_core::HandoffStats;
 use tidemill_kvtransfer_proto::error::TransferError;
@@ -52,6 +53,8 @@ pub struct Reserve {
     pub handoff: HandoffId,
     /// Instance number of the worker that computes the prompt.
     pub peer_instance: u64,
+    /// How soon it is wanted. Bytes for the handoff that is due first come first, where several peers have some.
+    pub within: Duration,
     /// Tokens of the sequence whose KV is needed, those in `cached` included.
     pub tokens: TokenCount,
     /// Index in the sequence of the block that `targets[0]` will hold. With `targets` it makes just the blocks

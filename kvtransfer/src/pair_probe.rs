@@ -18,7 +18,7 @@ use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout}
 use tidemill_kvtransfer_proto::message::TransportKind;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
 
-use crate::endpoint::{Endpoint, EndpointConfig, Timing, TransportChoice};
+use crate::endpoint::{DEFAULT_CREDIT, Endpoint, EndpointConfig, Timing, TransportChoice};
 use crate::error::ProbeError;
 use crate::event::{HandoffEvent, PeerAddress, PushWrite, Reserve, Source};
 use crate::host;
@@ -149,6 +149,7 @@ impl Server {
         self.endpoint.reserve(Reserve {
             handoff: name(client, number),
             peer_instance: client,
+            within: Duration::ZERO,
             tokens: TokenCount(count * TOKENS),
             first_block: 0,
             cached: Vec::new(),
@@ -290,6 +291,7 @@ fn config(
         rdma: RdmaConfig::default(),
         in_place: false,
         coverage: Coverage::Sampled,
+        credit: DEFAULT_CREDIT,
         // A machine that is busy with packets may be late.
         timing: Timing { lease: Duration::from_secs(5), ..Timing::default() },
     })

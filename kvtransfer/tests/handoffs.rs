@@ -4,12 +4,14 @@ mod worker;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tidemill_kvtransfer::error::MeetError;
 use tidemill_kvtransfer::{
-    EndpointConfig, HandoffEvent, Path, PeerAddress, PushWrite, Region, Reserve, Source, TransportChoice,
+    EndpointConfig, HandoffEvent, Path, PeerAddress, PushWrite, Region, Reserve, Reserved, Source,
+    TransportChoice,
 };
+use tidemill_kvtransfer_proto::credit::CreditLoad;
 use tidemill_kvtransfer_proto::error::{CommitFault, TransferError};
 use tidemill_kvtransfer_proto::layout::{Bridge, KvDtype};
 use tidemill_kvtransfer_proto::message::TransportKind;
@@ -193,6 +195,42 @@ fn every_stage_can_be_the_last() {
     }
 }
 
+/// With leave for less than a block at a time, one goes after the other.
+#[test]
+fn many_prefill_workers_take_turns() {
+    for way in ways() {
+        let mut decode = Worker::start(EndpointConfig { credit: 1000, ..config("decode", 2, way, 64) });
+        let mut prefills: Vec<Worker> =
+            (10..16).map(|instance| Worker::start(config("prefill", instance, way, 4))).collect();
+        for prefill in &prefills {
+            prefill.meet(decode.address());
+            prefill.endpoint.expect(HandoffId(prefill.instance), 2, PATIENCE);
+            decode.reserve(HandoffId(prefill.instance), prefill.instance, 4);
+        }
+        // All have their bytes before any has leave for more than the first.
+        let reserved: Vec<Reserved> = prefills.iter().map(Worker::expect_reserved).collect();
+        for (prefill, reserved) in prefills.iter().zip(&reserved) {
+            prefill.fill_all(reserved);
+            prefill.endpoint.finish(reserved.handoff, vec![]);
+        }
+        for _ in &reserved {
+            let HandoffEvent::Committed { handoff, .. } = decode.event() else {
+                panic!("{way:?}: not committed");
+            };
+            decode.adopt_and_check(handoff);
+        }
+        for prefill in &mut prefills {
+            assert_eq!(prefill.news(), "delivered", "{way:?}");
+        }
+        let since = Instant::now();
+        while decode.endpoint.credit_load() != CreditLoad::default() {
+            assert!(since.elapsed() < PATIENCE, "{way:?}: {:?} stays lent", decode.endpoint.credit_load());
+            std::thread::yield_now();
+        }
+        decode.assert_nothing_leaked();
+    }
+}
+
 #[test]
 fn a_changed_byte_is_noticed() {
     for way in ways() {
@@ -232,6 +270,7 @@ fn impossible_orders_are_turned_down() {
     let reserve = |peer_instance, tokens, first_block, cached: &[u32], targets: &[u32]| Reserve {
         handoff: HANDOFF,
         peer_instance,
+        within: Duration::ZERO,
         tokens: TokenCount(tokens),
         first_block,
         cached: cached.iter().copied().map(block).collect(),

@@ -53,6 +53,7 @@ fn a_large_handoff_is_right_in_every_bit() {
     let reserve = Reserve {
         handoff: HANDOFF,
         peer_instance: 1,
+        within: PATIENCE,
         tokens: TokenCount(BLOCKS as u32 * 16),
         first_block: 0,
         cached: vec![],

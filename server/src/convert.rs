@@ -15,7 +15,9 @@ use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
 use crate::proto;
-use counters::{counters_from_wire, counters_to_wire, ledger_from_wire, ledger_to_wire};
+use counters::{
+    counters_from_wire, counters_to_wire, credit_from_wire, credit_to_wire, ledger_from_wire, ledger_to_wire,
+};
 
 /// Version of the protocol between router and worker. A router refuses a worker with another one.
 pub(crate) const PROTOCOL: u32 = 1;
@@ -357,8 +359,9 @@ pub(crate) fn introduction_from_wire(wire: proto::Description) -> Result<Introdu
 }
 
 pub(crate) fn status_to_wire(status: &WorkerStatus) -> proto::Status {
-    let EngineStatus { draining, running, waiting, queued_tokens, ledger, counters } = &status.engine;
+    let EngineStatus { draining, running, waiting, queued_tokens, ledger, counters, credit } = &status.engine;
     proto::Status {
+        credit: Some(credit_to_wire(credit)),
         draining: *draining,
         running: *running,
         waiting: *waiting,
@@ -386,6 +389,7 @@ pub(crate) fn status_from_wire(wire: proto::Status) -> WorkerStatus {
             queued_tokens: wire.queued_tokens,
             ledger: ledger_from_wire(wire.ledger.unwrap_or_default()),
             counters: counters_from_wire(wire.counters.unwrap_or_default()),
+            credit: credit_from_wire(wire.credit.unwrap_or_default()),
         },
         cache_reset: wire.cache_reset,
         cache_added: wire.cache_added,
@@ -412,7 +416,7 @@ const AXIS_ORDERS: &[AxisOrder] = &[AxisOrder::TokenHead, AxisOrder::HeadToken];
 
 #[cfg(test)]
 mod tests {
-    use tidemill_engine::handle::{Counters, Ledger, SpeculationSums};
+    use tidemill_engine::handle::{Counters, CreditLoad, Ledger, SpeculationSums};
     use tidemill_kvtransfer_proto::units::BlockCount;
 
     use super::*;
@@ -530,6 +534,7 @@ mod tests {
                     },
                     ..Counters::default()
                 },
+                credit: CreditLoad { granted_bytes: 1 << 40, waiting_bytes: 5, waiting_handoffs: 2 },
             },
             cache_reset: true,
             cache_added: vec![u64::MAX],

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use metrics::{Counter, Histogram, counter, gauge, histogram, with_local_recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use tidemill_engine::handle::{Counters, Ledger, Role, SpeculationSums};
+use tidemill_engine::handle::{Counters, CreditLoad, Ledger, Role, SpeculationSums};
 
 pub(crate) use request::{Outcome, RequestRecord};
 
@@ -66,6 +66,8 @@ pub(crate) struct WorkerStatusSnapshot<'a> {
     pub(crate) ledger: Ledger,
     /// Sums since its start.
     pub(crate) counters: Counters,
+    /// What peers may send to it, and what waits for leave.
+    pub(crate) credit: CreditLoad,
 }
 
 impl Metrics {
@@ -189,6 +191,14 @@ impl Metrics {
             ("quarantined", ledger.quarantined),
         ] {
             gauge!(names::BLOCKS, "worker" => worker.clone(), "state" => state).set(f64::from(blocks.0));
+        }
+        let CreditLoad { granted_bytes, waiting_bytes, waiting_handoffs } = status.credit;
+        for (name, value) in [
+            (names::GRANTED_BYTES, granted_bytes),
+            (names::WAITING_BYTES, waiting_bytes),
+            (names::WAITING_HANDOFFS, waiting_handoffs),
+        ] {
+            gauge!(name, "worker" => worker.clone()).set(value as f64);
         }
         gauge!(names::WORKER_UP, "worker" => worker, "role" => status.role.as_str()).set(1.0);
     }

@@ -4,6 +4,8 @@
 //! quiet. Reservations that fail are therefore quarantined, with the cached blocks in front of them that a peer in
 //! the same machine may be reading; prefills that end, in whatever way, keep their blocks until they are pushed.
 
+use std::time::Duration;
+
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
 use crate::request::{Part, RequestId, TokenId};
@@ -37,6 +39,15 @@ pub enum Cancelled {
     Quarantined(HandoffId),
     /// Its blocks, here or at the peer, are in a sender's hands: stop that, then call [`Scheduler::pushed`].
     Pushing(HandoffId),
+}
+
+impl Reservation {
+    /// How soon its KV cache is wanted, for the order among handoffs whose bytes come at the same time. A short prompt is
+    /// computed sooner, and is to be answered sooner, than a long one that came a little earlier; but no stream of
+    /// short ones overtakes a long one for ever.
+    pub fn within(&self) -> Duration {
+        TIME_PER_TOKEN * self.tokens.0
+    }
 }
 
 impl Scheduler {
@@ -187,3 +198,6 @@ fn decode_from(sequence: &Sequence) -> HandoffId {
         other => panic!("a reservation decodes from a peer, not {other:?}"),
     }
 }
+
+/// About what a prompt's token takes to compute. Only the order that comes of it counts, so it need not be exact.
+const TIME_PER_TOKEN: Duration = Duration::from_millis(1);

@@ -11,11 +11,12 @@
 //!
 //! Checked all the time, by assertions: bytes land only in blocks that are lent to their handoff; whatever a step
 //! reads is what the request's own tokens make; the ledger of each worker closes and each block has the owners that
-//! know it; no link outlives its lease; each request ends exactly once, with the right tokens; and once the faults
+//! know it; no more is on its way to a worker than that lends credit for; no link outlives its lease; each request ends exactly once, with the right tokens; and once the faults
 //! stop everything comes to its end and nothing is left behind.
 
 mod chaos;
 mod clients;
+mod credit;
 mod endpoint;
 mod engine;
 mod front;
@@ -76,6 +77,8 @@ pub enum Mischief {
     ReuseBlock,
     /// Every look at the clock counts as a sign of life: leases do not end.
     ForgetReaper,
+    /// Whoever asks for credit has it.
+    GrantToAll,
 }
 
 /// What a schedule is made of, beside its seed.

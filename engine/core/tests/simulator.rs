@@ -90,6 +90,7 @@ fn planted_bugs_are_found() {
         ("blocks are freed when time is over, quiet or not",     Mischief::FreeOnTimeout,   &["is not lent to it"]),
         ("a block is announced to two handoffs",                 Mischief::ReuseBlock,      &["is not lent to it", "commits what it has not written", "foreign byte"]),
         ("leases never end",                                     Mischief::ForgetReaper,    &["outlives its lease"]),
+        ("everybody has credit who asks for it",                 Mischief::GrantToAll,      &["which lends credit for"]),
     ];
     for (name, mischief, checks) in rows {
         let options = Options { faults: Faults::all(), mischief: Some(mischief) };

@@ -64,6 +64,7 @@ impl Driver {
             self.endpoint.reserve(Reserve {
                 handoff: reservation.handoff,
                 peer_instance: incoming.peer,
+                within: reservation.within(),
                 tokens: reservation.tokens,
                 first_block,
                 cached: reservation.cached,

@@ -13,6 +13,7 @@
 //! simulator. What handshakes decide is in [`handshake`](crate::handshake), except for the one question that each
 //! must answer: what a side cannot yet promise to leave alone ([`EndpointCore::prepare_link`]).
 
+mod crediting;
 mod links;
 mod prefilling;
 mod reserving;
@@ -24,6 +25,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::credit::{CreditLoad, CreditPool};
 use crate::digest::{BlockShape, Coverage};
 use crate::error::TransferError;
 use crate::layout::{Bridge, KvLayout};
@@ -79,6 +81,8 @@ pub struct EndpointRules {
     /// How long no write may complete on a link that has some under way, before it counts as broken: the way for data
     /// can fail in silence while messages still come through.
     pub stall: Duration,
+    /// Bytes that peers may have on their way to this side at a time, over ways that take credit.
+    pub credit: u64,
 }
 
 /// The outcome of a handshake.
@@ -99,6 +103,9 @@ pub struct ReserveOrder {
     pub handoff: HandoffId,
     /// The worker that computes the prompt.
     pub peer: u64,
+    /// How soon it is wanted: among handoffs whose bytes are ready at the same time the one that is due first comes
+    /// first. Not more than an hour counts.
+    pub within: Duration,
     /// Tokens of the sequence whose KV is needed, those in `cached` included.
     pub tokens: TokenCount,
     /// Index in the sequence of the block that `targets[0]` will hold.
@@ -262,6 +269,7 @@ pub struct EndpointCore<S> {
     rules: EndpointRules,
     /// Of this side's blocks.
     shape: BlockShape,
+    credit: CreditPool,
     peers: BTreeMap<u64, PeerState>,
     /// Handoffs with this side as decode side.
     incoming: BTreeMap<HandoffId, Incoming>,
@@ -282,6 +290,7 @@ struct PostedWrite {
     peer: u64,
     link: LinkId,
     handoff: HandoffId,
+    len: u64,
 }
 
 impl<S: WriteSource> EndpointCore<S> {
@@ -289,6 +298,7 @@ impl<S: WriteSource> EndpointCore<S> {
     pub fn new(rules: EndpointRules) -> Self {
         let shape = BlockShape::of(&rules.layout);
         Self {
+            credit: CreditPool::new(rules.credit),
             rules,
             shape,
             peers: BTreeMap::new(),
@@ -325,6 +335,11 @@ impl<S: WriteSource> EndpointCore<S> {
         self.next_ticket += 1;
         self.act(EndpointAction::TakeDigests(order(ticket)));
         ticket
+    }
+
+    /// How many bytes peers may have on their way to this side, and how many wait for leave.
+    pub fn credit_load(&self) -> CreditLoad {
+        self.credit.load()
     }
 
     /// Whether no handoff is under way and no write.

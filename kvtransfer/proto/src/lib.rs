@@ -9,6 +9,7 @@
 
 pub mod coalesce;
 pub mod codec;
+pub mod credit;
 pub mod digest;
 pub mod endpoint_core;
 pub mod error;

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use crate::credit::Ask;
 use crate::digest::Coverage;
 use crate::endpoint_core::QuietProof;
 use crate::layout::KvLayout;
@@ -36,6 +37,21 @@ pub enum Message {
         handoff: HandoffId,
         /// Why, for logs.
         reason: String,
+    },
+    /// Prefill side: has bytes that wait for leave to be written, or is through with some. Only where the way for data
+    /// takes credit, see [`credit`](crate::credit).
+    Ask {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// How much.
+        ask: Ask,
+    },
+    /// Decode side: bytes of a handoff that may be written now, all that were asked for.
+    Grant {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// How many, counted from the first.
+        bytes: u64,
     },
     /// Prefill side: everything is written.
     Commit(Commit),
@@ -265,7 +281,7 @@ impl TransportKind {
 
 /// Version of the protocol. Raised when an old worker would misunderstand a new one; fields that an old worker
 /// may ignore do not raise it.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 #[cfg(test)]
 mod tests {

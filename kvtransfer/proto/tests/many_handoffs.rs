@@ -69,7 +69,9 @@ impl Pair {
         self.prefill.expect(handoff, DECODE, Duration::from_secs(60), NOW);
         let targets = vec![BlockRef { block: BlockId(3), epoch: Epoch(number) }];
         let (tokens, cached) = (TokenCount(4), Vec::new());
-        self.decode.reserve(ReserveOrder { handoff, peer: PREFILL, tokens, first_block: 0, cached, targets });
+        let (peer, within) = (PREFILL, Duration::from_secs(1));
+        let order = ReserveOrder { handoff, peer, within, tokens, first_block: 0, cached, targets };
+        self.decode.reserve(order, NOW);
         self.settle();
         assert!(self.is_reserved, "{number}");
         match fate {
@@ -82,6 +84,7 @@ impl Pair {
             _ => {
                 let source = Some(Zeros(layout().block_bytes()));
                 self.prefill.push(handoff, vec![TargetWrite { target_index: 0, offset: 0, source }], NOW);
+                self.settle(); // It asks for leave, and is given it.
                 let mut posted = Vec::new();
                 let post = |id, _: &Zeros, range| {
                     posted.push((id, range));
@@ -187,6 +190,7 @@ fn rules() -> EndpointRules {
         heartbeat: Duration::from_millis(100),
         patience: Duration::from_secs(3),
         stall: STALL,
+        credit: 1 << 20,
     }
 }
 

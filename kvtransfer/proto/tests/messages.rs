@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tidemill_kvtransfer_proto::codec::{self, FrameReader};
+use tidemill_kvtransfer_proto::credit::Ask;
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{
@@ -148,6 +149,9 @@ fn message() -> impl Strategy<Value = Message> {
         (prop::collection::vec(path_end(), 0..=MAX_PATHS), prop::option::of(reason()))
             .prop_map(|(ends, failure)| Message::Paths(Paths { ends, failure })),
         any::<u32>().prop_map(|path| Message::PathDown { path }),
+        (handoff(), any::<u64>(), any::<u64>())
+            .prop_map(|(handoff, ended, wanted)| Message::Ask { handoff, ask: Ask { ended, wanted } }),
+        (handoff(), any::<u64>()).prop_map(|(handoff, bytes)| Message::Grant { handoff, bytes }),
         handoffs().prop_map(|busy| Message::Bye { busy }),
     ]
 }

@@ -10,8 +10,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use tidemill_kvtransfer::{
-    Endpoint, EndpointConfig, HandoffEvent, Met, Path, PeerAddress, PushWrite, RdmaConfig, Region, Reserve,
-    Reserved, Slab, Source, Timing, TransportChoice,
+    DEFAULT_CREDIT, Endpoint, EndpointConfig, HandoffEvent, Met, Path, PeerAddress, PushWrite, RdmaConfig,
+    Region, Reserve, Reserved, Slab, Source, Timing, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
@@ -82,6 +82,7 @@ pub(crate) fn config(name: &str, instance: u64, way: Way, blocks: u32) -> Endpoi
         require: true,
         in_place: way == Way::InPlace,
         coverage: Coverage::Full,
+        credit: DEFAULT_CREDIT,
         // Tests share few cores: a lease that is never at stake, unless the test is about leases.
         timing: Timing { lease: Duration::from_secs(10), handshake: handshake(), ..Timing::default() },
     }
@@ -224,6 +225,7 @@ impl Worker {
         self.endpoint.reserve(Reserve {
             handoff,
             peer_instance,
+            within: Duration::from_secs(1),
             tokens,
             first_block: 0,
             cached: vec![],

@@ -1,6 +1,6 @@
-//! Ledgers and sums between the engine's types and the wire.
+//! Ledgers, credit and sums between the engine's types and the wire.
 
-use tidemill_engine::handle::{Counters, Ledger, SpeculationSums};
+use tidemill_engine::handle::{Counters, CreditLoad, Ledger, SpeculationSums};
 use tidemill_kvtransfer_proto::units::BlockCount;
 
 use crate::proto;
@@ -17,6 +17,16 @@ pub(super) fn ledger_from_wire(wire: proto::Ledger) -> Ledger {
     let [total, free, cached, held, reserved, quarantined] =
         [total, free, cached, held, reserved, quarantined].map(BlockCount);
     Ledger { total, free, cached, held, reserved, quarantined }
+}
+
+pub(super) fn credit_to_wire(credit: &CreditLoad) -> proto::Credit {
+    let CreditLoad { granted_bytes, waiting_bytes, waiting_handoffs } = *credit;
+    proto::Credit { granted_bytes, waiting_bytes, waiting_handoffs }
+}
+
+pub(super) fn credit_from_wire(wire: proto::Credit) -> CreditLoad {
+    let proto::Credit { granted_bytes, waiting_bytes, waiting_handoffs } = wire;
+    CreditLoad { granted_bytes, waiting_bytes, waiting_handoffs }
 }
 
 pub(super) fn counters_to_wire(counters: &Counters) -> proto::Counters {

@@ -55,6 +55,9 @@ metric_names! {
     describe_counter HANDOFF_FAILURES = "tidemill_handoff_failures_total", "Handoffs that failed, as sender or receiver.";
     describe_counter HANDOFF_REFUSALS = "tidemill_handoff_refusals_total", "Commits refused because epoch or digest did not match.";
     describe_counter HANDOFF_IN_PLACE = "tidemill_handoff_in_place_total", "Handoffs that moved no byte.";
+    describe_gauge GRANTED_BYTES = "tidemill_handoff_granted_bytes", "Bytes that prefill workers may have on their way to a worker over a network.";
+    describe_gauge WAITING_BYTES = "tidemill_handoff_waiting_bytes", "Bytes that prefill workers would send to a worker, and that wait for its leave.";
+    describe_gauge WAITING_HANDOFFS = "tidemill_handoff_waiting", "Handoffs whose bytes wait for a worker's leave.";
     describe_histogram HANDOFF_DURATION = "tidemill_handoff_duration_seconds", "From the end of prefill to adoption.";
     describe_histogram RECOVERY = "tidemill_recovery_seconds", "From the first sign that a worker or handoff failed until its request was with others.";
     describe_gauge LINK_SPEED = "tidemill_link_bytes_per_second", "Speed of the way for KV cache between two workers, as a probe measured it; zero when there is no such way now.";

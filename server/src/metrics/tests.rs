@@ -21,6 +21,7 @@ fn status(instance: u64, bytes: u64, seconds: f64) -> WorkerStatusSnapshot<'stat
         waiting: 3,
         ledger,
         counters,
+        credit: CreditLoad { granted_bytes: 100, waiting_bytes: 70, waiting_handoffs: 2 },
     }
 }
 
@@ -117,6 +118,20 @@ fn usage_counts_blocks_that_nobody_else_could_have() {
     let text = metrics.render();
     assert_eq!(value(&text, r#"vllm:kv_cache_usage_perc{model_name="m",engine="p0"}"#), Some(0.5));
     assert_eq!(value(&text, r#"tidemill_blocks{worker="p0",state="quarantined"}"#), Some(1.0));
+}
+
+#[test]
+fn what_waits_for_leave_is_told() {
+    let metrics = Metrics::new("m");
+    metrics.record_worker_status(&status(1, 0, 0.0));
+    let text = metrics.render();
+    for (name, expected) in [
+        ("tidemill_handoff_granted_bytes", 100.0),
+        ("tidemill_handoff_waiting_bytes", 70.0),
+        ("tidemill_handoff_waiting", 2.0),
+    ] {
+        assert_eq!(value(&text, &format!(r#"{name}{{worker="p0"}}"#)), Some(expected), "{name}");
+    }
 }
 
 #[test]

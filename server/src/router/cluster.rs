@@ -333,6 +333,7 @@ impl Cluster {
             waiting: live.status.waiting,
             ledger: live.status.ledger,
             counters: live.status.counters,
+            credit: live.status.credit,
         });
         for sample in &status.samples {
             self.metrics.record_sample(&engine.name, &sample.name, sample.value);

@@ -72,7 +72,7 @@ impl World<'_> {
         while let Some(order) = self.life(process).and_then(|life| life.orders.pop_front()) {
             let core = &mut self.life(process).expect("just seen").core;
             match order {
-                Order::Reserve(reserve) => core.reserve(reserve),
+                Order::Reserve(reserve) => core.reserve(reserve, now),
                 Order::Adopt(handoff) => core.adopt(handoff),
                 Order::Refuse(handoff) => core.refuse(handoff, "the request is gone".to_owned()),
                 Order::Cancel(handoff) => core.cancel(handoff),
@@ -147,6 +147,9 @@ impl World<'_> {
         let peers: Vec<u64> = self.life(process).map_or(Vec::new(), |it| it.up.keys().copied().collect());
         for peer in peers {
             self.post(process, peer);
+            if let Some((conn, side, _)) = self.link_of(process, peer) {
+                self.check_credit(conn, 1 - side);
+            }
         }
         self.plan_endpoint_turn(process);
     }

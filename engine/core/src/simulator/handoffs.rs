@@ -20,6 +20,7 @@ impl World<'_> {
     pub(super) fn announce_reservations(&mut self, process: Process) {
         let life = self.life(process).expect("it runs");
         for reservation in life.scheduler.take_reservations() {
+            let within = reservation.within();
             let (handoff, mut targets) = (reservation.handoff, reservation.targets);
             let life = self.life(process).expect("it runs");
             let (_, peer) = life.incoming[&handoff];
@@ -35,6 +36,7 @@ impl World<'_> {
             let order = ReserveOrder {
                 handoff,
                 peer,
+                within,
                 tokens: reservation.tokens,
                 first_block,
                 cached: reservation.cached,

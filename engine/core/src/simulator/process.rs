@@ -46,7 +46,13 @@ pub(super) struct Life {
 }
 
 impl Life {
-    pub(super) fn new(instance: u64, scheduler: Scheduler, shape: Shape, in_place: bool) -> Self {
+    pub(super) fn new(
+        instance: u64,
+        scheduler: Scheduler,
+        shape: Shape,
+        in_place: bool,
+        credit: u64,
+    ) -> Self {
         let blocks = scheduler.ledger().total.0;
         let rules = EndpointRules {
             layout: shape.layout(),
@@ -57,6 +63,7 @@ impl Life {
             heartbeat: Duration::from_micros(LEASE / 5),
             patience: Duration::from_secs(3),
             stall: Duration::from_secs(2),
+            credit,
         };
         Self {
             instance,
@@ -108,7 +115,7 @@ impl World<'_> {
         let instance = self.number();
         let worker = &mut self.workers[place];
         let scheduler = Scheduler::new(worker.limits, worker.blocks);
-        worker.life = Some(Life::new(instance, scheduler, worker.shape, self.in_place));
+        worker.life = Some(Life::new(instance, scheduler, worker.shape, self.in_place, self.credit));
         let process = Process { place, instance };
         self.note(|| format!("worker {place} starts as {instance:x}"));
         self.after(1, Event::Status(process));

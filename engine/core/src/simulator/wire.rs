@@ -41,16 +41,17 @@ pub(super) struct End {
     access_ended: bool,
     memory: Memory,
     /// Writes of this side that may still land.
-    flights: BTreeMap<WriteId, Flight>,
+    pub(super) flights: BTreeMap<WriteId, Flight>,
     last_arrival: u64,
     queues: [u64; QUEUES],
     latest_landed: Option<WriteId>,
 }
 
+/// A write under way.
 #[derive(Debug)]
-struct Flight {
-    source: Piece,
-    range: RemoteRange,
+pub(super) struct Flight {
+    pub(super) source: Piece,
+    pub(super) range: RemoteRange,
     /// What has left the sender, once that is gone.
     snapshot: Option<Vec<u8>>,
     done: usize,
@@ -98,6 +99,7 @@ impl World<'_> {
         end.last_arrival = (start + latency).max(end.last_arrival + 1);
         let at = end.last_arrival;
         self.note(|| format!("{from:?} ──► {to:?}  {} (arrives at {:.3})", short(&message), at as f64 / 1e3));
+        self.grant_to_all(id, side, at, &message);
         self.at(at, Event::Control { conn: id, to: 1 - side, message });
     }
 
@@ -448,6 +450,8 @@ fn short(message: &Message) -> String {
         Message::Heartbeat { seq } => format!("heartbeat {seq}"),
         Message::Paths(paths) => format!("{} paths", paths.ends.len()),
         Message::PathDown { path } => format!("path {path} is down"),
+        Message::Ask { handoff, ask } => format!("ask {handoff}: {} of {} B", ask.ended, ask.wanted),
+        Message::Grant { handoff, bytes } => format!("grant {handoff} {bytes} B"),
         Message::Bye { busy } => format!("bye, busy with {busy:?}"),
     }
 }

@@ -104,6 +104,8 @@ pub(super) struct World<'a> {
     /// Writes that may be under way on one connection.
     pub(super) queue_depth: usize,
     pub(super) in_place: bool,
+    /// Bytes that may be on their way to a worker.
+    pub(super) credit: u64,
     pub(super) proofs: BTreeMap<(usize, usize), QuietProof>,
 }
 
@@ -141,6 +143,7 @@ impl<'a> World<'a> {
         let calm_from = u64::from(200_000 + below(&mut chance, 1_500_000));
         let queue_depth = if short_queues { 1 + chance.below(2) } else { 64 };
         let in_place = chance.happens(700);
+        let credit = [1, 3 * workers[0].shape.block_bytes() as u64, u64::MAX][chance.below(3)];
         let mut world = Self {
             options,
             chance,
@@ -159,6 +162,7 @@ impl<'a> World<'a> {
             calm_from,
             queue_depth,
             in_place,
+            credit,
             proofs,
         };
         for place in 0..world.workers.len() {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::credit::Ask;
 use crate::digest::Coverage;
 use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{
@@ -94,6 +95,8 @@ fn messages() -> Vec<Message> {
         Message::Paths(Paths { ends: vec![path_end(1), path_end(2), path_end(3)], failure: None }),
         Message::Paths(Paths { ends: vec![], failure: Some("no device".into()) }),
         Message::PathDown { path: 0 },
+        Message::Ask { handoff, ask: Ask { ended: 0, wanted: u64::MAX } },
+        Message::Grant { handoff, bytes: 1 << 40 },
         Message::Bye { busy: vec![handoff] },
     ]
 }
@@ -154,7 +157,7 @@ fn bad_frames_are_refused() {
     let rows = [
         ("another protocol",             with(0, b"GE"),                             CodecError::Mark),
         ("its first byte is enough",     b"G".to_vec(),                              CodecError::Mark),
-        ("another version",              with(2, &[9, 0]),                           CodecError::Version { theirs: 9, ours: 1 }),
+        ("another version",              with(2, &[9, 0]),                           CodecError::Version { theirs: 9, ours: 2 }),
         ("longer than allowed",          with(4, &[0xff; 4]),                        CodecError::TooLong { length: 0xffff_ffff }),
         ("an empty body",                body(&[]),                                  malformed("no message that this version knows")),
         ("heads beyond the model's",     frame(&Message::Hello(bad_layout)),         malformed("layout")),
@@ -212,6 +215,8 @@ fn weight(message: &Message) -> usize {
         | Message::Adopted { .. }
         | Message::Cancel { .. }
         | Message::PathDown { .. }
+        | Message::Ask { .. }
+        | Message::Grant { .. }
         | Message::Heartbeat { .. } => 0,
     }
 }
@@ -243,7 +248,7 @@ proptest! {
 
     #[test]
     fn mutated_frames_do_no_harm(
-        which in 0usize..15,
+        which in 0usize..20,
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         cut in any::<prop::sample::Index>(),
     ) {

@@ -2,6 +2,7 @@
 //!
 //! Tags are never used for another meaning; a field that is no longer needed leaves a gap.
 
+mod credit;
 mod layout;
 mod paths;
 
@@ -16,7 +17,7 @@ use self::layout::Layout;
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Envelope {
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18")]
     body: Option<Body>,
 }
 
@@ -54,6 +55,10 @@ enum Body {
     Paths(paths::Paths),
     #[prost(uint32, tag = "16")]
     PathDown(u32),
+    #[prost(message, tag = "17")]
+    Ask(credit::Ask),
+    #[prost(message, tag = "18")]
+    Grant(credit::Grant),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -198,6 +203,8 @@ impl From<Message> for Envelope {
             Message::Heartbeat { seq } => Body::Heartbeat(seq),
             Message::Paths(it) => Body::Paths(it.into()),
             Message::PathDown { path } => Body::PathDown(path),
+            Message::Ask { handoff, ask } => Body::Ask(credit::Ask::new(handoff, ask)),
+            Message::Grant { handoff, bytes } => Body::Grant(credit::Grant { handoff: handoff.0, bytes }),
             Message::Bye { busy } => Body::Bye(Bye { busy: busy.into_iter().map(|it| it.0).collect() }),
         };
         Self { body: Some(body) }
@@ -234,6 +241,8 @@ impl TryFrom<Envelope> for Message {
             Body::Heartbeat(seq) => Self::Heartbeat { seq },
             Body::Paths(it) => Self::Paths(it.try_into()?),
             Body::PathDown(path) => Self::PathDown { path },
+            Body::Ask(it) => it.into(),
+            Body::Grant(it) => Self::Grant { handoff: HandoffId(it.handoff), bytes: it.bytes },
             Body::Bye(it) => Self::Bye { busy: it.busy.into_iter().map(HandoffId).collect() },
         })
     }

@@ -157,6 +157,8 @@ impl<S: WriteSource> EndpointCore<S> {
             Message::Quiet { handoff, reason } => {
                 self.hear_of_reservation(peer, handoff, ReservationEvent::Quiet { reason });
             }
+            Message::Ask { handoff, ask } => self.hear_ask(peer, handoff, ask, now),
+            Message::Grant { handoff, bytes } => self.hear_grant(peer, handoff, bytes),
             // Paths are the driver's; that the peer spoke has been noted.
             Message::Heartbeat { .. } | Message::PathDown { .. } => {}
             Message::Bye { busy } => {
@@ -208,6 +210,7 @@ impl<S: WriteSource> EndpointCore<S> {
         let peers: Vec<u64> = self.peers.keys().copied().collect();
         for peer in peers {
             let (lease, stall) = (self.rules.lease, self.rules.stall);
+            let is_idle = self.is_hoarding(peer, now);
             let Some(link) = self.link_mut(peer) else { continue };
             let silence = now.since(link.last_heard);
             let standstill = now.since(link.progress);
@@ -215,6 +218,8 @@ impl<S: WriteSource> EndpointCore<S> {
                 self.link_lost(peer, &format!("nothing was heard for {silence:?}"), now);
             } else if 0 < link.under_way && stall < standstill {
                 self.link_lost(peer, &format!("no write has completed for {standstill:?}"), now);
+            } else if is_idle {
+                self.link_lost(peer, "the peer has leave to write and writes nothing", now);
             } else if link.next_beat <= now {
                 link.next_beat = now.plus(link.beat_every);
                 link.beats += 1;

@@ -9,6 +9,7 @@ use super::writing::WriteSource;
 use super::{
     DigestOrder, DigestTicket, EndpointCore, EndpointEvent, HandoffStats, ReservedHandoff, check_shape,
 };
+use crate::credit::CreditLine;
 use crate::digest::{BlockShape, Coverage};
 use crate::error::TransferError;
 use crate::layout::Bridge;
@@ -33,6 +34,10 @@ pub(super) struct Outgoing<S> {
     in_place: bool,
     /// Writes that are not posted.
     pub(super) pending: VecDeque<(S, RemoteRange)>,
+    /// Whether the link knows that there are some.
+    pub(super) is_posting: bool,
+    /// Leave to post them, where that is needed.
+    pub(super) credit: Option<CreditLine>,
     /// Of what was posted so far, one for each target.
     pub(super) digests: Vec<u64>,
     pub(super) stats: HandoffStats,
@@ -140,6 +145,7 @@ impl<S: WriteSource> EndpointCore<S> {
             }
         };
         let in_place = self.reaches_in_place(peer);
+        let takes_credit = self.link(peer).is_some_and(|link| link.proof.takes_credit());
         let message::Reserve { tokens, first_block, cached, targets, coverage, .. } = reserve;
         let outgoing = Outgoing {
             peer,
@@ -151,6 +157,8 @@ impl<S: WriteSource> EndpointCore<S> {
             shape,
             in_place,
             pending: VecDeque::new(),
+            is_posting: false,
+            credit: takes_credit.then(CreditLine::default),
             digests: vec![0; targets.len()],
             stats: HandoffStats::default(),
             finished: None,

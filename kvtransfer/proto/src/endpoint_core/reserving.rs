@@ -1,5 +1,7 @@
 //! This side as decode side: reservations, from the engine's order to adoption or release.
 
+use std::time::Duration;
+
 use super::writing::WriteSource;
 use super::{
     DigestOrder, DigestTicket, EndpointCore, EndpointEvent, LinkId, QuietProof, ReserveOrder, check_shape,
@@ -10,7 +12,7 @@ use crate::layout::Bridge;
 use crate::message::{self, Message};
 use crate::reservation::{Reservation, ReservationAction, ReservationEvent, ReservationState};
 use crate::transport::{RemoteRange, WriteFault};
-use crate::units::HandoffId;
+use crate::units::{HandoffId, Moment};
 
 /// A handoff with this side as decode side.
 #[derive(Debug)]
@@ -25,6 +27,8 @@ pub(super) struct Incoming {
     verification: Option<(DigestTicket, Vec<u64>)>,
     /// Whether the peer says that it computed in the blocks, and can have done so.
     in_place: bool,
+    /// When it is wanted.
+    pub(super) deadline: Moment,
 }
 
 impl Incoming {
@@ -41,6 +45,16 @@ impl Incoming {
         self.verification.as_ref().is_some_and(|(ours, _)| *ours == ticket)
     }
 
+    /// Bytes that the peer has to write.
+    pub(super) fn targets(&self) -> usize {
+        self.reservation.targets().len()
+    }
+
+    /// Whether the peer may still write.
+    pub(super) fn is_filling(&self) -> bool {
+        self.reservation.state() == ReservationState::Filling
+    }
+
     pub(super) fn link(&self) -> Option<LinkId> {
         self.via.map(|(link, _)| link)
     }
@@ -52,7 +66,7 @@ impl Incoming {
 
 impl<S: WriteSource> EndpointCore<S> {
     /// The engine sets blocks aside.
-    pub fn reserve(&mut self, order: ReserveOrder) {
+    pub fn reserve(&mut self, order: ReserveOrder, now: Moment) {
         let ReserveOrder { handoff, peer, .. } = order;
         if self.incoming.contains_key(&handoff) {
             return self.log(0, handoff, "it was reserved twice");
@@ -72,8 +86,15 @@ impl<S: WriteSource> EndpointCore<S> {
             targets: order.targets,
             coverage: self.rules.coverage,
         });
-        let incoming =
-            Incoming { peer, reservation, announcement, via: None, verification: None, in_place: false };
+        let incoming = Incoming {
+            peer,
+            reservation,
+            announcement,
+            via: None,
+            verification: None,
+            in_place: false,
+            deadline: now.plus(order.within.min(LATEST)),
+        };
         self.incoming.insert(handoff, incoming);
         self.announce(handoff);
     }
@@ -95,6 +116,7 @@ impl<S: WriteSource> EndpointCore<S> {
         let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
         let Some(announcement) = incoming.announcement.take() else { return };
         incoming.via = via;
+        self.open_credit(handoff);
         self.send(peer, Message::Reserve(announcement));
         self.apply_to_reservation(handoff, ReservationEvent::Announced);
     }
@@ -176,6 +198,10 @@ impl<S: WriteSource> EndpointCore<S> {
     }
 
     pub(super) fn lose_reservations(&mut self, peer: u64, name: &str, reason: &str) {
+        // First, so that what one of them gives back is not given to the next.
+        for handoff in self.incoming_of(peer) {
+            self.credit.stop(handoff);
+        }
         for handoff in self.incoming_of(peer) {
             let (peer, reason) = (name.to_owned(), reason.to_owned());
             self.apply_to_reservation(handoff, ReservationEvent::PeerLost { peer, reason });
@@ -207,12 +233,15 @@ impl<S: WriteSource> EndpointCore<S> {
     fn apply_to_reservation(&mut self, handoff: HandoffId, event: ReservationEvent) {
         let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
         let peer = incoming.peer;
+        // Whoever commits has written everything.
+        let is_written = matches!(event, ReservationEvent::Commit(_));
         let mut actions = incoming.reservation.apply(event);
         // From the moment that it is not `Filling` its admission lets nothing land.
         let is_admitted = incoming.proof() == Some(QuietProof::Admission);
         if is_admitted && incoming.reservation.state() == ReservationState::Quarantined {
             actions.extend(incoming.reservation.apply(ReservationEvent::QuietProven));
         }
+        let still_fills = incoming.is_filling() && !is_written;
         for action in actions {
             match action {
                 ReservationAction::Send(message) => self.send(peer, message),
@@ -232,6 +261,11 @@ impl<S: WriteSource> EndpointCore<S> {
                     self.incoming.remove(&handoff);
                 }
             }
+        }
+        if is_written || !self.incoming.contains_key(&handoff) {
+            self.close_credit(handoff);
+        } else if !still_fills {
+            self.stop_credit(handoff);
         }
     }
 
@@ -267,3 +301,6 @@ impl<S: WriteSource> EndpointCore<S> {
         self.apply_to_reservation(handoff, ReservationEvent::Verified { outcome });
     }
 }
+
+/// What is wanted later than that is wanted at some time.
+const LATEST: Duration = Duration::from_secs(3600);

@@ -143,19 +143,16 @@ impl Scene {
             heartbeat: Duration::from_millis(100),
             patience: Duration::from_secs(3),
             stall: STALL,
+            credit: 1 << 20,
         };
         let mut scene = Self { core: EndpointCore::new(rules), proof, now: Moment::default(), written: 0 };
         scene.happens("up");
         let targets = vec![BlockRef { block: BlockId(2), epoch: Epoch(5) }];
         let (tokens, cached) = (TokenCount(3), Vec::new());
-        scene.core.reserve(ReserveOrder {
-            handoff: HANDOFF,
-            peer: PEER,
-            tokens,
-            first_block: 0,
-            cached,
-            targets,
-        });
+        let within = Duration::from_secs(1);
+        let order =
+            ReserveOrder { handoff: HANDOFF, peer: PEER, within, tokens, first_block: 0, cached, targets };
+        scene.core.reserve(order, scene.now);
         assert!(scene.told().is_empty());
         scene
     }
@@ -201,6 +198,12 @@ impl Scene {
             "post" => {
                 let source = Some(Zeros { offset: 0, len: core.shape.granule });
                 core.push(OTHER, vec![TargetWrite { target_index: self.written, offset: 0, source }], now);
+                // The peer gives leave at once, where it is asked for.
+                while let Some(action) = core.next_action() {
+                    if let EndpointAction::Send { message: Message::Ask { handoff, ask }, .. } = action {
+                        core.hear(PEER, Message::Grant { handoff, bytes: ask.wanted }, now);
+                    }
+                }
                 core.post(PEER, |_, _, _| Post::Accepted, now);
                 self.written += 1;
                 assert!(!core.has_writes_for(PEER), "it is posted");

@@ -1,5 +1,7 @@
 //! Writes, from the engine's order to their completion.
 
+use std::collections::BTreeSet;
+
 use super::prefilling::Outgoing;
 use super::{EndpointCore, PostedWrite};
 use crate::coalesce::{Runs, Span};
@@ -57,16 +59,29 @@ impl<S: WriteSource> EndpointCore<S> {
         let count = u32::try_from(ranges.len()).expect("a reservation is bounded by its frame");
         outgoing.stats.writes += u64::from(count);
         outgoing.stats.bytes += ranges.iter().map(|(_, range)| u64::from(range.len)).sum::<u64>();
-        let peer = outgoing.peer;
-        let is_first = outgoing.pending.is_empty();
+        if let Some(credit) = &mut outgoing.credit {
+            credit.push(ranges.iter().map(|(_, range)| range.len.into()));
+        }
         outgoing.pending.extend(ranges);
         self.apply_to_sender(handoff, SenderEvent::Pushed { writes: count }, now);
-        if is_first && let Some(link) = self.link_mut(peer) {
+        self.queue_writes(handoff);
+        self.ask_for_credit(handoff);
+    }
+
+    /// Has the link post what can be posted of a handoff.
+    pub(super) fn queue_writes(&mut self, handoff: HandoffId) {
+        let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return };
+        if outgoing.is_posting || !outgoing.may_post() {
+            return;
+        }
+        let peer = outgoing.peer;
+        if let Some(link) = self.peers.get_mut(&peer).and_then(|it| it.link.as_mut()) {
+            outgoing.is_posting = true;
             link.posting.push_back(handoff);
         }
     }
 
-    /// Whether writes wait to be posted to that peer.
+    /// Whether writes wait to be posted to that peer that may be.
     pub fn has_writes_for(&self, peer: u64) -> bool {
         self.link(peer).is_some_and(|link| !link.posting.is_empty())
     }
@@ -81,7 +96,9 @@ impl<S: WriteSource> EndpointCore<S> {
                 continue;
             };
             let mut accepted = Vec::with_capacity(outgoing.pending.len());
-            while let Some((source, range)) = outgoing.pending.pop_front() {
+            while outgoing.may_post()
+                && let Some((source, range)) = outgoing.pending.pop_front()
+            {
                 let id = WriteId(*next_write);
                 match post(id, &source, range) {
                     Post::Accepted => {
@@ -90,7 +107,11 @@ impl<S: WriteSource> EndpointCore<S> {
                             link.progress = now;
                         }
                         link.under_way += 1;
-                        writes.insert(id, PostedWrite { peer, link: link.id, handoff });
+                        let len = u64::from(range.len);
+                        writes.insert(id, PostedWrite { peer, link: link.id, handoff, len });
+                        if let Some(credit) = &mut outgoing.credit {
+                            credit.post(len);
+                        }
                         accepted.push((source, range));
                     }
                     Post::QueueFull => {
@@ -100,9 +121,10 @@ impl<S: WriteSource> EndpointCore<S> {
                 }
             }
             outgoing.add_digests(handoff, &accepted);
-            if !outgoing.pending.is_empty() {
+            if outgoing.may_post() {
                 return;
             }
+            outgoing.is_posting = false;
             link.posting.pop_front();
         }
     }
@@ -123,11 +145,19 @@ impl<S: WriteSource> EndpointCore<S> {
             let (handoff, outcome) = (write.handoff, completion.outcome);
             match settled.last_mut() {
                 // Most writes end well, many at a time.
-                Some(last) if last.handoff == handoff && last.outcome == outcome => last.writes += 1,
-                _ => settled.push(Settled { handoff, outcome, writes: 1 }),
+                Some(last) if last.handoff == handoff && last.outcome == outcome => {
+                    last.writes += 1;
+                    last.bytes += write.len;
+                }
+                _ => settled.push(Settled { handoff, outcome, writes: 1, bytes: write.len }),
             }
         }
-        for Settled { handoff, outcome, writes } in settled {
+        let mut ended = BTreeSet::new();
+        for Settled { handoff, outcome, writes, bytes } in settled {
+            if let Some(credit) = self.outgoing.get_mut(&handoff).and_then(|it| it.credit.as_mut()) {
+                credit.end(bytes);
+                ended.insert(handoff);
+            }
             match outcome {
                 Ok(()) | Err(WriteFault::Severed) => {}
                 // The peer's news of the cancel is on its way, on another socket.
@@ -139,6 +169,9 @@ impl<S: WriteSource> EndpointCore<S> {
             }
             self.apply_to_sender(handoff, SenderEvent::Settled { writes }, now);
         }
+        for handoff in ended {
+            self.ask_for_credit(handoff);
+        }
     }
 }
 
@@ -147,9 +180,16 @@ struct Settled {
     handoff: HandoffId,
     outcome: Result<(), WriteFault>,
     writes: u32,
+    bytes: u64,
 }
 
 impl<S: WriteSource> Outgoing<S> {
+    /// Whether there is a write that needs nobody's leave, or has it.
+    fn may_post(&self) -> bool {
+        let Some((_, range)) = self.pending.front() else { return false };
+        self.credit.as_ref().is_none_or(|credit| credit.covers(range.len.into()))
+    }
+
     /// Checks writes and joins neighbours; `None` when one of them is not what it may be.
     fn ranges(&self, handoff: HandoffId, writes: &[TargetWrite<S>]) -> Option<Vec<(S, RemoteRange)>> {
         let BlockShape { block, granule } = self.shape;
