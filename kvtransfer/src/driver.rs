@@ -154,6 +154,7 @@ impl Driver {
             self.read_links();
             self.check_processes();
             self.hear_revoked();
+            self.hear_devices();
             self.check_clocks();
             self.push();
             self.take_digests();
@@ -173,6 +174,9 @@ impl Driver {
         self.visitor_interests(&mut interest);
         for peer in self.peers.values() {
             peer.interests(&mut interest);
+        }
+        if let Some(rdma) = &self.rdma {
+            rdma.interests(&mut interest);
         }
         // A signal or a lack of memory ends the wait early, which is harmless.
         let _ = rustix::event::poll(&mut fds, Some(&timespec));

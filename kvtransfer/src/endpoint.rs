@@ -257,6 +257,14 @@ impl LinkTable {
         };
     }
 
+    /// How many paths of a link work now.
+    pub(crate) fn set_paths(&self, instance: u64, paths: u32) {
+        let mut table = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = table.get_mut(&instance) {
+            entry.link.paths = paths;
+        }
+    }
+
     pub(crate) fn credit(&self) -> CreditLoad {
         *self.credit.lock().unwrap_or_else(PoisonError::into_inner)
     }

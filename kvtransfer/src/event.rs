@@ -44,6 +44,8 @@ pub struct PeerLink {
     pub bytes_per_second: f64,
     /// Whether it is a worse way than the one that both sides offer, or that this side asks for; the log has the reason.
     pub is_fallback: bool,
+    /// Over how many queue pairs it is spread that work now; one for the other ways.
+    pub paths: u32,
 }
 
 /// Decode side: blocks for the KV of a prompt.

@@ -21,7 +21,7 @@ impl Driver {
         let Established { connection, mut path, process, hello, fallback, busy } = established;
         // A side that dials has no older link, and one that is dialled has ended it: only to be sure.
         self.lose(instance, &Loss::Replaced);
-        let kind = path.kind();
+        let (kind, paths) = (path.kind(), path.count());
         let is_fallback = self.log_way(&hello.name, kind, fallback.as_deref());
         let probe = match &mut path {
             DataPath::SharedMemory(transport) => Probe::Done(read_speed(transport.arena())),
@@ -46,7 +46,7 @@ impl Driver {
         let id = self.core.link_up(instance, up, Moment(self.origin.elapsed()));
         peer.link = Some(Link { id, connection, path, is_fresh: true, is_fallback, probe });
         let in_place = self.core.reaches_in_place(instance);
-        let link = PeerLink { transport: kind, bytes_per_second: 0.0, is_fallback };
+        let link = PeerLink { transport: kind, bytes_per_second: 0.0, is_fallback, paths };
         self.links.set(instance, Some(LinkEntry { link, in_place }));
         self.act();
         self.report_up(instance);

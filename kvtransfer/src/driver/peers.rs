@@ -166,7 +166,8 @@ impl Link {
     /// What others are told of it, once it was measured.
     pub(super) fn report(&self) -> Option<PeerLink> {
         let Probe::Done(bytes_per_second) = self.probe else { return None };
-        Some(PeerLink { transport: self.path.kind(), bytes_per_second, is_fallback: self.is_fallback })
+        let (transport, paths) = (self.path.kind(), self.path.count());
+        Some(PeerLink { transport, bytes_per_second, is_fallback: self.is_fallback, paths })
     }
 }
 
@@ -183,6 +184,14 @@ impl DataPath {
             Self::SharedMemory(_) => TransportKind::SharedMemory,
             Self::Rdma(_) => TransportKind::Rdma,
             Self::Tcp(_) => TransportKind::Tcp,
+        }
+    }
+
+    /// Over how many queue pairs it is spread that work now.
+    pub(super) fn count(&self) -> u32 {
+        match self {
+            Self::SharedMemory(_) | Self::Tcp(_) => 1,
+            Self::Rdma(transport) => transport.count(),
         }
     }
 

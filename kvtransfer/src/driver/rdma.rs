@@ -15,12 +15,14 @@ use super::peers::{DataPath, Inbound};
 use crate::endpoint::{EndpointConfig, TransportChoice};
 use crate::error::EndpointError;
 use crate::tcp::{Connection, Loss};
-use crate::verbs::{Draft, Drafting, Fabric, RdmaTransport, Registrar, Tuning};
+use crate::verbs::{Draft, Drafting, Fabric, Nic, RdmaTransport, Registrar, Tuning};
 
 /// What a worker with devices has.
 #[derive(Debug)]
 pub(super) struct Rdma {
     pub(super) registrar: Registrar,
+    /// Ports in use.
+    nics: Vec<Arc<Nic>>,
     /// Where the thread is to run.
     cores: Option<Vec<usize>>,
 }
@@ -40,6 +42,13 @@ pub(super) enum RdmaAnswer {
 }
 
 impl Rdma {
+    /// Names the descriptors by which devices say that they have news.
+    pub(super) fn interests<'a>(&'a self, interest: &mut impl FnMut(BorrowedFd<'a>, PollFlags)) {
+        for nic in &self.nics {
+            interest(nic.event_fd(), PollFlags::IN);
+        }
+    }
+
     /// Moves this thread near the device, and says where it is.
     pub(super) fn place_thread(&self) {
         let Some(cores) = &self.cores else { return };
@@ -86,10 +95,10 @@ pub(super) fn open(config: &EndpointConfig, wake: &Arc<OwnedFd>) -> Result<Optio
         let place = nic.place();
         tracing::info!(device = nic.name(), node = place.place.node, cpus = place.local_cpus, "RDMA device");
     }
-    let (operation, cores) = ("start a thread", fabric.cores());
+    let (operation, cores, nics) = ("start a thread", fabric.cores(), fabric.nics.clone());
     let registrar = Registrar::start(fabric, Arc::clone(wake))
         .map_err(|source| EndpointError::System { operation, source })?;
-    Ok(Some(Rdma { registrar, cores }))
+    Ok(Some(Rdma { registrar, nics, cores }))
 }
 
 impl Driver {
@@ -134,6 +143,21 @@ impl Driver {
         }
     }
 
+    /// Hears what devices say of themselves. Transports see to it when they are polled, later in the same turn.
+    pub(super) fn hear_devices(&mut self) {
+        let Self { rdma, peers, ready, .. } = self;
+        let Some(Rdma { nics, .. }) = rdma else { return };
+        for nic in nics.iter().filter(|nic| ready.contains(&nic.event_fd().as_raw_fd())) {
+            for failed in nic.hear_events() {
+                for peer in peers.values_mut() {
+                    if let Some(DataPath::Rdma(transport)) = peer.link.as_mut().map(|link| &mut link.path) {
+                        transport.hear_failure(nic, failed);
+                    }
+                }
+            }
+        }
+    }
+
     /// Peers that have lost their rights to this side's memory.
     pub(super) fn hear_revoked(&mut self) {
         let revoked = self.rdma.as_ref().map(|rdma| rdma.registrar.revoked()).unwrap_or_default();
@@ -148,11 +172,15 @@ impl Driver {
         let Some(link) = self.link_mut(instance) else { return };
         let DataPath::Rdma(transport) = &mut link.path else { return };
         let (news, rate, is_dead) = (transport.take_news(), transport.take_probed(), transport.is_dead());
+        let changed = (!news.is_empty()).then(|| transport.count());
         let lost = news
             .into_iter()
             .map(|path| link.connection.send(&Message::PathDown { path }))
             .find_map(Result::err);
         let id = link.id;
+        if let Some(paths) = changed {
+            self.links.set_paths(instance, paths);
+        }
         // With no way left a new connection is made rather than waited for the next handoff to fail.
         if let Some(loss) = lost.or(is_dead.then_some(Loss::NoPath)) {
             self.doomed.push((instance, id, loss));

@@ -6,11 +6,13 @@
 
 mod completion;
 mod context;
+mod event;
 mod memory;
 mod queue_pair;
 
 pub(super) use completion::{CompletionQueue, WorkCompletion};
 pub(super) use context::{Context, Domain, device_names};
+pub(super) use event::DeviceEvent;
 pub(super) use memory::Registration;
 pub(super) use queue_pair::{Capacity, Connect, Gather, QueuePair, Request, RequestKind};
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use super::checked::{self, Context, Domain};
 use super::error::{Unavailable, VerbsError};
 use super::gid::{GidEntry, GidKind, GidRule, choose_gid};
+use super::health::Health;
 use super::memory_region::{MemoryRegion, Reach};
 use super::raw;
 use super::topology::{self, DevicePlace, Place};
@@ -69,6 +70,7 @@ pub(crate) struct Nic {
     arena: Arc<MemoryRegion>,
     /// Staging memory that was registered, for as long as it exists.
     slabs: Mutex<Vec<(Weak<()>, Arc<MemoryRegion>)>>,
+    pub(super) health: Health,
 }
 
 /// What a device can take.
@@ -186,8 +188,8 @@ impl Nic {
         let domain = Domain::new(&context)?;
         let arena = Arc::new(MemoryRegion::of_region(&domain, region, Reach::Source)?);
         let (name, region) = (format!("{}:{port}", place.name), Arc::clone(region));
-        let slabs = Mutex::default();
-        Ok(Self { name, port, place: place.clone(), domain, limits, region, arena, slabs })
+        let (slabs, health) = (Mutex::default(), Health::default());
+        Ok(Self { name, port, place: place.clone(), domain, limits, region, arena, slabs, health })
     }
 
     /// Device and port.
@@ -210,6 +212,10 @@ impl Nic {
     /// How the port is addressed, as of now: addresses come and go with those of its network device.
     pub(super) fn address(&self, rule: GidRule) -> Result<PortAddress, VerbsError> {
         let state = self.domain.context().port(self.port)?;
+        if state.state != raw::PORT_ACTIVE || self.is_broken() {
+            let what = if self.is_broken() { "has failed" } else { "has no active port" };
+            return Err(Unavailable::NoneFits { reason: format!("{} {what}", self.name) }.into());
+        }
         let is_infiniband = state.link_layer != raw::LINK_LAYER_ETHERNET;
         let table = gid_table(self.domain.context(), &self.place.name, self.port, state.gid_tbl_len);
         let gid = choose_gid(&table, GidRule { is_infiniband, ..rule }).ok_or_else(|| {

@@ -15,6 +15,7 @@ mod checked;
 mod device;
 mod error;
 mod gid;
+mod health;
 #[cfg(test)]
 mod measurement;
 mod memory_region;
@@ -30,7 +31,7 @@ mod topology;
 mod transport;
 mod window;
 
-pub(crate) use device::Fabric;
+pub(crate) use device::{Fabric, Nic};
 pub use device::{PortReport, RdmaConfig, ports};
 pub use error::{Unavailable, VerbsError};
 pub use gid::{GidEntry, GidKind, GidRule, choose_gid};

@@ -96,6 +96,16 @@ impl Path {
         self.pair.is_some()
     }
 
+    /// Number of its queue pair, while it is up.
+    pub(super) fn number(&self) -> Option<u32> {
+        self.pair.as_ref().map(QueuePair::number)
+    }
+
+    /// Which of the completion queues is its.
+    pub(super) fn queue(&self) -> usize {
+        self.queue
+    }
+
     pub(super) fn nic(&self) -> &Nic {
         &self.nic
     }

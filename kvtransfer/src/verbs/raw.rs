@@ -245,6 +245,20 @@ pub(super) struct PortAttr {
     rest: [u64; 8],
 }
 
+/// The arms of the header's union `element` that are looked at.
+#[repr(C)]
+pub(super) union AsyncElement {
+    pub(super) cq: *mut Cq,
+    pub(super) qp: *mut Qp,
+    pub(super) port_num: c_int,
+}
+
+#[repr(C)]
+pub(super) struct AsyncEvent {
+    pub(super) element: AsyncElement,
+    pub(super) event_type: c_uint,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DeviceAttr {
@@ -361,6 +375,14 @@ pub(super) const QP_MIN_RNR_TIMER: c_int = 1 << 15;
 pub(super) const QP_SQ_PSN: c_int = 1 << 16;
 pub(super) const QP_MAX_DEST_RD_ATOMIC: c_int = 1 << 17;
 pub(super) const QP_DEST_QPN: c_int = 1 << 20;
+
+pub(super) const EVENT_CQ_ERR: c_uint = 0;
+pub(super) const EVENT_QP_FATAL: c_uint = 1;
+pub(super) const EVENT_QP_REQ_ERR: c_uint = 2;
+pub(super) const EVENT_QP_ACCESS_ERR: c_uint = 3;
+pub(super) const EVENT_DEVICE_FATAL: c_uint = 8;
+pub(super) const EVENT_PORT_ACTIVE: c_uint = 9;
+pub(super) const EVENT_PORT_ERR: c_uint = 10;
 
 pub(super) const PORT_ACTIVE: c_uint = 4;
 pub(super) const LINK_LAYER_ETHERNET: u8 = 2;

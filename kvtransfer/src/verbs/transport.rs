@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, Transport, WriteFault, WriteId};
 
 use super::checked::CompletionQueue;
+use super::device::Nic;
+use super::health::Failed;
 use super::memory_region::MemoryRegion;
 use super::paths::{Chunk, Heard, Path};
 use super::striping::{PathLoad, choose_path, piece_len};
@@ -134,6 +136,11 @@ impl RdmaTransport {
         !self.paths.iter().any(Path::is_up)
     }
 
+    /// How many paths work.
+    pub(crate) fn count(&self) -> u32 {
+        u32::try_from(self.paths.iter().filter(|path| path.is_up()).count()).expect("few paths")
+    }
+
     /// The paths, for logs and counters.
     pub(crate) fn paths(&self) -> Vec<PathReport> {
         let report = |path: &Path| PathReport {
@@ -216,6 +223,36 @@ impl RdmaTransport {
     fn end_probe(&mut self) {
         if let Probe::Running { .. } = self.probe {
             self.probe = Probe::Done(0.0);
+        }
+    }
+
+    /// Something of a device has failed; perhaps it belongs to this transport.
+    pub(crate) fn hear_failure(&mut self, nic: &Nic, failed: Failed) {
+        for index in 0..self.paths.len() {
+            let path = &self.paths[index];
+            let is_its = match failed {
+                Failed::QueuePair(number) => path.number() == Some(number),
+                Failed::CompletionQueue(address) => {
+                    self.queues[path.queue()].completions.address() == address
+                }
+            };
+            if is_its && std::ptr::eq(path.nic(), nic) {
+                self.bury(index, "its device says that it has failed");
+            }
+        }
+    }
+
+    /// Ends the paths of devices that have failed, and those of ports that are down while there are others. The last
+    /// one stays: what it loses it repeats, and the port may be up again before it has done so in vain.
+    fn heed_health(&mut self) {
+        for index in 0..self.paths.len() {
+            let works = |path: &Path| path.is_up() && !path.nic().is_port_down();
+            let path = &self.paths[index];
+            if path.nic().is_broken() {
+                self.bury(index, "its device has failed");
+            } else if path.nic().is_port_down() && self.paths.iter().any(works) {
+                self.bury(index, "its port is down");
+            }
         }
     }
 
@@ -398,6 +435,7 @@ impl Transport for RdmaTransport {
     }
 
     fn poll(&mut self, done: &mut Vec<Completion>) {
+        self.heed_health();
         self.pump();
         self.reap();
         self.pump();

@@ -62,6 +62,11 @@ impl CompletionQueue {
         self.raw.as_ptr()
     }
 
+    /// What events of the device call it.
+    pub(in crate::verbs) fn address(&self) -> usize {
+        self.raw.as_ptr().addr()
+    }
+
     /// Readable when a completion has come since [`arm`](Self::arm).
     pub(in crate::verbs) fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the channel lives until `drop`.

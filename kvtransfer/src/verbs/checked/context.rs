@@ -91,7 +91,10 @@ impl Context {
         // SAFETY: the device is an element of the list, which lives until the end of this function.
         let raw = unsafe { (list.library.ibv_open_device)(device) };
         let raw = NonNull::new(raw).ok_or_else(|| VerbsError::last("open the device"))?;
-        Ok(Arc::new(Self { raw }))
+        let context = Self { raw };
+        rustix::io::ioctl_fionbio(context.event_fd(), true)
+            .map_err(|errno| VerbsError::Call { operation: "prepare a device", source: errno.into() })?;
+        Ok(Arc::new(context))
     }
 
     pub(super) fn as_ptr(&self) -> *mut raw::Context {

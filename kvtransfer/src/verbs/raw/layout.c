@@ -76,6 +76,8 @@ int main(void) {
     OFFSET(ibv_port_attr, lid);
     OFFSET(ibv_port_attr, link_layer);
     OFFSET(ibv_port_attr, flags);
+    SIZE(ibv_async_event);
+    OFFSET(ibv_async_event, event_type);
     OFFSET(ibv_device_attr, max_mr_size);
     OFFSET(ibv_device_attr, max_qp_wr);
     OFFSET(ibv_device_attr, max_sge);

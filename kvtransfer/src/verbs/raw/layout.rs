@@ -91,6 +91,8 @@ fn attribute_rows() -> Vec<(&'static str, usize, usize)> {
         ("ibv_port_attr.lid",                   offset_of!(PortAttr, lid),                   34),
         ("ibv_port_attr.link_layer",            offset_of!(PortAttr, link_layer),            46),
         ("ibv_port_attr.flags",                 offset_of!(PortAttr, flags),                 47),
+        ("ibv_async_event",                     size_of::<AsyncEvent>(),                     16),
+        ("ibv_async_event.event_type",          offset_of!(AsyncEvent, event_type),          8),
         ("ibv_device_attr.max_mr_size",         offset_of!(DeviceAttr, max_mr_size),         80),
         ("ibv_device_attr.max_qp_wr",           offset_of!(DeviceAttr, max_qp_wr),           112),
         ("ibv_device_attr.max_sge",             offset_of!(DeviceAttr, max_sge),             120),

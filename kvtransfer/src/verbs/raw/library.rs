@@ -6,7 +6,9 @@
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
-use super::{CompChannel, Context, Cq, Device, DeviceAttr, Gid, Mr, Pd, PortAttr, Qp, QpAttr, QpInitAttr};
+use super::{
+    AsyncEvent, CompChannel, Context, Cq, Device, DeviceAttr, Gid, Mr, Pd, PortAttr, Qp, QpAttr, QpInitAttr,
+};
 
 macro_rules! functions {
     ($($(#[$note:meta])* $name:ident: fn($($argument:ty),*) $(-> $result:ty)?;)*) => {
@@ -61,6 +63,8 @@ functions! {
     ibv_modify_qp: fn(*mut Qp, *mut QpAttr, c_int) -> c_int;
     ibv_destroy_qp: fn(*mut Qp) -> c_int;
     ibv_wc_status_str: fn(c_uint) -> *const c_char;
+    ibv_get_async_event: fn(*mut Context, *mut AsyncEvent) -> c_int;
+    ibv_ack_async_event: fn(*mut AsyncEvent);
 }
 
 /// Arguments: domain, offset in the buffer, length, address by which it is named, descriptor, access.
