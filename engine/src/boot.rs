@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender};
 use tidemill_engine_core::scheduler::{Limits, Scheduler};
 use tidemill_engine_core::speculation::Speculation;
 use tidemill_kernels::cpu::{Cpu, CpuOptions};
-use tidemill_kvtransfer::{Endpoint, EndpointConfig, Timing};
+use tidemill_kvtransfer::{Endpoint, EndpointConfig, Pages, Timing};
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
@@ -50,8 +50,9 @@ pub(crate) fn boot(
     let (max_model_len, blocks) = capacity(&config, &model, &layout, available_bytes())?;
     let bytes = blocks.0 as usize * layout.block_bytes();
     progress(LoadProgress { stage: "reserving KV cache", done: 0, total: bytes as u64 });
-    let arena =
-        Arena::new(layout.clone(), blocks).map_err(|source| EngineError::KvCache { bytes, source })?;
+    let pages = if config.huge_pages { Pages::Huge } else { Pages::Normal };
+    let arena = Arena::with_pages(layout.clone(), blocks, pages)
+        .map_err(|source| EngineError::KvCache { bytes, source })?;
     let endpoint = Arc::new(endpoint(&config, instance, &arena, wires.commands)?);
     // After the endpoint's thread has started, which would otherwise inherit the core.
     cpu.pin_caller().map_err(|error| EngineError::Device(error.to_string()))?;

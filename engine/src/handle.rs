@@ -119,6 +119,8 @@ pub struct EngineConfig {
     pub rdma_devices: Vec<String>,
     /// Which of a port's addresses RDMA connections take, by position; `None` goes by rule.
     pub rdma_gid_index: Option<u8>,
+    /// Whether the KV cache is kept in huge pages, of which enough must be free.
+    pub huge_pages: bool,
     /// How much of each block a digest covers.
     pub digest: DigestCoverage,
     /// Whether a handoff on one host may compute in the peer's blocks (`docs/decisions/0002`).

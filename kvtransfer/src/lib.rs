@@ -34,5 +34,5 @@ pub use endpoint::{DEFAULT_CREDIT, Endpoint, EndpointConfig, EventSink, Timing, 
 pub use event::{
     HandoffEvent, HandoffStats, Met, Path, PeerAddress, PeerLink, PushWrite, Reserve, Reserved, Source,
 };
-pub use shm::{Access, Region, Slab};
+pub use shm::{Access, Pages, Region, Slab};
 pub use verbs::RdmaConfig;

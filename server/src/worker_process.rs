@@ -141,6 +141,7 @@ fn engine_config(flags: &WorkerFlags, model: &ResolvedModel) -> EngineConfig {
         require_transport: engine.require_transport,
         rdma_devices: engine.rdma_devices.clone(),
         rdma_gid_index: engine.rdma_gid_index,
+        huge_pages: engine.huge_pages,
         digest: engine.digest.coverage(),
         in_place: !engine.no_in_place,
         speculation: engine.speculative_config.map(|config| config.0),

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use tidemill_kernels::kv::{self, BlockAddress, KvBlockShape};
-use tidemill_kvtransfer::Region;
+use tidemill_kvtransfer::{Pages, Region};
 use tidemill_kvtransfer_proto::layout::{KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId};
 
@@ -29,9 +29,18 @@ impl Arena {
     ///
     /// The system is out of descriptors or address space, or the size is zero or beyond the address space.
     pub fn new(layout: KvLayout, blocks: BlockCount) -> io::Result<Self> {
+        Self::with_pages(layout, blocks, Pages::Normal)
+    }
+
+    /// The same, of pages of that kind.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new); and there are no or not enough huge pages.
+    pub fn with_pages(layout: KvLayout, blocks: BlockCount, pages: Pages) -> io::Result<Self> {
         let bytes =
             (blocks.0 as usize).checked_mul(layout.block_bytes()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self::over(Region::new(REGION_NAME, bytes)?, layout))
+        Ok(Self::over(Region::with_pages(REGION_NAME, bytes, pages)?, layout))
     }
 
     /// The blocks of a region that exists: a peer's, mapped here for reading and writing. A rest at the end that is

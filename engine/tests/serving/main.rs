@@ -293,6 +293,7 @@ fn config(model: &str, role: Role) -> EngineConfig {
         require_transport: true,
         rdma_devices: Vec::new(),
         rdma_gid_index: None,
+        huge_pages: false,
         digest: DigestCoverage::Sampled,
         in_place: true,
         speculation: None,

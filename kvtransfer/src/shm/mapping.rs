@@ -12,12 +12,14 @@ use super::Access;
 ///
 /// # Invariants
 ///
-/// - `base..base + len` is one mapping that this value made and that nothing else unmaps.
+/// - `base..base + mapped` is one mapping that this value made and that nothing else unmaps; `len <= mapped`.
 /// - Its pages can always be touched as far as `access` allows: they are anonymous, or belong to a memfd that
 ///   is sealed against shrinking.
 pub(super) struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    /// Bytes of the mapping: `len`, up to the end of its last page.
+    mapped: usize,
     access: Access,
 }
 
@@ -34,7 +36,7 @@ impl Mapping {
         // SAFETY: a null hint lets the kernel choose an address that is not in use.
         let base =
             unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, protection, MapFlags::PRIVATE) }?;
-        Ok(Self::own(base.cast(), len, Access::ReadWrite))
+        Ok(Self::own(base.cast(), len, len, Access::ReadWrite))
     }
 
     /// The first `len` bytes of `fd`, shared with whoever else maps it. The caller has made sure that `fd` is
@@ -44,14 +46,17 @@ impl Mapping {
             Access::Read => ProtFlags::READ,
             Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
         };
+        // Huge pages are only unmapped whole.
+        let page = usize::try_from(rustix::fs::fstat(fd)?.st_blksize).unwrap_or(1).max(1);
+        let mapped = len.checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a null hint lets the kernel choose an address that is not in use.
-        let base = unsafe { rustix::mm::mmap(ptr::null_mut(), len, protection, MapFlags::SHARED, fd, 0) }?;
-        Ok(Self::own(base.cast(), len, access))
+        let base = unsafe { rustix::mm::mmap(ptr::null_mut(), mapped, protection, MapFlags::SHARED, fd, 0) }?;
+        Ok(Self::own(base.cast(), len, mapped, access))
     }
 
-    fn own(base: *mut u8, len: usize, access: Access) -> Self {
-        let mapping =
-            Self { base: NonNull::new(base).expect("mmap never returns address zero"), len, access };
+    fn own(base: *mut u8, len: usize, mapped: usize, access: Access) -> Self {
+        let start = NonNull::new(base).expect("mmap never returns address zero");
+        let mapping = Self { base: start, len, mapped, access };
         // Blocks lie scattered over gigabytes: with pages of 4 KiB nearly each line that is looked at costs a walk
         // through the page tables, and each page of a peer's memory a fault. A system without huge pages says no.
         // SAFETY: the mapping that was just made; the advice changes no byte of it.
@@ -92,7 +97,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: by the first invariant this is exactly one mapping of ours; pointers that were handed out
         // are valid only while the owner lives, which their methods say.
-        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.mapped) };
         debug_assert!(unmapped.is_ok(), "munmap fails only for ranges that are no mapping");
     }
 }

@@ -14,6 +14,6 @@ mod transport;
 
 pub(crate) use process::Process;
 pub(crate) use region::RegionWriter;
-pub use region::{Access, Region};
+pub use region::{Access, Pages, Region};
 pub use slab::Slab;
 pub(crate) use transport::SharedMemoryTransport;

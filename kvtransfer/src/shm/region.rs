@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
 
 use super::mapping::Mapping;
 use super::streaming;
@@ -19,6 +20,17 @@ pub enum Access {
     Read,
     /// Loads and stores.
     ReadWrite,
+}
+
+/// What a region is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pages {
+    /// Pages as the kernel gives them.
+    #[default]
+    Normal,
+    /// Huge ones of the kernel's pool (`vm.nr_hugepages`), set aside at once: fewer of them to walk when a device is
+    /// given the memory, fewer entries in its tables and in those of the processor. A rest of the last one stays unused.
+    Huge,
 }
 
 /// Memory that other processes may map too. Page aligned; lives as long as the last `Arc` or mapping of it.
@@ -46,13 +58,37 @@ impl Region {
     ///
     /// `len` is zero, or the system is out of descriptors or address space.
     pub fn new(name: &str, len: usize) -> io::Result<Arc<Self>> {
+        Self::with_pages(name, len, Pages::Normal)
+    }
+
+    /// The same, of pages of that kind.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new); and the kernel knows no huge pages, or has not enough of them.
+    pub fn with_pages(name: &str, len: usize, pages: Pages) -> io::Result<Arc<Self>> {
         if len == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a region has at least one byte"));
         }
-        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        rustix::fs::ftruncate(&fd, len as u64)?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = match pages {
+            Pages::Normal => rustix::fs::memfd_create(name, flags)?,
+            Pages::Huge => {
+                rustix::fs::memfd_create(name, flags | MemfdFlags::HUGETLB).map_err(no_huge_pages)?
+            }
+        };
+        let page = u64::try_from(rustix::fs::fstat(&fd)?.st_blksize).unwrap_or(1).max(1);
+        let size = match pages {
+            Pages::Normal => len as u64,
+            Pages::Huge => (len as u64).next_multiple_of(page),
+        };
+        rustix::fs::ftruncate(&fd, size)?;
         rustix::fs::fcntl_add_seals(&fd, FIXED_SIZE | SealFlags::SEAL)?;
-        let mapping = Mapping::shared(fd.as_fd(), len, Access::ReadWrite)?;
+        let mapping = Mapping::shared(fd.as_fd(), len, Access::ReadWrite);
+        let mapping = mapping.map_err(|error| match pages {
+            Pages::Normal => error,
+            Pages::Huge => too_few_huge_pages(&error, size, page),
+        })?;
         Ok(Arc::new(Self { mapping, fd }))
     }
 
@@ -226,6 +262,20 @@ impl Drop for RegionWriter<'_> {
     }
 }
 
+fn no_huge_pages(error: Errno) -> io::Error {
+    let error = io::Error::from(error);
+    io::Error::new(error.kind(), format!("the kernel has no huge pages: {error}"))
+}
+
+fn too_few_huge_pages(error: &io::Error, size: u64, page: u64) -> io::Error {
+    let kind = error.kind();
+    let pages = size / page;
+    let text = format!(
+        "{pages} huge pages of {page} bytes are needed, and fewer are free (vm.nr_hugepages says how many there are): {error}"
+    );
+    io::Error::new(kind, text)
+}
+
 /// What makes the size of a memfd final.
 const FIXED_SIZE: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
@@ -267,6 +317,29 @@ mod tests {
         for (name, refused) in rows {
             assert!(refused, "{name} is refused");
         }
+    }
+
+    /// Whatever the machine has: what is said is held against what the kernel shows.
+    #[test]
+    fn huge_pages_are_had_or_the_lack_of_them_is_named() {
+        const TOO_MANY: usize = 1 << 44;
+        let error = Region::with_pages("huge", TOO_MANY, Pages::Huge).unwrap_err().to_string();
+        if std::path::Path::new("/sys/kernel/mm/hugepages").exists() {
+            assert!(error.contains("huge pages of") && error.contains("vm.nr_hugepages"), "{error}");
+        } else {
+            assert!(error.contains("the kernel has no huge pages"), "{error}");
+        }
+        // Not that of any page: only a whole last one can be unmapped.
+        let Ok(ours) = Region::with_pages("huge", 2_500_001, Pages::Huge) else {
+            return eprintln!("no free huge pages here: tests/rdma/check has some");
+        };
+        assert_eq!(ours.len(), 2_500_001);
+        let theirs =
+            Region::map(ours.fd().try_clone_to_owned().unwrap(), ours.len(), Access::ReadWrite).unwrap();
+        theirs.write(2_500_000, &[7]);
+        let mut seen = [0];
+        ours.read(2_500_000, &mut seen);
+        assert_eq!(seen, [7]);
     }
 
     #[test]

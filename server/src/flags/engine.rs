@@ -122,6 +122,9 @@ pub(crate) struct EngineFlags {
     /// address]
     #[arg(long, env = "TIDEMILL_RDMA_GID_INDEX", value_name = "N")]
     pub(crate) rdma_gid_index: Option<u8>,
+    /// Keep the KV cache in huge pages, of which enough must be free (vm.nr_hugepages)
+    #[arg(long, env = "TIDEMILL_HUGE_PAGES")]
+    pub(crate) huge_pages: bool,
     /// How much of each handed-over block is verified
     #[arg(long, env = "TIDEMILL_DIGEST", value_enum, default_value_t)]
     pub(crate) digest: DigestName,
@@ -246,6 +249,7 @@ impl EngineFlags {
             ("--no-enable-prefix-caching", self.no_enable_prefix_caching),
             ("--require-transport", self.require_transport),
             ("--no-in-place", self.no_in_place),
+            ("--huge-pages", self.huge_pages),
         ];
         arguments.extend(switches.iter().filter(|(_, on)| *on).map(|(flag, _)| (*flag).to_owned()));
         arguments
@@ -322,6 +326,7 @@ mod tests {
             "portable",
             "--quantization",
             "int4",
+            "--huge-pages",
         ];
         let Command::Serve(serve) = Cli::parse_from(typed).command else { panic!("typed serve") };
         let parsed = |role: RoleName| {
@@ -352,6 +357,7 @@ mod tests {
             (decode.rdma_devices.join(" "), decode.rdma_gid_index),
             ("mlx5_0 mlx5_1:2".into(), Some(3))
         );
+        assert!(prefill.huge_pages && decode.huge_pages);
     }
 
     #[test]

@@ -71,6 +71,7 @@ pub(crate) fn config(name: &str, role: Role) -> EngineConfig {
         require_transport: false,
         rdma_devices: Vec::new(),
         rdma_gid_index: None,
+        huge_pages: false,
         digest: DigestCoverage::Sampled,
         in_place: true,
         speculation: None,
