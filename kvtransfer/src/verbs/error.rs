@@ -50,6 +50,9 @@ pub enum VerbsError {
         /// The missing symbol.
         function: &'static str,
     },
+    /// The device, or its driver, cannot be given memory of another device.
+    #[error("this RDMA device or its driver cannot reach the memory of other devices (dma-buf)")]
+    NoDmaBuf,
     /// What the peer said of itself cannot be used.
     #[error("the peer's path is not usable: {what}")]
     Peer {

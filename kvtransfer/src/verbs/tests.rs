@@ -358,8 +358,13 @@ fn memory_that_a_device_cannot_take_is_an_error() {
     let arena = Region::new("arena", 4096).unwrap();
     let fabric = Fabric::open(RdmaConfig::default(), &arena).unwrap();
     let domain: &Arc<Domain> = &fabric.nics[0].domain;
+    // Soft-RoCE has no such call; a driver that has one would see that this is no dma-buf.
     let error = MemoryRegion::of_dma_buf(domain, arena.fd(), 0, 4096, Reach::Peer).unwrap_err();
-    assert!(matches!(error, VerbsError::Call { operation: "register memory", .. }), "{}", error.to_line());
+    let is_refused = match fabric.nics[0].name().starts_with("rxe") {
+        true => matches!(error, VerbsError::NoDmaBuf),
+        false => matches!(error, VerbsError::NoDmaBuf | VerbsError::Call { operation: "register memory", .. }),
+    };
+    assert!(is_refused, "{}", error.to_line());
     let missing = RdmaConfig { devices: vec!["mlx9_9".to_owned()], ..RdmaConfig::default() };
     let error = Fabric::open(missing, &arena).unwrap_err();
     assert_eq!(error.to_line(), "no RDMA device can be used: there is no device mlx9_9");

@@ -58,7 +58,7 @@ impl Registration {
         // SAFETY: the domain is kept by the result; the kernel checks descriptor and range, and no memory of this
         // process is involved.
         let raw = unsafe { register(domain.as_ptr(), offset, len, address, fd.as_raw_fd(), access) };
-        Self::own(raw, domain, len)
+        Self::own(raw, domain, len).map_err(no_dma_buf)
     }
 
     fn own(raw: *mut raw::Mr, domain: &Arc<Domain>, len: usize) -> Result<Self, VerbsError> {
@@ -88,6 +88,13 @@ impl Drop for Registration {
         // The proof of quiet rests on it: better no worker than one that may be written to.
         assert_eq!(code, 0, "a registration is undone");
     }
+}
+
+/// The library says that a provider has no such call, the kernel that a driver has none.
+fn no_dma_buf(error: VerbsError) -> VerbsError {
+    let VerbsError::Call { source, .. } = &error else { return error };
+    let is_missing = [Errno::NOSYS, Errno::OPNOTSUPP].map(|it| Some(it.raw_os_error()));
+    if is_missing.contains(&source.raw_os_error()) { VerbsError::NoDmaBuf } else { error }
 }
 
 /// The kernel says "out of memory" when it means the limit on pinned memory.
