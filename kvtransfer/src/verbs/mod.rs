@@ -14,6 +14,8 @@
 mod checked;
 mod device;
 mod error;
+#[cfg(test)]
+mod fetch_tests;
 mod gid;
 mod health;
 #[cfg(test)]

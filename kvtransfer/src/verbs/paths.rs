@@ -32,7 +32,7 @@ pub(super) struct Path {
     unflushed: Vec<Chunk>,
     /// Where flushes read to.
     scratch: Arc<Landing>,
-    /// Bytes that arrived.
+    /// Bytes that arrived, there or here.
     pub(super) delivered: u64,
     /// Work requests posted.
     pub(super) requests: u64,
@@ -45,14 +45,25 @@ pub(super) struct Heard {
     pub(super) completion: WorkCompletion,
 }
 
-/// A part of a write.
+/// A part of a write or of a fetch.
 #[derive(Debug)]
 pub(super) struct Chunk {
-    /// Which write.
+    /// Which one.
     pub(super) write: u64,
+    pub(super) direction: Direction,
+    /// This side's memory.
     pub(super) source: SourceRange,
     /// Offset in the peer's arena.
     pub(super) offset: u64,
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// From this side to the peer.
+    Push,
+    /// From the peer to this side.
+    Pull,
 }
 
 /// What a request was for.
@@ -138,7 +149,8 @@ impl Path {
             return false;
         };
         let len: usize = pieces.iter().map(Piece::len).sum();
-        remote.address + len as u64 == self.remote.address + chunk.offset
+        chunk.direction == Direction::Push
+            && remote.address + len as u64 == self.remote.address + chunk.offset
             && pieces.len() < pair.gather_limit()
             && len + chunk.source.len() <= LONGEST
             && self.window.admits(chunk.source.len() as u64)
@@ -159,7 +171,11 @@ impl Path {
             }
             _ => {
                 let remote = Remote { address: self.remote.address + chunk.offset, ..self.remote };
-                let (operation, tag) = (Operation::Write(vec![piece]), Tag::Chunks(vec![(chunk, ticket)]));
+                let operation = match chunk.direction {
+                    Direction::Push => Operation::Write(vec![piece]),
+                    Direction::Pull => Operation::Fetch(piece),
+                };
+                let tag = Tag::Chunks(vec![(chunk, ticket)]);
                 self.batch.push(Work { operation, remote, tag });
             }
         }
@@ -171,8 +187,11 @@ impl Path {
     pub(super) fn post(&mut self) -> Result<(), String> {
         let mut batch = std::mem::take(&mut self.batch);
         let Some(pair) = self.pair.as_mut().filter(|_| !batch.is_empty()) else { return Ok(()) };
-        let operation = Operation::Flush(Arc::clone(&self.scratch));
-        batch.push(Work { operation, remote: self.remote, tag: Tag::Flush });
+        // What was fetched is here when it completes.
+        if batch.iter().any(|work| matches!(work.operation, Operation::Write(_))) {
+            let operation = Operation::Flush(Arc::clone(&self.scratch));
+            batch.push(Work { operation, remote: self.remote, tag: Tag::Flush });
+        }
         self.requests += batch.len() as u64;
         match pair.post(batch) {
             Outcome::Posted => Ok(()),
@@ -208,7 +227,13 @@ impl Path {
                 Tag::Chunks(chunks) => {
                     for (chunk, ticket) in chunks {
                         self.window.complete(ticket, now);
-                        self.unflushed.push(chunk);
+                        match chunk.direction {
+                            Direction::Push => self.unflushed.push(chunk),
+                            Direction::Pull => {
+                                self.delivered += chunk.source.len() as u64;
+                                landed.push(chunk);
+                            }
+                        }
                     }
                 }
                 Tag::Flush => {

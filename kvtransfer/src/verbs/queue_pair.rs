@@ -39,6 +39,8 @@ pub(super) struct Work<T> {
 pub(super) enum Operation {
     /// Writes these pieces one behind the other.
     Write(Vec<Piece>),
+    /// Fetches the peer's bytes into this piece of an arena.
+    Fetch(Piece),
     /// Reads as much as `Landing` holds.
     Read(Landing),
     /// Reads into memory that nobody looks at, only to have it done that the writes before it arrived.
@@ -52,7 +54,7 @@ pub(super) struct Remote {
     pub(super) key: u32,
 }
 
-/// A source and the registration that it lies in.
+/// A range of this side's memory and the registration that it lies in.
 pub(super) struct Piece {
     source: SourceRange,
     memory: Arc<MemoryRegion>,
@@ -147,6 +149,10 @@ impl<T> QueuePair<T> {
                     let is_short = len <= self.pair.capacity().inline as usize;
                     if is_short { RequestKind::WriteInline } else { RequestKind::Write }
                 }
+                Operation::Fetch(piece) => {
+                    gather.push(piece.gather());
+                    RequestKind::Read
+                }
                 Operation::Read(landing) => {
                     gather.push(landing.gather());
                     RequestKind::Read
@@ -173,7 +179,8 @@ impl<T> QueuePair<T> {
             self.next_id += 1;
         }
         // SAFETY: each piece is part of memory that its registration covers, both of which `posted` keeps until the
-        // request has completed or the queue pair is gone; what a read writes to belongs to it alone.
+        // request has completed or the queue pair is gone; what a read writes to belongs to it alone, or is part of an
+        // arena, whose bytes may change at any time and are never lent out as a slice.
         match unsafe { self.pair.post(&requests, &gather) } {
             Ok(()) => Outcome::Posted,
             // The rest was not posted and would never complete; neither may anything overtake it.
@@ -193,7 +200,7 @@ impl<T> QueuePair<T> {
             let Posted { tag, operation, .. } = self.posted.pop_front().expect("there is a front");
             let landing = match operation {
                 Operation::Read(landing) => Some(landing),
-                Operation::Write(_) | Operation::Flush(_) => None,
+                Operation::Write(_) | Operation::Fetch(_) | Operation::Flush(_) => None,
             };
             ended.push(Ended { tag, landing });
         }

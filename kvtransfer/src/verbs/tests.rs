@@ -18,21 +18,21 @@ use crate::shm::{Region, Slab};
 use crate::source::{Memory, SourceRange};
 
 /// Two connected transports in one process, each with its own devices and arena.
-struct Pair {
-    ours: Side,
-    theirs: Side,
+pub(super) struct Pair {
+    pub(super) ours: Side,
+    pub(super) theirs: Side,
     slabs: Vec<Arc<Slab>>,
-    deadline: Instant,
+    pub(super) deadline: Instant,
 }
 
-struct Side {
-    fabric: Fabric,
-    arena: Arc<Region>,
-    transport: RdmaTransport,
+pub(super) struct Side {
+    pub(super) fabric: Fabric,
+    pub(super) arena: Arc<Region>,
+    pub(super) transport: RdmaTransport,
 }
 
 impl Pair {
-    fn new(len: usize, config: &RdmaConfig) -> Self {
+    pub(super) fn new(len: usize, config: &RdmaConfig) -> Self {
         let open = |name| {
             let arena = Region::new(name, len).unwrap();
             (Fabric::open(config.clone(), &arena).unwrap(), arena)
@@ -74,7 +74,7 @@ impl Pair {
     }
 
     /// Lets both sides work until `until` says so.
-    fn work(
+    pub(super) fn work(
         &mut self,
         done: &mut Vec<Completion>,
         what: &str,
@@ -126,12 +126,12 @@ pub(super) fn range(offset: usize, len: usize) -> RemoteRange {
     RemoteRange { handoff: HandoffId(1), offset: offset as u64, len: u32::try_from(len).unwrap(), stamp: 0 }
 }
 
-fn pattern(seed: usize, len: usize) -> Vec<u8> {
+pub(super) fn pattern(seed: usize, len: usize) -> Vec<u8> {
     (0..len).map(|index| (index.wrapping_mul(31) ^ (index >> 8).wrapping_mul(7) ^ seed) as u8).collect()
 }
 
 /// One second until a path without a peer counts as dead.
-fn impatient() -> RdmaConfig {
+pub(super) fn impatient() -> RdmaConfig {
     RdmaConfig { timeout: 16, retries: 3, ..RdmaConfig::default() }
 }
 
@@ -362,7 +362,9 @@ fn memory_that_a_device_cannot_take_is_an_error() {
     let error = MemoryRegion::of_dma_buf(domain, arena.fd(), 0, 4096, Reach::Peer).unwrap_err();
     let is_refused = match fabric.nics[0].name().starts_with("rxe") {
         true => matches!(error, VerbsError::NoDmaBuf),
-        false => matches!(error, VerbsError::NoDmaBuf | VerbsError::Call { operation: "register memory", .. }),
+        false => {
+            matches!(error, VerbsError::NoDmaBuf | VerbsError::Call { operation: "register memory", .. })
+        }
     };
     assert!(is_refused, "{}", error.to_line());
     let missing = RdmaConfig { devices: vec!["mlx9_9".to_owned()], ..RdmaConfig::default() };

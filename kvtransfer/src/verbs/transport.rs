@@ -16,9 +16,10 @@ use super::checked::CompletionQueue;
 use super::device::Nic;
 use super::health::Failed;
 use super::memory_region::MemoryRegion;
-use super::paths::{Chunk, Heard, Path};
+use super::paths::{Chunk, Direction, Heard, Path};
 use super::striping::{PathLoad, choose_path, piece_len};
-use crate::source::SourceRange;
+use crate::shm::Region;
+use crate::source::{Memory, SourceRange};
 use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
 
 /// Both directions of the paths to one peer: writes of this side go out, and the peer's land in the arena without
@@ -256,6 +257,55 @@ impl RdmaTransport {
         }
     }
 
+    /// Queues a fetch of the whole of `source`, a range of the peer's arena, into this side's own arena from `offset` on:
+    /// for peers that may not or cannot write. What holds of a write holds of it, with the sides exchanged: the peer keeps
+    /// its bytes as they are until it hears that the fetch has ended, or has proof of its own that nobody fetches any
+    /// more ([`Access`] dropped after [`sever`](Self::sever)).
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "handoffs are pushed; one that is pulled needs messages of its own")
+    )]
+    pub(crate) fn post_fetch(
+        &mut self,
+        id: WriteId,
+        source: RemoteRange,
+        arena: &Arc<Region>,
+        offset: usize,
+    ) -> Post {
+        let local = SourceRange::new(Memory::Arena(Arc::clone(arena)), offset, source.len as usize);
+        let Some(local) = local else {
+            self.completions.push(Completion { id, outcome: Err(WriteFault::Outside) });
+            return Post::Accepted;
+        };
+        self.post(id, Direction::Pull, &local, &source)
+    }
+
+    /// Queues a transfer between `local` and a range of the peer's arena, of the same length.
+    fn post(&mut self, id: WriteId, direction: Direction, local: &SourceRange, range: &RemoteRange) -> Post {
+        assert_eq!(local.len(), range.len as usize, "all of it is moved");
+        if QUEUE <= self.writes.len() {
+            return Post::QueueFull;
+        }
+        let up = self.paths.iter().filter(|path| path.is_up()).count();
+        let is_inside = range.offset.checked_add(range.len.into()).is_some_and(|end| end <= self.remote_len);
+        let fault = if up == 0 { Some(WriteFault::Severed) } else { None };
+        if let Some(fault) = fault.or((!is_inside).then_some(WriteFault::Outside)) {
+            self.completions.push(Completion { id, outcome: Err(fault) });
+            return Post::Accepted;
+        }
+        let (key, each) = (self.next_write, piece_len(local.len(), up));
+        self.next_write += 1;
+        let mut chunks = 0;
+        for at in (0..local.len()).step_by(each) {
+            let source = local.part(at, each.min(local.len() - at));
+            let offset = range.offset + at as u64;
+            self.waiting.push_back(Chunk { write: key, direction, source, offset });
+            chunks += 1;
+        }
+        self.writes.insert(key, Write { id, chunks, fences: BTreeSet::new(), outcome: Ok(()) });
+        Post::Accepted
+    }
+
     fn now(&self) -> Duration {
         self.started.elapsed()
     }
@@ -367,7 +417,9 @@ impl RdmaTransport {
             return self.sever();
         }
         for chunk in &chunks {
+            // What was fetched on the dead path cannot land any more: this side's end of it is gone.
             if let Some(write) = self.writes.get_mut(&chunk.write)
+                && chunk.direction == Direction::Push
                 && !self.paths[index].is_fenced
             {
                 write.fences.insert(index);
@@ -410,28 +462,7 @@ impl Transport for RdmaTransport {
     type Source = SourceRange;
 
     fn post_write(&mut self, id: WriteId, source: SourceRange, target: RemoteRange) -> Post {
-        assert_eq!(source.len(), target.len as usize, "the whole of the source is written");
-        if QUEUE <= self.writes.len() {
-            return Post::QueueFull;
-        }
-        let up = self.paths.iter().filter(|path| path.is_up()).count();
-        let is_inside =
-            target.offset.checked_add(target.len.into()).is_some_and(|end| end <= self.remote_len);
-        let fault = if up == 0 { Some(WriteFault::Severed) } else { None };
-        if let Some(fault) = fault.or((!is_inside).then_some(WriteFault::Outside)) {
-            self.completions.push(Completion { id, outcome: Err(fault) });
-            return Post::Accepted;
-        }
-        let (key, each) = (self.next_write, piece_len(source.len(), up));
-        self.next_write += 1;
-        let mut chunks = 0;
-        for at in (0..source.len()).step_by(each) {
-            let part = source.part(at, each.min(source.len() - at));
-            self.waiting.push_back(Chunk { write: key, source: part, offset: target.offset + at as u64 });
-            chunks += 1;
-        }
-        self.writes.insert(key, Write { id, chunks, fences: BTreeSet::new(), outcome: Ok(()) });
-        Post::Accepted
+        self.post(id, Direction::Push, &source, &target)
     }
 
     fn poll(&mut self, done: &mut Vec<Completion>) {
