@@ -22,6 +22,8 @@ pub(super) struct QueuePair<T> {
     pair: checked::QueuePair,
     posted: VecDeque<Posted<T>>,
     next_id: u64,
+    /// Whether a request has failed: none behind it ends well, nor does itself.
+    has_failed: bool,
     /// Requests since the last one whose success is announced.
     unsignalled: u32,
     signal_every: u32,
@@ -108,7 +110,14 @@ impl<T> QueuePair<T> {
         signal_every: u32,
     ) -> Result<Self, VerbsError> {
         let pair = checked::QueuePair::new(&nic.domain, completions, nic.port(), capacity)?;
-        Ok(Self { pair, posted: VecDeque::new(), next_id: 0, unsignalled: 0, signal_every })
+        Ok(Self {
+            pair,
+            posted: VecDeque::new(),
+            next_id: 0,
+            has_failed: false,
+            unsignalled: 0,
+            signal_every,
+        })
     }
 
     pub(super) fn number(&self) -> u32 {
@@ -195,6 +204,11 @@ impl<T> QueuePair<T> {
         completion: &WorkCompletion,
         ended: &mut Vec<Ended<T>>,
     ) -> Result<(), String> {
+        // What comes after a failure tells of flushed requests, each with its number: those before it have not ended well.
+        if self.has_failed {
+            return Err(completion.reason());
+        }
+        self.has_failed = !completion.is_ok();
         let last = if completion.is_ok() { completion.id + 1 } else { completion.id };
         while self.posted.front().is_some_and(|posted| posted.id < last) {
             let Posted { tag, operation, .. } = self.posted.pop_front().expect("there is a front");

@@ -309,6 +309,22 @@ fn a_dead_path_hands_over_to_the_others_and_is_fenced() {
 
 #[test]
 #[ignore = "needs a verbs device: tests/rdma/run"]
+fn a_write_that_failed_is_not_taken_for_landed_by_those_behind_it() {
+    // One path and no other, whose far end goes without a word.
+    let config = RdmaConfig { devices: vec!["rxe0".to_owned()], queue_pairs: 1, ..impatient() };
+    let mut pair = Pair::new(1 << 20, &config);
+    assert!(pair.theirs.transport.fence(0));
+    let mut done = Vec::new();
+    for index in 0..8 {
+        pair.post(index, 3, 0, 4096);
+        pair.ours.transport.poll(&mut done); // Posts it, with a flush behind it.
+    }
+    pair.work(&mut done, "all writes complete", |_, done| done.len() == 8);
+    assert!(done.iter().all(|it| it.outcome == Err(WriteFault::Severed)), "{done:?}");
+}
+
+#[test]
+#[ignore = "needs a verbs device: tests/rdma/run"]
 fn a_probe_measures_the_way_and_writes_nothing() {
     let mut pair = Pair::new(1 << 20, &impatient());
     pair.theirs.arena.write(0, &pattern(8, 1 << 20));
