@@ -30,31 +30,20 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// Every worker has one core, so that a split deployment computes no faster than a colocated one.
 const ONE_CORE: [&str; 4] = ["--cores", "0", "--max-num-batched-tokens", "512"];
 
+/// A process keeps the pages that it was given, near or far apart, and with them its speed: so several starts of both
+/// deployments are compared.
 async fn exposed_transfer(rounds: usize) -> anyhow::Result<Row> {
-    let options = ["--no-enable-prefix-caching", "--max-num-batched-tokens", "512"];
-    let split = ["--transport", "shm", "--prefill-cores", "0", "--decode-cores", "1"];
-    let split = Deployment::start(&[&options[..], &split].concat());
-    let whole = Deployment::start(&[&options[..], &["--colocated", "--cores", "0"]].concat());
-    let mut pairs = Vec::new();
-    let mut first_tokens = Vec::new();
-    for round in 0..rounds as u32 + 1 {
-        let (split_first, split_second) = first_two(&split.client, round).await?;
-        let (whole_first, whole_second) = first_two(&whole.client, round).await?;
-        if 0 < round {
-            pairs.push((split_first, split_second, whole_first, whole_second));
-            first_tokens.push(whole_first);
-        }
+    let mut all = Vec::new();
+    let mut starts = Vec::new();
+    for start in 0..STARTS {
+        let pairs = exposed_in_one_start(start * 1000, rounds.div_ceil(STARTS as usize)).await?;
+        starts.push(format!("{:.1}", median_difference(&pairs) * 1e3));
+        all.extend(pairs);
     }
-    let of = |pick: fn(&(Duration, Duration, Duration, Duration)) -> Duration| {
-        median(&pairs.iter().map(pick).collect::<Vec<_>>()).as_secs_f64() * 1e3
+    let of = |pick: fn(&FirstTwo) -> Duration| {
+        median(&all.iter().map(pick).collect::<Vec<_>>()).as_secs_f64() * 1e3
     };
-    let mut differences: Vec<f64> =
-        pairs.iter().map(|(_, split, _, whole)| split.as_secs_f64() - whole.as_secs_f64()).collect();
-    differences.sort_by(f64::total_cmp);
-    let exposed = differences[differences.len() / 2];
-    let ttft = median(&first_tokens).as_secs_f64();
-    let handed_over = split.client.metric("tidemill_handoff_total", "").await;
-    ensure!(rounds as f64 <= handed_over, "the split deployment handed {handed_over} prompts over");
+    let (exposed, ttft) = (median_difference(&all), of(|it| it.whole.0) / 1e3);
     Ok(Row {
         measure: "exposed transfer: second token, split − colocated, 2k tokens, shm".to_owned(),
         value: exposed * 1e3,
@@ -62,13 +51,47 @@ async fn exposed_transfer(rounds: usize) -> anyhow::Result<Row> {
         limit: Some((ttft * 1e3, "TTFT, colocated")),
         target: Some(Target::Share { measured: exposed / ttft, at_most: 0.01 }),
         note: format!(
-            "demo model, one core a worker; first → second token: split {:.1} → {:.1} ms, colocated {:.1} → {:.1} ms",
-            of(|it| it.0),
-            of(|it| it.1),
-            of(|it| it.2),
-            of(|it| it.3)
+            "demo model, one core a worker; first → second token: split {:.1} → {:.1} ms, colocated {:.1} → {:.1} ms; \
+             medians of {STARTS} starts: {} ms",
+            of(|it| it.split.0),
+            of(|it| it.split.1),
+            of(|it| it.whole.0),
+            of(|it| it.whole.1),
+            starts.join(", ")
         ),
     })
+}
+
+/// When the first and the second token came of the same prompt, split and colocated.
+struct FirstTwo {
+    split: (Duration, Duration),
+    whole: (Duration, Duration),
+}
+
+async fn exposed_in_one_start(first: u32, rounds: usize) -> anyhow::Result<Vec<FirstTwo>> {
+    let options = ["--no-enable-prefix-caching", "--max-num-batched-tokens", "512"];
+    let split = ["--transport", "shm", "--prefill-cores", "0", "--decode-cores", "1"];
+    let split = Deployment::start(&[&options[..], &split].concat());
+    let whole = Deployment::start(&[&options[..], &["--colocated", "--cores", "0"]].concat());
+    let mut pairs = Vec::new();
+    for round in 0..rounds as u32 + 1 {
+        let split = first_two(&split.client, first + round).await?;
+        let whole = first_two(&whole.client, first + round).await?;
+        if 0 < round {
+            pairs.push(FirstTwo { split, whole });
+        }
+    }
+    let handed_over = split.client.metric("tidemill_handoff_total", "").await;
+    ensure!(rounds as f64 <= handed_over, "the split deployment handed {handed_over} prompts over");
+    Ok(pairs)
+}
+
+/// By how many seconds the second token of a split answer is later.
+fn median_difference(pairs: &[FirstTwo]) -> f64 {
+    let difference = |it: &FirstTwo| it.split.1.as_secs_f64() - it.whole.1.as_secs_f64();
+    let mut differences: Vec<f64> = pairs.iter().map(difference).collect();
+    differences.sort_by(f64::total_cmp);
+    differences[differences.len() / 2]
 }
 
 /// When the first and the second token of an answer arrive.
@@ -200,6 +223,8 @@ async fn wait_for(client: &Client, wanted: impl Fn(f64) -> bool) -> Option<()> {
     None
 }
 
+/// Starts of two deployments whose first tokens are compared.
+const STARTS: u32 = 4;
 const KILLS: u32 = 5;
 const POLL: Duration = Duration::from_millis(2);
 const LIMIT: Duration = Duration::from_secs(20);
