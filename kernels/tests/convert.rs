@@ -283,6 +283,34 @@ fn check_row(name: &str, row: &[f32], from: &KvBlockShape, dtype: KvDtype) {
     }
 }
 
+/// Rows are converted several at a time; one that needs more care is among them.
+#[test]
+fn an_odd_row_among_others_is_stored_as_the_reference_stores_it() {
+    let (tokens, heads) = (3, 5);
+    for (head_size, order) in [(64, Order::TokenHead), (128, Order::TokenHead), (128, Order::HeadToken)] {
+        let from = shape(KvDtype::Bf16, 1, 4, heads, head_size, order);
+        let to = shape(KvDtype::Int8, 1, 4, heads, head_size, Order::TokenHead);
+        for (odd, value) in (0..tokens * heads)
+            .flat_map(|odd| [f32::NAN, f32::INFINITY, 1e-40, 0.0].map(|value| (odd, value)))
+        {
+            let mut rows = Numbers::new(3).vector(tokens * heads * head_size);
+            rows[odd * head_size..(odd + 1) * head_size].fill(value);
+            let source = Blocks::new(from, tokens);
+            let written =
+                SequenceRows { first_row: 0, rows: tokens, first_position: 0, blocks: &source.addresses };
+            reference::write_kv(&from, 0, &rows, &rows, &[written]);
+            let span = TokenSpan { shape: &from, blocks: &source.addresses, first: 0, count: tokens };
+            let mut plain = vec![0; to.block_bytes()];
+            reference::convert_block(&mut plain, &to, 0..1, span, 0);
+            for cpu in support::cpus(1) {
+                let mut image = vec![0xaa; to.block_bytes()];
+                cpu.convert_block(&mut image, &to, 0..1, span, 0);
+                assert!(image == plain, "row {odd} of {value}, {head_size} elements, on {}", cpu.describe());
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
 

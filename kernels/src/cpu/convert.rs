@@ -4,15 +4,15 @@
 //! is read once, in the order in which it lies, and written once, and nothing is zeroed that will be written.
 
 use super::{
-    kv_codec::{bf16_row_to_int8, decode_row, encode_row},
-    simd::{Kernel, Simd},
+    kv_codec::{bf16_row_to_int8, decode_row, encode_row, int8_scales},
+    simd::{BF16_RUN, Kernel, Simd},
 };
 use crate::{
     kv::{BlockAddress, KvBlockShape, KvDtype},
     kv_rows::{self, Part, RowIndex},
     step::{HeadSpan, TokenSpan},
 };
-use std::ops::Range;
+use std::{array, ops::Range};
 
 /// Some heads of one block of another layout, filled from the tokens of a span. The caller has checked that they fit.
 pub(crate) struct ConvertHeads<'a> {
@@ -133,7 +133,7 @@ impl ConvertHeads<'_> {
                 }
                 asked += rows.len;
             }
-            if COPY_AHEAD <= asked {
+            if AHEAD <= asked {
                 return;
             }
         }
@@ -158,7 +158,7 @@ impl ConvertHeads<'_> {
 
     #[inline(always)]
     fn copy<S: Simd>(&mut self, simd: S, block: BlockAddress, runs: Rectangle) {
-        let (from, ahead) = (*self.from.shape, runs.ahead(COPY_AHEAD));
+        let (from, ahead) = (*self.from.shape, runs.ahead());
         for outer in 0..runs.outer.count {
             for inner in 0..runs.inner.count {
                 let (source, target) = runs.at(outer, inner);
@@ -174,38 +174,93 @@ impl ConvertHeads<'_> {
         &mut self,
         simd: S,
         block: BlockAddress,
-        (rows, scales): (Rectangle, Rectangle),
+        rectangles: (Rectangle, Rectangle),
         values: &mut Values,
     ) {
-        let (from, to, ahead) = (*self.from.shape, *self.to, rows.ahead(CONVERT_AHEAD));
-        let (has_scale, gets_scale) = (from.dtype == KvDtype::Int8, to.dtype == KvDtype::Int8);
-        let to_bytes = to.row_bytes();
+        let (rows, ahead) = (rectangles.0, rectangles.0.ahead());
+        let is_quick = self.from.shape.dtype == KvDtype::Bf16 && self.to.dtype == KvDtype::Int8;
         for outer in 0..rows.outer.count {
-            for inner in 0..rows.inner.count {
-                let (source, target) = rows.at(outer, inner);
-                let (source_scale, target_scale) = scales.at(outer, inner);
-                let stored = kv_rows::run(&from, block, source, rows.len);
-                for line in stored.chunks(LINE) {
-                    simd.prefetch_far(line.as_ptr().wrapping_add(ahead));
+            let mut inner = 0;
+            while inner < rows.inner.count {
+                let at = (outer, inner);
+                let are_many = is_quick && inner + ROWS <= rows.inner.count;
+                let are_done = are_many
+                    && match rows.len {
+                        HEAD_64 => self.bf16_to_int8::<S, 2>(simd, block, rectangles, at, ahead),
+                        HEAD_128 => self.bf16_to_int8::<S, 4>(simd, block, rectangles, at, ahead),
+                        _ => false,
+                    };
+                if !are_done {
+                    self.convert_row(simd, block, rectangles, at, values);
                 }
-                let image = &mut self.image[target..target + to_bytes];
-                let direct = match (from.dtype, to.dtype) {
-                    (KvDtype::Bf16, KvDtype::Int8) => bf16_row_to_int8(simd, stored, image),
-                    _ => None,
-                };
-                let scale = direct.unwrap_or_else(|| {
-                    let scale =
-                        if has_scale { kv_rows::stored_scale(&from, block, source_scale) } else { 1.0 };
-                    let values = values.get_or_insert([0.0; WIDEST_HEAD]);
-                    let values = &mut values[..from.head_size];
-                    decode_row(simd, from.dtype, stored, scale, values);
-                    encode_row(simd, to.dtype, values, image)
-                });
-                if gets_scale {
-                    let image = &mut self.image[target_scale..target_scale + SCALE];
-                    image.copy_from_slice(&scale.to_ne_bytes());
-                }
+                inner += if are_done { ROWS } else { 1 };
             }
+        }
+    }
+
+    /// Converts some rows of heads of `RUNS` runs at a time: their divisions then are one. False when one of them needs
+    /// more care.
+    #[inline(always)]
+    fn bf16_to_int8<S: Simd, const RUNS: usize>(
+        &mut self,
+        simd: S,
+        block: BlockAddress,
+        (rows, scales): (Rectangle, Rectangle),
+        (outer, inner): (usize, usize),
+        ahead: usize,
+    ) -> bool {
+        let from = *self.from.shape;
+        let stored: [&[[u8; BF16_RUN]]; ROWS] = array::from_fn(|row| {
+            let (source, _) = rows.at(outer, inner + row);
+            let stored = kv_rows::run(&from, block, source, RUNS * BF16_RUN);
+            for line in stored.chunks_exact(LINE) {
+                simd.prefetch_far(line.as_ptr().wrapping_add(ahead));
+            }
+            stored.as_chunks().0
+        });
+        let Some((row_scales, inverses)) = int8_scales(stored.map(|row| simd.greatest_bf16(row))) else {
+            return false;
+        };
+        for row in 0..ROWS {
+            let (_, target) = rows.at(outer, inner + row);
+            let image = &mut self.image[target..target + RUNS * BF16_RUN / 2];
+            for (run, steps) in stored[row].iter().zip(image.as_chunks_mut().0) {
+                simd.bf16_to_int8(run, inverses[row], steps);
+            }
+            let (_, target) = scales.at(outer, inner + row);
+            self.image[target..target + SCALE].copy_from_slice(&row_scales[row].to_ne_bytes());
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn convert_row<S: Simd>(
+        &mut self,
+        simd: S,
+        block: BlockAddress,
+        (rows, scales): (Rectangle, Rectangle),
+        (outer, inner): (usize, usize),
+        values: &mut Values,
+    ) {
+        let (from, to) = (*self.from.shape, *self.to);
+        let (source, target) = rows.at(outer, inner);
+        let (source_scale, target_scale) = scales.at(outer, inner);
+        let stored = kv_rows::run(&from, block, source, rows.len);
+        let image = &mut self.image[target..target + to.row_bytes()];
+        let direct = match (from.dtype, to.dtype) {
+            (KvDtype::Bf16, KvDtype::Int8) => bf16_row_to_int8(simd, stored, image),
+            _ => None,
+        };
+        let scale = direct.unwrap_or_else(|| {
+            let has_scale = from.dtype == KvDtype::Int8;
+            let scale = if has_scale { kv_rows::stored_scale(&from, block, source_scale) } else { 1.0 };
+            let values = values.get_or_insert([0.0; WIDEST_HEAD]);
+            let values = &mut values[..from.head_size];
+            decode_row(simd, from.dtype, stored, scale, values);
+            encode_row(simd, to.dtype, values, image)
+        });
+        if to.dtype == KvDtype::Int8 {
+            self.image[target_scale..target_scale + SCALE].copy_from_slice(&scale.to_ne_bytes());
         }
     }
 }
@@ -233,14 +288,14 @@ impl Rectangle {
         )
     }
 
-    /// How far behind a line that is read lies one to be asked for, so that `bytes` are read in between: whole steps of the
-    /// outer axis. Between the last of them and the next part there is mostly no gap.
+    /// How far behind a line that is read lies one to be asked for, so that [`AHEAD`] bytes are read in between: whole steps
+    /// of the outer axis. Between the last of them and the next part there is mostly no gap.
     #[inline(always)]
-    fn ahead(&self, bytes: usize) -> usize {
+    fn ahead(&self) -> usize {
         if self.outer.count == 1 {
-            return bytes;
+            return AHEAD;
         }
-        bytes.div_ceil(self.inner.count * self.len) * self.outer.source
+        AHEAD.div_ceil(self.inner.count * self.len) * self.outer.source
     }
 }
 
@@ -293,10 +348,13 @@ type Values = Option<[f32; WIDEST_HEAD]>;
 const SCALE: usize = size_of::<f32>();
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Bytes copied between the moment that a line is asked for and that it is needed: as many as come from memory while it
+/// Bytes read between the moment that a line is asked for and that it is needed: as many as come from memory while it
 /// looks for the line and, in the page tables, for its page.
-const COPY_AHEAD: usize = 4096;
-/// The same for rows that are converted, which takes longer.
-const CONVERT_AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
+/// Rows that become int8 together.
+const ROWS: usize = 4;
+/// Bytes of a row of bf16 with the usual elements.
+const HEAD_64: usize = 2 * BF16_RUN;
+const HEAD_128: usize = 4 * BF16_RUN;
 /// Elements of the widest head that a conversion has room for: no model has more than 576 (the latent of DeepSeek).
 const WIDEST_HEAD: usize = 1024;

@@ -56,31 +56,22 @@ pub(crate) fn bf16_row_to_int8<S: Simd>(simd: S, stored: &[u8], steps: &mut [u8]
     if !rest.is_empty() {
         return None;
     }
-    let (step_runs, _) = steps.as_chunks_mut::<{ BF16_RUN / 2 }>();
-    // Heads of 64 and 128 in straight lines of code.
-    match runs.len() {
-        2 => bf16_runs_to_int8(simd, &runs[..2], &mut step_runs[..2]),
-        4 => bf16_runs_to_int8(simd, &runs[..4], &mut step_runs[..4]),
-        _ => bf16_runs_to_int8(simd, runs, step_runs),
-    }
-}
-
-#[inline(always)]
-fn bf16_runs_to_int8<S: Simd>(
-    simd: S,
-    runs: &[[u8; BF16_RUN]],
-    steps: &mut [[u8; BF16_RUN / 2]],
-) -> Option<f32> {
-    let greatest = simd.greatest_bf16(runs);
-    let scale = f32::from_bits(u32::from(greatest) << 16) / 127.0;
-    if scale < f32::MIN_POSITIVE || INFINITE_BF16 <= greatest {
-        return None;
-    }
-    let inverse = 1.0 / scale;
-    for (run, steps) in runs.iter().zip(steps) {
+    let ([scale], [inverse]) = int8_scales([simd.greatest_bf16(runs)])?;
+    for (run, steps) in runs.iter().zip(steps.as_chunks_mut().0) {
         simd.bf16_to_int8(run, inverse, steps);
     }
     Some(scale)
+}
+
+/// The scales of rows of bf16, of which the greatest magnitudes are known, and their inverses; `None` when one of the rows
+/// needs more care.
+#[inline(always)]
+pub(crate) fn int8_scales<const ROWS: usize>(greatest: [u16; ROWS]) -> Option<([f32; ROWS], [f32; ROWS])> {
+    let scales = greatest.map(|greatest| f32::from_bits(u32::from(greatest) << 16) / 127.0);
+    let is_odd = |row: usize| scales[row] < f32::MIN_POSITIVE || INFINITE_BF16 <= greatest[row];
+    // All are looked at, without a branch for each.
+    let odd = (0..ROWS).fold(false, |odd, row| odd | is_odd(row));
+    (!odd).then(|| (scales, scales.map(|scale| 1.0 / scale)))
 }
 
 #[inline(always)]
