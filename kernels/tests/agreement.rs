@@ -10,7 +10,7 @@ use support::{
     packed, shape, source, stored,
 };
 use tidemill_kernels::{
-    cpu::Cpu,
+    cpu::{Cpu, Isa, Projection},
     kv::KvDtype,
     matrix::{Embedding, PackedMatrix, Quantization, WeightDtype, WeightFormat},
     reference,
@@ -51,7 +51,10 @@ fn matmul() {
             {
                 let name = format!("{rows}x{inputs}x{outputs} {dtype:?} on {}", cpu.describe());
                 let mut expected = vec![f32::NAN; rows * outputs];
-                reference::matmul(&mut expected, &x, &w, inputs, bias);
+                // Instructions for bf16 take both factors in it.
+                let rounds = dtype == WeightDtype::Bf16 && cpu.isa() == Isa::Avx512Bf16;
+                let rounded: Vec<f32> = x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
+                reference::matmul(&mut expected, if rounds { &rounded } else { &x }, &w, inputs, bias);
                 let mut actual = vec![f32::NAN; rows * outputs];
                 cpu.matmul(&mut actual, &x, &packed, bias);
                 // A sum of one element may cancel most of its terms.
@@ -103,6 +106,52 @@ fn quantized_matmul() {
                     cpu.matmul_add(&mut actual, &x, &matrix, bias);
                     let doubled: Vec<f32> = expected.iter().map(|x| x + x).collect();
                     assert_same_bits(&actual, &doubled, &format!("{name}, added"));
+                }
+            }
+        }
+    }
+}
+
+/// Products of one `x` with several matrices, of one format and of several, are those with each of them.
+#[test]
+fn matmul_each() {
+    let mut numbers = Numbers::new(12);
+    let inputs = 70;
+    for rows in [1, 3, 40] {
+        let x = numbers.vector(rows * inputs);
+        let stored = |dtype| WeightFormat::Stored(dtype);
+        let int8 = WeightFormat::Quantized(Quantization::Int8);
+        for formats in [
+            [int8; 3],
+            [stored(WeightDtype::F32); 3],
+            [stored(WeightDtype::Bf16), int8, int8],
+            [stored(WeightDtype::Bf16), stored(WeightDtype::F16), stored(WeightDtype::Bf16)],
+        ] {
+            let outputs = [100, 7, 33];
+            let bias = numbers.vector(outputs[1]);
+            let matrices: Vec<PackedMatrix> = formats
+                .iter()
+                .zip(outputs)
+                .map(|(&format, outputs)| {
+                    packed(1, outputs, inputs, &numbers.vector(outputs * inputs), format)
+                })
+                .collect();
+            for cpu in cpus(THREADS) {
+                let [mut a, mut b, mut c] = outputs.map(|outputs| vec![f32::NAN; rows * outputs]);
+                cpu.matmul_each(
+                    &x,
+                    [
+                        Projection { out: &mut a, w: &matrices[0], bias: None },
+                        Projection { out: &mut b, w: &matrices[1], bias: Some(&bias) },
+                        Projection { out: &mut c, w: &matrices[2], bias: None },
+                    ],
+                );
+                for (index, actual) in [a, b, c].into_iter().enumerate() {
+                    let mut expected = vec![f32::NAN; rows * outputs[index]];
+                    let bias = if index == 1 { Some(&*bias) } else { None };
+                    cpu.matmul(&mut expected, &x, &matrices[index], bias);
+                    let name = format!("{rows} rows, {:?} on {}", formats[index], cpu.describe());
+                    assert_same_bits(&actual, &expected, &name);
                 }
             }
         }

@@ -11,7 +11,7 @@ mod rotation;
 use std::ops::Range;
 use std::sync::Arc;
 
-use tidemill_kernels::cpu::{Cpu, StepLimits};
+use tidemill_kernels::cpu::{Cpu, Projection, StepLimits};
 use tidemill_kernels::kv::KvBlockShape;
 use tidemill_kernels::step::{AttentionParams, SequenceRows};
 
@@ -174,9 +174,12 @@ impl Runner {
         let (query, key) = (&mut query[..query_len], &mut key[..kv_len]);
         let value = &mut value[..kv_len];
         self.cpu.rms_norm(normed, &state[..hidden], &weights.input_norm, spec.norm_eps);
-        project(&self.cpu, query, normed, &weights.query);
-        project(&self.cpu, key, normed, &weights.key);
-        project(&self.cpu, value, normed, &weights.value);
+        let projections = [
+            projection(query, &weights.query),
+            projection(key, &weights.key),
+            projection(value, &weights.value),
+        ];
+        self.cpu.matmul_each(normed, projections);
         if let Some(norms) = &weights.head_norms {
             self.cpu.rms_norm_in_place(query, &norms.query, spec.norm_eps);
             self.cpu.rms_norm_in_place(key, &norms.key, spec.norm_eps);
@@ -209,8 +212,7 @@ impl Runner {
         let (state, normed) = (&mut state[..hidden], &mut normed[..hidden]);
         let (gate, up, gated) = (&mut gate[..inner], &mut up[..inner], &mut gated[..inner]);
         self.cpu.rms_norm(normed, state, &weights.mlp_norm, spec.norm_eps);
-        project(&self.cpu, gate, normed, &weights.gate);
-        project(&self.cpu, up, normed, &weights.up);
+        self.cpu.matmul_each(normed, [projection(gate, &weights.gate), projection(up, &weights.up)]);
         self.cpu.silu_mul(gated, gate, up);
         add_projected(&self.cpu, state, gated, &weights.down);
     }
@@ -249,8 +251,8 @@ impl RowBuffers {
     }
 }
 
-fn project(cpu: &Cpu, out: &mut [f32], x: &[f32], linear: &Linear) {
-    cpu.matmul(out, x, &linear.matrix, linear.bias.as_deref());
+fn projection<'a>(out: &'a mut [f32], linear: &'a Linear) -> Projection<'a> {
+    Projection { out, w: &linear.matrix, bias: linear.bias.as_deref() }
 }
 
 fn add_projected(cpu: &Cpu, out: &mut [f32], x: &[f32], linear: &Linear) {

@@ -8,7 +8,7 @@ use tidemill_engine::handle::{LoadFormat, ModelSource, Quantization};
 use tidemill_engine::memory::Arena;
 use tidemill_engine::models::{LoadOptions, Model};
 use tidemill_engine::runner::{Batch, BatchSequence, LogitsWanted, Runner, RunnerLimits};
-use tidemill_kernels::cpu::{Cpu, CpuOptions};
+use tidemill_kernels::cpu::{Cpu, CpuOptions, Isa};
 use tidemill_kernels::kv::BlockAddress;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen};
@@ -100,11 +100,22 @@ pub(crate) struct Work<'a> {
 }
 
 impl Bench {
+    /// On the fastest instructions.
     pub(crate) fn new(model: &Arc<Model>, storage: Storage) -> Self {
+        Self::on(Isa::detect(), model, storage)
+    }
+
+    /// On the fastest instructions that round nothing beyond f32 (`docs/decisions/0011`).
+    pub(crate) fn exact(model: &Arc<Model>, storage: Storage) -> Self {
+        let exact = |isa: &Isa| !matches!(isa, Isa::Avx512Bf16) && isa.is_available();
+        Self::on(Isa::ALL.into_iter().find(exact).expect("portable is always there"), model, storage)
+    }
+
+    fn on(isa: Isa, model: &Arc<Model>, storage: Storage) -> Self {
         let block_len = BlockLen::new(storage.block_len).expect("a power of two");
         let layout = model.kv_layout(storage.dtype, block_len, storage.order);
         let arena = Arena::new(layout, BlockCount(4096 / storage.block_len)).expect("memory for the test");
-        let cpu = Arc::new(Cpu::new(CpuOptions::default()).expect("a CPU"));
+        let cpu = Arc::new(Cpu::new(CpuOptions { isa: Some(isa), ..CpuOptions::default() }).expect("a CPU"));
         let limits = RunnerLimits { max_tokens: 512, max_seqs: 8, max_model_len: 512 };
         Self { runner: Runner::new(Arc::clone(model), cpu, *arena.shape(), limits), arena, given: 0 }
     }

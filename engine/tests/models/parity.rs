@@ -8,6 +8,7 @@ use tidemill_engine::models::Model;
 use tidemill_engine::runner::LogitsWanted;
 use tidemill_engine::sampler::{History, Sampler, logprobs};
 use tidemill_engine_core::request::{SamplingParams, StopConditions};
+use tidemill_kernels::matrix::WeightDtype;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
 /// Makes each check a test of each fixture model.
@@ -58,7 +59,7 @@ fn no_fixture_model_is_forgotten() {
 
 fn check_goldens(name: &str) {
     let model = model(name);
-    let mut bench = Bench::new(&model, Storage::PLAIN);
+    let mut bench = Bench::exact(&model, Storage::PLAIN);
     let mut sampler = Sampler::new(model.spec.vocab_size);
     let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
     let stop = StopConditions::after(u32::MAX);
@@ -222,13 +223,33 @@ fn check_narrow_kv(name: &str) {
     // About twice what the worst of the fixture models shows.
     let rows = [(KvDtype::F16, 5e-3), (KvDtype::Bf16, 4e-2), (KvDtype::Int8, 8e-2)];
     for (dtype, bound) in rows {
-        let mut bench = Bench::new(&model, Storage { dtype, ..Storage::PLAIN });
+        let mut bench = Bench::exact(&model, Storage { dtype, ..Storage::PLAIN });
         for golden in goldens(name) {
             let length = golden.prompt.len();
             let mut place = bench.place(length);
             let last = bench.extend(&mut place, &golden.prompt);
             let far = distance(&last, golden.logits.last().expect("the last position is always there"));
             assert!((1e-5..bound).contains(&far), "{name}: {dtype:?} KV, {length} tokens: {far:e}");
+        }
+    }
+}
+
+/// Instructions for bf16 round activations: as close as K and V in bf16 are, or equal where weights are of another type
+/// or the machine has no such instructions.
+#[test]
+fn bf16_instructions_stay_within_bounds() {
+    for name in MODELS {
+        let model = model(name);
+        let (mut fast, mut exact) =
+            (Bench::new(&model, Storage::PLAIN), Bench::exact(&model, Storage::PLAIN));
+        for golden in goldens(name) {
+            let logits = |bench: &mut Bench| {
+                let mut place = bench.place(golden.prompt.len());
+                bench.extend(&mut place, &golden.prompt)
+            };
+            let far = distance(&logits(&mut fast), &logits(&mut exact));
+            let bound = if model.dtype == WeightDtype::Bf16 { 4e-2 } else { f32::MIN_POSITIVE };
+            assert!(far < bound, "{name}: {} tokens: {far:e}", golden.prompt.len());
         }
     }
 }

@@ -81,6 +81,12 @@ impl Avx512Bf16 {
         self.0.avx512()
     }
 
+    /// Runs a kernel compiled with these instructions.
+    pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { run_bf16(self, kernel) }
+    }
+
     /// What it includes.
     pub(crate) const fn vnni(self) -> Avx512Vnni {
         self.0
@@ -94,6 +100,11 @@ fn run<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn run_vnni<K: Kernel>(set: Avx512Vnni, kernel: K) -> K::Output {
+    kernel.run(set.avx512())
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c")]
+fn run_bf16<K: Kernel>(set: Avx512Bf16, kernel: K) -> K::Output {
     kernel.run(set.avx512())
 }
 

@@ -101,7 +101,7 @@ fn encode_f16<S: Simd>(simd: S, values: &[f32], stored: &mut [u8]) {
 
 /// Nearest, ties to even; written without branches so that it becomes lanes.
 #[inline(always)]
-fn to_bf16(value: f32) -> u16 {
+pub(crate) fn to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     // Half a unit of what stays, less one if what stays is even: a tie then carries only into an odd number.
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));

@@ -67,6 +67,17 @@ pub struct StepLimits {
     pub head_size: usize,
 }
 
+/// One of several products with the same rows: see [`Cpu::matmul_each`].
+#[derive(Debug)]
+pub struct Projection<'a> {
+    /// `[rows][outputs]`
+    pub out: &'a mut [f32],
+    /// The weights.
+    pub w: &'a PackedMatrix,
+    /// Added to each row.
+    pub bias: Option<&'a [f32]>,
+}
+
 /// Why a [`Cpu`] could not be set up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -186,6 +197,19 @@ impl Cpu {
     /// `out[row][output] += Σ_input x[row][input] * w[output][input] + bias[output]`: a residual branch.
     pub fn matmul_add(&self, out: &mut [f32], x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) {
         self.product(out, x, w, bias, Store::Add);
+    }
+
+    /// [`matmul`](Self::matmul) of the same `x` with up to three matrices at a time, which costs one rearrangement of `x`
+    /// and one meeting of the threads where all are of one format: query, key and value, or gate and up.
+    pub fn matmul_each<const N: usize>(&self, x: &[f32], projections: [Projection<'_>; N]) {
+        let step = &mut *lock(&self.step);
+        let products = projections.map(|Projection { out, w, bias }| Product {
+            w,
+            bias,
+            store: Store::Replace,
+            out: SharedOut::new(out),
+        });
+        multiply(x, &products, self.level, &mut step.pool, &mut step.products);
     }
 
     /// `out[row] = x[row] / sqrt(mean(x[row]²) + eps) * weight`, for rows of the length of `weight`.

@@ -8,6 +8,8 @@
 //! quantised weights it is a sum of whole numbers, which has no order. That is what makes a row's bits independent of the
 //! other rows; it also means that inputs are not split, neither over threads nor into partial sums.
 
+#[cfg(target_arch = "x86_64")]
+mod bf16_x86;
 mod integer;
 #[cfg(target_arch = "x86_64")]
 mod integer_x86;
@@ -156,6 +158,10 @@ struct Multiply<'a, D> {
 impl Chunk<'_> {
     fn run_on(self, level: Level) {
         match (self.product.w.format(), level) {
+            #[cfg(target_arch = "x86_64")]
+            (WeightFormat::Stored(WeightDtype::Bf16), Level::Avx512Bf16(set)) => {
+                set.dispatch(Multiply { chunk: self, dots: bf16_x86::Bf16Pairs(set) });
+            }
             (WeightFormat::Stored(_), _) => level.run(self),
             (WeightFormat::Quantized(Quantization::Int8), Level::Portable) => {
                 self.multiply(Int8(PortableInt8))

@@ -9,12 +9,13 @@ use crate::{
     aligned::AlignedBuffer,
     cpu::{
         encode_int8,
+        kv_codec::to_bf16,
         level::Level,
         pool::Pool,
         shared_out::SharedOut,
         simd::{Kernel, Simd},
     },
-    matrix::{PackedMatrix, Quantization, WeightFormat},
+    matrix::{PackedMatrix, Quantization, WeightDtype, WeightFormat},
 };
 use std::ops::Range;
 
@@ -29,6 +30,8 @@ pub(super) struct Form {
 enum Units {
     /// One f32.
     F32,
+    /// Two bf16.
+    Bf16,
     /// Four int8, each row with a scale; 128 is added to each where the instructions want that.
     Int8 { unsigned: bool },
     /// Four int8, likewise, and sums of each group.
@@ -80,6 +83,10 @@ impl Form {
             Level::Avx512(_) => (true, false),
             _ => (false, false),
         };
+        #[cfg(target_arch = "x86_64")]
+        if let (WeightFormat::Stored(WeightDtype::Bf16), Level::Avx512Bf16(_)) = (format, level) {
+            return Self { units: Units::Bf16, max_rows: ROOMY_ROWS };
+        }
         let integer_rows = if has_vnni { ROOMY_ROWS } else { PORTABLE_ROWS };
         match format {
             WeightFormat::Stored(_) => {
@@ -133,7 +140,7 @@ impl Memory {
         // The worst tiling has four tiles of nine rows for every 36.
         let slots = rows + rows.div_ceil(3) + 1;
         let inputs = inputs.next_multiple_of(WIDEST_PADDING);
-        self.rounded.grown::<u32>(rows * inputs / INPUTS_PER_UNIT);
+        self.rounded.grown::<u32>(rows * inputs / 2);
         self.units.grown::<u32>(slots * inputs);
         self.scales.grown::<f32>(slots);
         self.group_sums.grown::<i32>(slots * inputs / SMALLEST_GROUP);
@@ -163,7 +170,8 @@ impl Memory {
         let is_rounded = form.units != Units::F32;
         let rounded = self.rounded.grown::<u32>(if is_rounded { tiling.rows * units_per_row } else { 0 });
         let units = self.units.grown::<u32>(slots * units_per_row);
-        let scales = self.scales.grown::<f32>(if is_rounded { slots } else { 0 });
+        let has_scales = matches!(form.units, Units::Int8 { .. } | Units::Grouped { .. });
+        let scales = self.scales.grown::<f32>(if has_scales { slots } else { 0 });
         let group_sums = self.group_sums.grown::<i32>(slots * groups);
         {
             let (rounded, units) = (SharedOut::new(rounded), SharedOut::new(units));
@@ -183,7 +191,7 @@ impl Memory {
                     // SAFETY: as above.
                     let units = unsafe { units.part(part(units_per_row)) };
                     // SAFETY: as above.
-                    let scales = unsafe { scales.part(part(usize::from(is_rounded))) };
+                    let scales = unsafe { scales.part(part(usize::from(has_scales))) };
                     // SAFETY: as above.
                     let group_sums = unsafe { group_sums.part(part(groups)) };
                     let slots = tiling.slots;
@@ -215,6 +223,7 @@ impl Units {
     const fn inputs(self) -> usize {
         match self {
             Self::F32 => 1,
+            Self::Bf16 => 2,
             Self::Int8 { .. } | Self::Grouped { .. } => INPUTS_PER_UNIT,
         }
     }
@@ -243,6 +252,14 @@ impl Kernel for ArrangeTile<'_> {
         let units_per_row = units.len() / slots;
         if form.units == Units::F32 {
             return interleave(bytemuck::cast_slice(x), inputs, units, slots);
+        }
+        if form.units == Units::Bf16 {
+            for (x, line) in x.chunks_exact(inputs).zip(rounded.chunks_exact_mut(units_per_row)) {
+                let (halves, padding) = bytemuck::cast_slice_mut::<u32, u16>(line).split_at_mut(inputs);
+                halves.iter_mut().zip(x).for_each(|(half, x)| *half = to_bf16(*x));
+                padding.fill(0);
+            }
+            return interleave(rounded, units_per_row, units, slots);
         }
         scales[rows..].fill(0.0);
         group_sums.fill(0);
