@@ -52,7 +52,7 @@ fn matmul() {
                 let name = format!("{rows}x{inputs}x{outputs} {dtype:?} on {}", cpu.describe());
                 let mut expected = vec![f32::NAN; rows * outputs];
                 // Instructions for bf16 take both factors in it.
-                let rounds = dtype == WeightDtype::Bf16 && cpu.isa() == Isa::Avx512Bf16;
+                let rounds = dtype == WeightDtype::Bf16 && matches!(cpu.isa(), Isa::Amx | Isa::Avx512Bf16);
                 let rounded: Vec<f32> = x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
                 reference::matmul(&mut expected, if rounds { &rounded } else { &x }, &w, inputs, bias);
                 let mut actual = vec![f32::NAN; rows * outputs];

@@ -107,7 +107,7 @@ impl Bench {
 
     /// On the fastest instructions that round nothing beyond f32 (`docs/decisions/0011`).
     pub(crate) fn exact(model: &Arc<Model>, storage: Storage) -> Self {
-        let exact = |isa: &Isa| !matches!(isa, Isa::Avx512Bf16) && isa.is_available();
+        let exact = |isa: &Isa| !matches!(isa, Isa::Amx | Isa::Avx512Bf16) && isa.is_available();
         Self::on(Isa::ALL.into_iter().find(exact).expect("portable is always there"), model, storage)
     }
 

@@ -5,6 +5,8 @@ use std::{fmt, str::FromStr};
 /// A set of instructions that the kernels are written for; each includes those after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// [`Avx512Bf16`](Self::Avx512Bf16) and tiles of bf16 and int8, on Linux 5.16 or newer: Intel since Sapphire Rapids.
+    Amx,
     /// [`Avx512Vnni`](Self::Avx512Vnni) and products of bf16: Intel since Cooper Lake and Sapphire Rapids, AMD since Zen 4.
     Avx512Bf16,
     /// [`Avx512`](Self::Avx512) and products of int8: Intel since Cascade Lake, AMD since Zen 4.
@@ -27,16 +29,20 @@ pub struct UnknownIsa {
 
 impl Isa {
     /// All of them, the fastest first.
-    pub const ALL: [Self; 5] = [Self::Avx512Bf16, Self::Avx512Vnni, Self::Avx512, Self::Avx2, Self::Portable];
+    pub const ALL: [Self; 6] =
+        [Self::Amx, Self::Avx512Bf16, Self::Avx512Vnni, Self::Avx512, Self::Avx2, Self::Portable];
 
-    /// The fastest one that this machine has.
+    /// The fastest one that this machine has. [`Amx`](Self::Amx) must be asked for by name: its kernels were tested by a
+    /// model of the instructions and have not run on a machine yet.
     pub fn detect() -> Self {
-        Self::ALL.into_iter().find(|isa| isa.is_available()).unwrap_or(Self::Portable)
+        let is_taken = |isa: &Self| *isa != Self::Amx && isa.is_available();
+        Self::ALL.into_iter().find(is_taken).unwrap_or(Self::Portable)
     }
 
     /// What flags and banners call it.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Amx => "amx",
             Self::Avx512Bf16 => "avx512-bf16",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Avx512 => "avx512",
@@ -49,6 +55,10 @@ impl Isa {
     #[cfg(target_arch = "x86_64")]
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_os = "linux")]
+            Self::Amx => Self::Avx512Bf16.is_available() && super::amx::is_available(),
+            #[cfg(not(target_os = "linux"))]
+            Self::Amx => false,
             Self::Avx512Bf16 => Self::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
             Self::Avx512Vnni => Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
             Self::Avx512 => {
@@ -100,7 +110,7 @@ mod tests {
         let error = "sse9".parse::<Isa>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "`sse9` is no instruction set; there are avx512-bf16, avx512-vnni, avx512, avx2, portable"
+            "`sse9` is no instruction set; there are amx, avx512-bf16, avx512-vnni, avx512, avx2, portable"
         );
     }
 

@@ -2,6 +2,7 @@
 //!
 //! All methods take `&self`; one operation at a time runs on the pool, and a second caller waits for it.
 
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -34,7 +34,7 @@ impl Numbers {
     }
 }
 
-pub const ISAS: [Isa; 5] = Isa::ALL;
+pub const ISAS: [Isa; 6] = Isa::ALL;
 pub const KV_DTYPES: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8];
 pub const QUANTIZATIONS: [Quantization; 4] = [
     Quantization::Int8,

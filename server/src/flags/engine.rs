@@ -364,7 +364,7 @@ mod tests {
     fn instructions_that_are_unknown_or_absent_are_refused() {
         let error = Cli::try_parse_from(["tidemill", "worker", "--role", "decode", "--cpu-isa", "sse9"]);
         let text = error.expect_err("there is no such set").to_string();
-        assert!(text.contains("`sse9` is no instruction set; there are avx512-bf16"), "{text}");
+        assert!(text.contains("`sse9` is no instruction set; there are amx, avx512-bf16"), "{text}");
         for isa in Isa::ALL {
             match cpu_isa(isa.name()) {
                 Ok(found) => assert!(found == isa && isa.is_available()),

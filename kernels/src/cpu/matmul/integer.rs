@@ -31,6 +31,12 @@ pub(super) struct Int4<L> {
     pub(super) group: usize,
 }
 
+/// Sums of int8 products as the numbers that they stand for.
+#[inline(always)]
+pub(super) fn scaled(sums: [i32; PANEL], scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+    std::array::from_fn(|output| sums[output] as f32 * scales[output] * x_scale)
+}
+
 impl<L: IntegerLine> Dots for Int8<L> {
     const MAX_ROWS: usize = L::MAX_ROWS;
 
@@ -51,9 +57,7 @@ impl<L: IntegerLine> Dots for Int8<L> {
             for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
                 let outputs = self.0.values(sums);
                 let scales = w.int8_scales(first_panel + panel);
-                for ((value, sum), scale) in values.iter_mut().zip(outputs).zip(scales) {
-                    *value = sum as f32 * scale * x_scale;
-                }
+                *values = scaled(outputs, scales, *x_scale);
             }
         }
         values

@@ -18,6 +18,10 @@ use std::arch::x86_64::*;
 /// Runs a chunk of quantised weights.
 pub(super) fn run(chunk: Chunk<'_>, quantization: Quantization, level: Level) {
     match level {
+        #[cfg(target_os = "linux")]
+        Level::Amx(set) => on_vnni(chunk, quantization, set.avx512().vnni()),
+        #[cfg(test)]
+        Level::AmxModel => unreachable!("has tiles, and lines of its own"),
         Level::Avx512Bf16(set) => on_vnni(chunk, quantization, set.vnni()),
         Level::Avx512Vnni(set) => on_vnni(chunk, quantization, set),
         Level::Avx512(set) => on_avx2(chunk, quantization, set.avx2()),

@@ -15,6 +15,9 @@ mod integer;
 mod integer_x86;
 mod lines;
 mod operand;
+#[cfg(test)]
+mod tests;
+mod tiles;
 mod wide;
 
 use self::{
@@ -158,6 +161,18 @@ struct Multiply<'a, D> {
 impl Chunk<'_> {
     fn run_on(self, level: Level) {
         match (self.product.w.format(), level) {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            (TILED_BF16 | TILED_INT8, Level::Amx(set)) => {
+                set.avx512().dispatch(MultiplyTiles { chunk: self, set })
+            }
+            #[cfg(test)]
+            (TILED_BF16 | TILED_INT8, Level::AmxModel) => {
+                self.multiply_tiles(&mut super::amx::ModelTiles::new())
+            }
+            #[cfg(test)]
+            (WeightFormat::Quantized(Quantization::Int4 { group }), Level::AmxModel) => {
+                self.multiply(Int4 { line: PortableInt4, group });
+            }
             #[cfg(target_arch = "x86_64")]
             (WeightFormat::Stored(WeightDtype::Bf16), Level::Avx512Bf16(set)) => {
                 set.dispatch(Multiply { chunk: self, dots: bf16_x86::Bf16Pairs(set) });
@@ -272,6 +287,23 @@ impl Kernel for Chunk<'_> {
     }
 }
 
+/// A chunk and the proof of its instructions.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+struct MultiplyTiles<'a> {
+    chunk: Chunk<'a>,
+    set: super::amx::Amx,
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+impl Kernel for MultiplyTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        self.chunk.multiply_tiles(&mut self.set.tiles());
+    }
+}
+
 impl<D: Dots> Kernel for Multiply<'_, D> {
     type Output = ();
 
@@ -280,6 +312,10 @@ impl<D: Dots> Kernel for Multiply<'_, D> {
         self.chunk.multiply(self.dots);
     }
 }
+
+/// Formats that tiles are for.
+const TILED_BF16: WeightFormat = WeightFormat::Stored(WeightDtype::Bf16);
+const TILED_INT8: WeightFormat = WeightFormat::Quantized(Quantization::Int8);
 
 /// Products that may share an `x`: query, key and value.
 const MOST_PRODUCTS: usize = 3;

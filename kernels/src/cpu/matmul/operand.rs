@@ -8,6 +8,8 @@ use super::{
 use crate::{
     aligned::AlignedBuffer,
     cpu::{
+        Isa,
+        amx::{TILE_ROWS, TILE_UNITS, Tile},
         encode_int8,
         kv_codec::to_bf16,
         level::Level,
@@ -77,12 +79,25 @@ impl Form {
     /// The form that `x` needs for weights of a format.
     pub(super) fn of(format: WeightFormat, level: Level) -> Self {
         let (has_avx512, has_vnni) = match level {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Level::Amx(_) => (true, true),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16(_) | Level::Avx512Vnni(_) => (true, true),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512(_) => (true, false),
             _ => (false, false),
         };
+        if level.isa() == Isa::Amx {
+            match format {
+                WeightFormat::Stored(WeightDtype::Bf16) => {
+                    return Self { units: Units::Bf16, max_rows: TILE_ROWS };
+                }
+                WeightFormat::Quantized(Quantization::Int8) => {
+                    return Self { units: Units::Int8 { unsigned: false }, max_rows: TILE_ROWS };
+                }
+                _ => {}
+            }
+        }
         #[cfg(target_arch = "x86_64")]
         if let (WeightFormat::Stored(WeightDtype::Bf16), Level::Avx512Bf16(_)) = (format, level) {
             return Self { units: Units::Bf16, max_rows: ROOMY_ROWS };
@@ -104,7 +119,8 @@ impl Form {
 
 impl Tiling {
     fn new(rows: usize, max_rows: usize) -> Self {
-        let height = rows.div_ceil(rows.div_ceil(max_rows));
+        // Tiles of AMX always have all their rows; others are cut evenly.
+        let height = if max_rows == TILE_ROWS { TILE_ROWS } else { rows.div_ceil(rows.div_ceil(max_rows)) };
         let slots = if max_rows == ROOMY_ROWS { ROOMY_SLOTS[height] } else { height };
         Self { rows, height, slots, count: rows.div_ceil(height), max_rows }
     }
@@ -119,7 +135,7 @@ impl Tiling {
     pub(super) const fn panels_at_once(&self) -> usize {
         match (self.max_rows, self.slots) {
             (_, 1) | (ROOMY_ROWS, 2..=6) => 4,
-            (ROOMY_ROWS, _) | (_, 2 | 3) => 2,
+            (ROOMY_ROWS | TILE_ROWS, _) | (_, 2 | 3) => 2,
             _ => 1,
         }
     }
@@ -138,7 +154,7 @@ impl Memory {
     /// Makes room for `rows` rows of `inputs` inputs in any form.
     pub(crate) fn reserve(&mut self, rows: usize, inputs: usize) {
         // The worst tiling has four tiles of nine rows for every 36.
-        let slots = rows + rows.div_ceil(3) + 1;
+        let slots = rows + rows.div_ceil(3) + TILE_ROWS;
         let inputs = inputs.next_multiple_of(WIDEST_PADDING);
         self.rounded.grown::<u32>(rows * inputs / 2);
         self.units.grown::<u32>(slots * inputs);
@@ -216,6 +232,21 @@ impl Operand<'_> {
             scales: if self.scales.is_empty() { &[] } else { &self.scales[slots] },
             group_sums: self.group_sums[groups].as_chunks().0,
         }
+    }
+}
+
+impl Operand<'_> {
+    /// One tile of AMX in blocks of sixteen units: `[block][slot][unit]`.
+    #[inline(always)]
+    pub(super) fn blocks(&self, tile: usize) -> &[Tile] {
+        let units = TILE_ROWS * self.units_per_row;
+        bytemuck::cast_slice(&self.units[tile * units..(tile + 1) * units])
+    }
+
+    /// Scales of the rows of one tile.
+    #[inline(always)]
+    pub(super) fn scales_of(&self, tile: usize) -> &[f32] {
+        &self.scales[tile * self.tiling.slots..(tile + 1) * self.tiling.slots]
     }
 }
 
@@ -303,7 +334,19 @@ fn interleave(rows: &[u32], len: usize, units: &mut [u32], slots: usize) {
         5 => interleave_rows::<5>(rows, len, units),
         6 => interleave_rows::<6>(rows, len, units),
         8 => interleave_rows::<8>(rows, len, units),
+        TILE_ROWS => block_rows(rows, len, units),
         _ => interleave_rows::<12>(rows, len, units),
+    }
+}
+
+/// From `[row][unit]` to the blocks of a tile of AMX.
+#[inline(always)]
+fn block_rows(rows: &[u32], len: usize, units: &mut [u32]) {
+    let blocks: &mut [Tile] = bytemuck::cast_slice_mut(units);
+    for (slot, row) in rows.chunks_exact(len).enumerate() {
+        for (block, units) in blocks.iter_mut().zip(row.as_chunks::<TILE_UNITS>().0) {
+            block[slot] = *units;
+        }
     }
 }
 
