@@ -11,6 +11,7 @@ mod digests;
 mod owner_change;
 mod posting;
 mod report;
+mod speculation;
 mod tcp;
 mod timing;
 mod whole_system;
@@ -44,12 +45,24 @@ enum Command {
         #[arg(long, value_name = "FILE", default_value = "benches/results/handoff.jsonl")]
         out: PathBuf,
     },
+    /// What guessing several tokens in a step gains
+    Speculation {
+        /// Only groups whose name contains this: demo, dummy
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// Repetitions of each measurement
+        #[arg(long, value_name = "N", default_value_t = 15)]
+        rounds: usize,
+        /// Where to append one JSON line for each row
+        #[arg(long, value_name = "FILE", default_value = "benches/results/speculation.jsonl")]
+        out: PathBuf,
+    },
 }
 
 /// One group of rows: what `--only` chooses by, and how they are measured.
 type Group = (&'static str, fn(usize) -> anyhow::Result<Vec<Row>>);
 
-const GROUPS: [Group; 9] = [
+const HANDOFF: [Group; 9] = [
     ("copied", copied::measure),
     ("owner", owner_change::measure),
     ("tcp", tcp::measure),
@@ -61,11 +74,16 @@ const GROUPS: [Group; 9] = [
     ("killed", whole_system::killed),
 ];
 
+const SPECULATION: [Group; 2] = [("demo", speculation::measure_demo), ("dummy", speculation::measure_dummy)];
+
 fn main() -> ExitCode {
-    let Command::Handoff { only, rounds, out } = Cli::parse().command;
+    let (groups, only, rounds, out): (&[Group], _, _, _) = match Cli::parse().command {
+        Command::Handoff { only, rounds, out } => (&HANDOFF, only, rounds, out),
+        Command::Speculation { only, rounds, out } => (&SPECULATION, only, rounds, out),
+    };
     let mut report = Report::begin();
     let mut is_whole = true;
-    for (name, measure) in GROUPS {
+    for &(name, measure) in groups {
         if only.as_ref().is_some_and(|only| !name.contains(only.as_str())) {
             continue;
         }

@@ -70,12 +70,14 @@ impl CostCurve {
         Self { points: vec![(0, 1.0), (drafted, most)] }
     }
 
-    /// The cost of a step with so many drafted tokens: between two measured numbers in proportion, and beyond the last
-    /// as much as there, in the hope that it is no more.
+    /// The cost of a step with so many drafted tokens: between two measured numbers in proportion. Beyond the last it is
+    /// hoped to be no more than there, and so it is right between two neighbours, since kernels take rows by fours or
+    /// eights and one more can cost nothing.
     pub(super) fn at(&self, drafted: u32) -> f32 {
         let above = self.points.partition_point(|(number, _)| *number < drafted);
         let below = self.points[above.saturating_sub(1)];
         match self.points.get(above) {
+            Some(&(number, _)) if drafted < number && number - below.0 == 2 => below.1,
             Some(&(number, cost)) if below.0 < number => {
                 let share = drafted.saturating_sub(below.0) as f32 / (number - below.0) as f32;
                 below.1 + (cost - below.1) * share
@@ -141,6 +143,9 @@ mod tests {
         let found: Vec<f32> = [0, 1, 2, 4, 6, 8, 100].into_iter().map(|drafted| curve.at(drafted)).collect();
         assert_eq!(found, [1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 4.0]);
         assert_eq!(curve.reach(), 16);
+        costs.record(1, 6, ms(40));
+        let curve = costs.curve(1).unwrap();
+        assert_eq!((curve.at(5), curve.at(7)), (2.0, 4.0), "right between two it is hoped to be as below");
         assert_eq!(costs.curve(2), None, "another number of sequences is another matter");
     }
 
