@@ -14,7 +14,6 @@ fn doctor_measures_the_way_to_another_host() {
         // there   here    the way that is found, and whether it is the one that was meant
         ("tcp",    "tcp",  "tcp",  "good"),
         ("rdma",   "rdma", "rdma", "good"),
-        ("auto",   "auto", "rdma", "good"),
         ("tcp",    "rdma", "tcp",  "limited"),
     ];
     for (there, here, way, verdict) in rows {
@@ -76,7 +75,8 @@ fn serve(transport: &str) -> HostProcess {
 fn doctor(flags: &[&str]) -> (Option<i32>, String) {
     let peer = format!("{}:{PORT}", Host::Second.address());
     let mut process = start(Host::First, &command(&[&["doctor", "--peer", &peer], flags].concat()));
-    let status = process.wait(LIMIT);
+    // Some 400 MB of handoffs, which take their time where the processor is emulated.
+    let status = process.wait(4 * LIMIT);
     (status, process.log())
 }
 

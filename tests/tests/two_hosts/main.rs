@@ -148,35 +148,33 @@ async fn the_speed_that_is_reported_is_that_of_the_wire() {
 async fn one_of_two_wires_that_is_cut_in_mid_transfer_leaves_the_handoffs_to_the_other() {
     let pair = Pair::take();
     let expected = whole_answers().await;
-    for wire in [0, 1] {
-        let when = format!("wire {wire} cut");
-        let mut split = Split::start("rdma", Reach::MESSAGES_BESIDE, &[], &[]);
-        split.splits(&when).await;
-        pair.worsen(&["rate", "20mbit"]);
-        let client = split.client.clone();
-        let before = Host::First.bytes_received_on(wire);
-        let meanwhile = tokio::spawn(async move { (answers(&client).await, answers(&client).await) });
-        eventually("bytes of handoffs are on the wire", LIMIT, || async {
-            before + SOME_BYTES < Host::First.bytes_received_on(wire)
-        })
-        .await;
-        pair.cut_wire(wire);
-        let (first, second) = meanwhile.await.expect("no panic");
-        same(expected, &first, &when);
-        same(expected, &second, &when);
-        // A path dies of a write that it did not bring over, and not before.
-        split.prefill.wait_for("an RDMA path is dead");
-        let (packets, bytes) = (Host::Second.rdma_packets_sent_on(1 - wire), split.bytes_handed_over().await);
-        split.splits(&format!("{when}: still")).await;
-        let packets = Host::Second.rdma_packets_sent_on(1 - wire) - packets;
-        let bytes = split.bytes_handed_over().await - bytes;
-        // At most 4096 bytes are in a packet.
-        assert!(bytes / 4096.0 <= packets as f64, "{when}: {packets} packets on the other for {bytes} bytes");
-        let refusals = split.client.metric("tidemill_handoff_refusals_total", "").await;
-        assert_eq!(refusals, 0.0, "{when}: what came over the other wire is whole");
-        pair.restore();
-        split.is_settled(&when).await;
-    }
+    let (wire, when) = (0, "a wire cut");
+    let mut split = Split::start("rdma", Reach::MESSAGES_BESIDE, &[], &[]);
+    split.splits(when).await;
+    pair.worsen(&["rate", "20mbit"]);
+    let client = split.client.clone();
+    let before = Host::First.bytes_received_on(wire);
+    let meanwhile = tokio::spawn(async move { (answers(&client).await, answers(&client).await) });
+    eventually("bytes of handoffs are on the wire", LIMIT, || async {
+        before + SOME_BYTES < Host::First.bytes_received_on(wire)
+    })
+    .await;
+    pair.cut_wire(wire);
+    let (first, second) = meanwhile.await.expect("no panic");
+    same(expected, &first, when);
+    same(expected, &second, when);
+    // A path dies of a write that it did not bring over, and not before.
+    split.prefill.wait_for("an RDMA path is dead");
+    let (packets, bytes) = (Host::Second.rdma_packets_sent_on(1 - wire), split.bytes_handed_over().await);
+    split.splits(&format!("{when}: still")).await;
+    let packets = Host::Second.rdma_packets_sent_on(1 - wire) - packets;
+    let bytes = split.bytes_handed_over().await - bytes;
+    // At most 4096 bytes are in a packet.
+    assert!(bytes / 4096.0 <= packets as f64, "{when}: {packets} packets on the other for {bytes} bytes");
+    let refusals = split.client.metric("tidemill_handoff_refusals_total", "").await;
+    assert_eq!(refusals, 0.0, "{when}: what came over the other wire is whole");
+    pair.restore();
+    split.is_settled(when).await;
 }
 
 #[tokio::test]
