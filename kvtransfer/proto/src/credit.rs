@@ -22,7 +22,7 @@ use std::time::Duration;
 use crate::units::{HandoffId, Moment};
 
 /// What a receiver has lent to those who write to it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct CreditPool {
     /// Bytes that may be lent at a time.
     limit: u64,
@@ -35,7 +35,7 @@ pub struct CreditPool {
 }
 
 /// One handoff's. All numbers count bytes since it began.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Account {
     peer: u64,
     deadline: Moment,
@@ -49,7 +49,7 @@ struct Account {
 }
 
 /// A peer that is to write what it was lent.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Holder {
     held: u64,
     /// Since when none of its writes has ended, as far as that was looked at.
@@ -204,7 +204,7 @@ impl Account {
 }
 
 /// The sender's side of one handoff: asks for what it is about to write, and counts.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct CreditLine {
     /// Ends of runs of writes that were not asked for, short enough to be asked for at once.
     runs: VecDeque<u64>,

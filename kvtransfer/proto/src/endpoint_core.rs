@@ -9,8 +9,8 @@
 //!                  the time
 //! ```
 //!
-//! Two drivers exist: the thread of `tidemill-kvtransfer`, which does all this with sockets and memory, and the
-//! simulator. What handshakes decide is in [`handshake`](crate::handshake), except for the one question that each
+//! Three drivers exist: the thread of `tidemill-kvtransfer`, which does all this with sockets and memory, the
+//! simulator, and the search of every order in `tests/ownership`. What handshakes decide is in [`handshake`](crate::handshake), except for the one question that each
 //! must answer: what a side cannot yet promise to leave alone ([`EndpointCore::prepare_link`]).
 
 mod crediting;
@@ -264,7 +264,7 @@ pub struct HandoffStats {
 }
 
 /// All handoffs of one endpoint, both sides, and the links over which they go. `S` is what writes read from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct EndpointCore<S> {
     rules: EndpointRules,
     /// Of this side's blocks.

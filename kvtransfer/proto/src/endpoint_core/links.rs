@@ -14,14 +14,14 @@ use crate::sender::SenderEvent;
 use crate::units::{HandoffId, Moment};
 
 /// Another worker.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct PeerState {
     pub(super) name: String,
     pub(super) link: Option<LinkState>,
 }
 
 /// A connection over which handoffs go.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct LinkState {
     pub(super) id: LinkId,
     pub(super) proof: QuietProof,
@@ -46,7 +46,7 @@ pub(super) struct LinkState {
 }
 
 /// The last handoffs that ended on a link: a message about one of them comes too late, or twice.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Ended {
     order: VecDeque<HandoffId>,
     set: BTreeSet<HandoffId>,

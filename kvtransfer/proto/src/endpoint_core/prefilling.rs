@@ -19,7 +19,7 @@ use crate::transport::RemoteRange;
 use crate::units::{BlockId, BlockRef, HandoffId, Moment, TokenCount};
 
 /// A handoff with this side as prefill side.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Outgoing<S> {
     pub(super) peer: u64,
     pub(super) sender: Sender,
@@ -47,7 +47,7 @@ pub(super) struct Outgoing<S> {
 }
 
 /// A handoff of which only one half is known.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Waiting {
     /// The engine expects it; the peer has not reserved.
     Expected { peer: u64, until: Moment },

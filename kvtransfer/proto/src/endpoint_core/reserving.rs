@@ -15,7 +15,7 @@ use crate::transport::{RemoteRange, WriteFault};
 use crate::units::{HandoffId, Moment};
 
 /// A handoff with this side as decode side.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Incoming {
     pub(super) peer: u64,
     reservation: Reservation,

@@ -1,16 +1,19 @@
-//! The decode worker: an engine with a pool of blocks, and an endpoint with reservations.
+//! The decode worker: an engine with a pool of blocks, and its endpoint.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
-use tidemill_kvtransfer_proto::digest::Coverage;
-use tidemill_kvtransfer_proto::error::CommitFault;
-use tidemill_kvtransfer_proto::message::{Message, Reserve};
-use tidemill_kvtransfer_proto::reservation::{
-    Reservation, ReservationAction, ReservationEvent, ReservationState,
+use tidemill_kvtransfer_proto::endpoint_core::{
+    DigestOrder, EndpointAction, EndpointCore, EndpointEvent, LinkId, ReserveOrder,
 };
+use tidemill_kvtransfer_proto::message::Message;
+use tidemill_kvtransfer_proto::transport::{RemoteRange, WriteFault};
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
 
-use crate::world::{BLOCK, Checked, Config, Link, Move, Planted, Wire, World};
+use crate::content::Content;
+use crate::moves::Move;
+use crate::settings::rules;
+use crate::world::{Checked, Config, Link, NOW, PREFILL, Planted, TOKENS, Wire, World};
 
 /// From the engine to its endpoint.
 #[derive(Clone, Debug)]
@@ -44,11 +47,12 @@ pub(crate) struct Decode {
     orders: VecDeque<(HandoffId, Order)>,
     news: VecDeque<(HandoffId, News)>,
     // The endpoint's.
-    reservations: BTreeMap<HandoffId, Reservation>,
-    /// Announcements that wait for a connection.
-    unannounced: BTreeSet<HandoffId>,
-    verifying: VecDeque<(HandoffId, Vec<u64>)>,
+    pub(crate) core: EndpointCore<Content>,
+    hashing: VecDeque<DigestOrder>,
     pub(crate) link: Link,
+    /// A link that was severed while the peer's device could still write.
+    to_be_revoked: VecDeque<LinkId>,
+    has_seen_the_end: bool,
 }
 
 impl Decode {
@@ -64,10 +68,11 @@ impl Decode {
             handoffs: config.handoffs,
             orders: VecDeque::new(),
             news: VecDeque::new(),
-            reservations: BTreeMap::new(),
-            unannounced: BTreeSet::new(),
-            verifying: VecDeque::new(),
-            link: Link::Up,
+            core: EndpointCore::new(rules(config)),
+            hashing: VecDeque::new(),
+            link: Link::Down,
+            to_be_revoked: VecDeque::new(),
+            has_seen_the_end: false,
         }
     }
 
@@ -75,7 +80,7 @@ impl Decode {
     pub(crate) fn is_over(&self) -> bool {
         self.begun == self.handoffs
             && self.owners.iter().all(Option::is_none)
-            && self.reservations.is_empty()
+            && self.core.is_idle()
             && self.orders.is_empty()
     }
 
@@ -120,11 +125,20 @@ impl World {
         }
         let audible = if self.config.overtaking { self.to_decode.len() } else { self.to_decode.len().min(1) };
         moves.extend((0..audible).map(Move::DecodeEndpointHears));
-        if !decode.verifying.is_empty() {
-            moves.push(Move::DecodeEndpointVerifies);
+        if !decode.hashing.is_empty() {
+            moves.push(Move::DecodeEndpointTakesDigests);
         }
         if decode.link == Link::Broken {
             moves.push(Move::DecodeEndpointNoticesLoss);
+        }
+        if !decode.to_be_revoked.is_empty() {
+            moves.push(Move::DecodeEndpointEndsAccess);
+        }
+        if self.prefill.is_none() && !decode.has_seen_the_end && self.config.wire.is_mapped() {
+            moves.push(Move::DecodeEndpointSeesTheEnd);
+        }
+        if self.prefill.is_none() && decode.link == Link::Down && decode.core.wants_link(PREFILL) {
+            moves.push(Move::DecodeEndpointReachesNobody);
         }
     }
 
@@ -151,16 +165,37 @@ impl World {
             }
             Move::DecodeEndpointObeys => {
                 let (handoff, order) = self.decode.orders.pop_front().expect("there is an order");
-                self.decode_endpoint_obeys(handoff, order)?;
+                self.decode_endpoint_obeys(handoff, order);
             }
             Move::DecodeEndpointHears(index) => {
                 let message = self.to_decode.remove(index).expect("there is a message");
-                self.decode_endpoint_hears(message)?;
+                self.decode.core.hear(PREFILL, message, NOW);
             }
-            Move::DecodeEndpointVerifies => self.decode_endpoint_verifies()?,
-            Move::DecodeEndpointNoticesLoss => self.decode_endpoint_notices_loss()?,
+            Move::DecodeEndpointTakesDigests => {
+                let order = self.decode.hashing.pop_front().expect("there is a commit");
+                let digests = self.digests(&order);
+                self.decode.core.digested(order.handoff, order.ticket, digests);
+            }
+            Move::DecodeEndpointNoticesLoss => {
+                // The end of a process is proof; the end of a connection is none.
+                self.decode.core.link_lost(PREFILL, "r", NOW);
+                if self.config.planted == Some(Planted::FreeOnLoss) {
+                    self.decode.core.process_gone(PREFILL, NOW);
+                }
+            }
+            Move::DecodeEndpointEndsAccess => {
+                let link = self.decode.to_be_revoked.pop_front().expect("there is one");
+                self.end_access(link);
+                self.decode.core.access_ended(PREFILL, link);
+            }
+            Move::DecodeEndpointSeesTheEnd => {
+                self.decode.has_seen_the_end = true;
+                self.decode.core.process_gone(PREFILL, NOW);
+            }
+            Move::DecodeEndpointReachesNobody => self.decode.core.unreachable(PREFILL, "r"),
             _ => return Ok(false),
         }
+        self.decode_acts();
         Ok(true)
     }
 
@@ -177,6 +212,8 @@ impl World {
         }
         decode.targets.insert(handoff, targets.clone());
         decode.orders.push_back((handoff, Order::Reserve(targets)));
+        // The router has told both sides.
+        self.prefill_is_told_of(handoff);
     }
 
     fn decode_engine_hears(&mut self) -> Checked {
@@ -197,125 +234,66 @@ impl World {
         Ok(())
     }
 
-    fn decode_endpoint_obeys(&mut self, handoff: HandoffId, order: Order) -> Checked {
+    fn decode_endpoint_obeys(&mut self, handoff: HandoffId, order: Order) {
+        let core = &mut self.decode.core;
         match order {
             Order::Reserve(targets) => {
-                let tokens = TokenCount(16 * targets.len() as u32);
-                let reservation = Reservation::new(handoff, tokens, targets).expect("distinct blocks");
-                self.decode.reservations.insert(handoff, reservation);
-                if self.decode.link == Link::Up {
-                    return self.announce(handoff);
+                let tokens = TokenCount(TOKENS * targets.len() as u32);
+                let (peer, cached) = (PREFILL, Vec::new());
+                core.reserve(
+                    ReserveOrder {
+                        handoff,
+                        peer,
+                        tokens,
+                        first_block: 0,
+                        cached,
+                        targets,
+                        within: Duration::from_secs(1),
+                    },
+                    NOW,
+                );
+            }
+            Order::Cancel => {
+                core.cancel(handoff);
+                if self.config.planted == Some(Planted::FreeOnCancel) {
+                    core.hear(PREFILL, Message::Quiet { handoff, reason: "a lie".into() }, NOW);
                 }
-                self.decode.unannounced.insert(handoff);
-                let is_gone = self.prefill.is_none() && self.decode.link == Link::Down;
-                if is_gone { self.decode_applies(handoff, lost()) } else { Ok(()) }
             }
-            Order::Cancel => self.decode_applies(handoff, ReservationEvent::Cancel),
-            Order::Adopt => self.decode_applies(handoff, ReservationEvent::Adopt),
-            Order::Refuse => self.decode_applies(handoff, ReservationEvent::Refuse { reason: "r".into() }),
+            Order::Adopt => core.adopt(handoff),
+            Order::Refuse => core.refuse(handoff, "r".into()),
         }
     }
 
-    fn announce(&mut self, handoff: HandoffId) -> Checked {
-        let Some(reservation) = self.decode.reservations.get(&handoff) else { return Ok(()) };
-        let (tokens, targets) = (reservation.tokens(), reservation.targets().to_vec());
-        let (cached, coverage) = (Vec::new(), Coverage::Full);
-        let reserve = Reserve { handoff, tokens, first_block: 0, cached, targets, coverage };
-        self.to_prefill.push_back(Message::Reserve(reserve));
-        self.decode_applies(handoff, ReservationEvent::Announced)
-    }
-
-    fn decode_endpoint_hears(&mut self, message: Message) -> Checked {
-        match message {
-            Message::Commit(commit) => self.decode_applies(commit.handoff, ReservationEvent::Commit(commit)),
-            Message::Quiet { handoff, reason } => {
-                self.decode_applies(handoff, ReservationEvent::Quiet { reason })
-            }
-            other => panic!("not for the decode side: {other:?}"),
-        }
-    }
-
-    fn decode_endpoint_verifies(&mut self) -> Checked {
-        let (handoff, expected) = self.decode.verifying.pop_front().expect("there is a commit");
-        let Some(reservation) = self.decode.reservations.get(&handoff) else { return Ok(()) };
-        let found = reservation.targets().iter().map(|target| self.memory[target.block.0 as usize]);
-        let differs = found.zip(&expected).position(|(found, expected)| found != *expected);
-        let outcome = differs.map_or(Ok(()), |index| Err(CommitFault::Digest { index }));
-        self.decode_applies(handoff, ReservationEvent::Verified { outcome })
-    }
-
-    fn decode_endpoint_notices_loss(&mut self) -> Checked {
-        self.decode.link = Link::Down;
-        // The end of a process is proof; the end of a connection is none.
-        let is_proof = self.prefill.is_none() || self.config.planted == Some(Planted::FreeOnLoss);
-        for handoff in self.decode.reservations.keys().copied().collect::<Vec<_>>() {
-            if self.decode.unannounced.contains(&handoff) && self.prefill.is_some() {
-                continue; // It is announced when the peer is back.
-            }
-            self.decode_applies(handoff, lost())?;
-            if is_proof {
-                self.decode_applies(handoff, ReservationEvent::QuietProven)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The peer is back, and touches nothing but the blocks of `busy`.
-    pub(crate) fn decode_is_connected(&mut self, busy: &[HandoffId]) -> Checked {
-        let asks = self.config.planted != Some(Planted::NobodyAsks);
-        for handoff in self.decode.reservations.keys().copied().collect::<Vec<_>>() {
-            if asks && !busy.contains(&handoff) {
-                self.decode_applies(handoff, ReservationEvent::QuietProven)?;
-            }
-        }
-        for handoff in std::mem::take(&mut self.decode.unannounced) {
-            self.announce(handoff)?;
-        }
-        Ok(())
-    }
-
-    /// What the driver of the endpoint does with a reservation.
-    fn decode_applies(&mut self, handoff: HandoffId, event: ReservationEvent) -> Checked {
-        let is_cancel = event == ReservationEvent::Cancel;
-        let Some(reservation) = self.decode.reservations.get_mut(&handoff) else { return Ok(()) };
-        let mut actions = reservation.apply(event);
-        let is_planted = is_cancel && self.config.planted == Some(Planted::FreeOnCancel);
-        let is_quiet = self.config.wire == Wire::Admitted || is_planted;
-        if is_quiet && reservation.state() == ReservationState::Quarantined {
-            actions.extend(reservation.apply(ReservationEvent::QuietProven));
-        }
-        for action in actions {
+    /// Carries out what the endpoint wants.
+    pub(crate) fn decode_acts(&mut self) {
+        while let Some(action) = self.decode.core.next_action() {
             match action {
-                ReservationAction::Send(message) if self.decode.link == Link::Up => {
+                EndpointAction::Send { message, .. } if self.decode.link == Link::Up => {
                     self.to_prefill.push_back(message);
                 }
-                ReservationAction::Send(_) | ReservationAction::TellFailed(_) => {}
-                ReservationAction::Verify(digests) => self.decode.verifying.push_back((handoff, digests)),
-                ReservationAction::TellCommitted(_) => self.decode.news.push_back((handoff, News::Committed)),
-                ReservationAction::TellReleased => {
-                    self.decode.reservations.remove(&handoff);
-                    self.decode.unannounced.remove(&handoff);
-                    self.decode.news.push_back((handoff, News::Released));
+                EndpointAction::Send { .. } | EndpointAction::Log { .. } => {}
+                EndpointAction::Sever { link, .. } => {
+                    self.decode.link = Link::Down;
+                    if self.config.wire == Wire::Device {
+                        self.decode.to_be_revoked.push_back(link);
+                    }
                 }
-                ReservationAction::Forget => {
-                    self.decode.reservations.remove(&handoff);
+                EndpointAction::TakeDigests(order) => self.decode.hashing.push_back(order),
+                EndpointAction::Tell(event) => {
+                    let news = match event {
+                        EndpointEvent::Committed { handoff, .. } => Some((handoff, News::Committed)),
+                        EndpointEvent::Released { handoff } => Some((handoff, News::Released)),
+                        _ => None,
+                    };
+                    self.decode.news.extend(news);
                 }
             }
         }
-        Ok(())
     }
 
     /// The receiver's look at a write, where it has one.
-    pub(crate) fn admits(&self, handoff: HandoffId, target: BlockRef) -> bool {
-        use tidemill_kvtransfer_proto::transport::{RemoteRange, stamp};
-        let offset = u64::from(target.block.0) * BLOCK as u64;
-        let range = RemoteRange { handoff, offset, len: BLOCK as u32, stamp: stamp(&[target]) };
-        let reservation = self.decode.reservations.get(&handoff);
-        self.config.planted == Some(Planted::AdmitEverything)
-            || reservation.is_some_and(|it| it.admit(&range, BLOCK).is_ok())
+    pub(crate) fn admit(&self, range: &RemoteRange) -> Result<(), WriteFault> {
+        let admitted = self.decode.core.admit(PREFILL, range);
+        if self.config.planted == Some(Planted::AdmitEverything) { Ok(()) } else { admitted }
     }
-}
-
-fn lost() -> ReservationEvent {
-    ReservationEvent::PeerLost { peer: "p".into(), reason: "r".into() }
 }

@@ -1,16 +1,23 @@
-//! The prefill worker: an engine that computes, and an endpoint with senders.
+//! The prefill worker: an engine that computes, and its endpoint.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
-use tidemill_kvtransfer_proto::message::{Commit, Message, Reserve};
-use tidemill_kvtransfer_proto::sender::{Sender, SenderAction, SenderEvent, SenderState};
+use tidemill_kvtransfer_proto::endpoint_core::{
+    DigestOrder, EndpointAction, EndpointCore, EndpointEvent, LinkId, TargetWrite,
+};
+use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, WriteFault, WriteId};
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId};
 
-use crate::world::{Checked, Link, Move, Planted, Wire, World, content};
+use crate::content::Content;
+use crate::moves::Move;
+use crate::settings::rules;
+use crate::world::{BLOCK, Checked, Config, DECODE, Link, NOW, Planted, Wire, World, content};
 
 /// From the engine to its endpoint.
 #[derive(Clone, Copy, Debug)]
 enum Order {
+    Expect,
     Push(usize),
     Finish,
     Abandon,
@@ -31,14 +38,12 @@ struct Work {
     should_stop: bool,
 }
 
-/// A sender and what its driver keeps.
+/// A write that was posted and has not ended.
 #[derive(Clone, Debug)]
-struct Outgoing {
-    sender: Sender,
-    reserve: Reserve,
-    /// Positions of writes that are not posted, and of those that are.
-    unposted: VecDeque<usize>,
-    posted: VecDeque<usize>,
+pub(crate) struct Flight {
+    pub(crate) link: LinkId,
+    pub(crate) content: Content,
+    pub(crate) range: RemoteRange,
 }
 
 #[derive(Clone, Debug)]
@@ -51,35 +56,39 @@ pub(crate) struct Prefill {
     orders: VecDeque<(HandoffId, Order)>,
     news: VecDeque<(HandoffId, News)>,
     // The endpoint's.
-    outgoing: BTreeMap<HandoffId, Outgoing>,
-    ended: BTreeSet<HandoffId>,
-    hashing: VecDeque<HandoffId>,
+    pub(crate) core: EndpointCore<Content>,
+    posted: VecDeque<(WriteId, Flight)>,
+    hashing: VecDeque<DigestOrder>,
     pub(crate) link: Link,
+    /// The link that is up or was last.
+    pub(crate) link_id: LinkId,
 }
 
-impl Default for Prefill {
-    fn default() -> Self {
+impl Prefill {
+    pub(crate) fn new(config: &Config) -> Self {
         Self {
             work: BTreeMap::new(),
             late: None,
             orders: VecDeque::new(),
             news: VecDeque::new(),
-            outgoing: BTreeMap::new(),
-            ended: BTreeSet::new(),
+            core: EndpointCore::new(rules(config)),
+            posted: VecDeque::new(),
             hashing: VecDeque::new(),
-            link: Link::Up,
+            link: Link::Down,
+            link_id: LinkId(0),
         }
     }
-}
 
-impl Prefill {
-    /// Handoffs of which it cannot promise that nothing touches their blocks.
-    pub(crate) fn busy(&self) -> Vec<HandoffId> {
-        self.outgoing.iter().filter(|(_, it)| it.sender.is_busy()).map(|(&handoff, _)| handoff).collect()
+    /// Its writes that are under way.
+    pub(crate) fn flights(self) -> impl Iterator<Item = Flight> {
+        self.posted.into_iter().map(|(_, flight)| flight)
     }
 
+    /// Nothing is computed and no handoff is left, once those that wait for their peer have waited for long enough.
     pub(crate) fn is_over(&self) -> bool {
-        self.work.is_empty() && self.outgoing.is_empty()
+        let mut core = self.core.clone();
+        core.tick(NOW.plus(PATIENCE));
+        self.work.is_empty() && core.is_idle()
     }
 }
 
@@ -108,14 +117,13 @@ impl World {
         let audible =
             if self.config.overtaking { self.to_prefill.len() } else { self.to_prefill.len().min(1) };
         moves.extend((0..audible).map(Move::PrefillEndpointHears));
-        for (&handoff, outgoing) in &prefill.outgoing {
-            if !outgoing.unposted.is_empty() && prefill.link == Link::Up {
-                moves.push(Move::PrefillEndpointPosts(handoff));
-            }
-            if !outgoing.posted.is_empty() {
-                moves.push(Move::PrefillEndpointCopies(handoff));
-            }
+        if prefill.core.has_writes_for(DECODE) {
+            moves.push(Move::PrefillEndpointPosts);
         }
+        // A device has several queues without an order among them.
+        let ending =
+            if self.config.wire == Wire::Device { prefill.posted.len() } else { prefill.posted.len().min(1) };
+        moves.extend((0..ending).map(Move::PrefillEndpointWrites));
         if !prefill.hashing.is_empty() {
             moves.push(Move::PrefillEndpointTakesDigests);
         }
@@ -128,10 +136,17 @@ impl World {
         self.prefill.as_mut().expect("the dead do not move")
     }
 
+    /// The router tells the prefill worker of a request.
+    pub(crate) fn prefill_is_told_of(&mut self, handoff: HandoffId) {
+        if let Some(prefill) = &mut self.prefill {
+            prefill.orders.push_back((handoff, Order::Expect));
+        }
+    }
+
     pub(crate) fn prefill_moves_by(&mut self, step: Move) -> Checked {
         match step {
             Move::PrefillEngineHears => self.prefill_engine_hears(),
-            Move::PrefillEngineStores(handoff) => return self.prefill_engine_stores(handoff),
+            Move::PrefillEngineStores(handoff) => self.prefill_engine_stores(handoff)?,
             Move::PrefillEngineFinishes(handoff) => {
                 self.prefill().work.remove(&handoff);
                 self.prefill().orders.push_back((handoff, Order::Finish));
@@ -139,30 +154,24 @@ impl World {
             Move::PrefillEngineGivesUp(handoff) => self.prefill_engine_gives_up(handoff),
             Move::PrefillEngineStoresTooLate => {
                 let (handoff, position, target) = self.prefill().late.take().expect("there is one");
-                return self.store(handoff, position, target);
+                self.store(handoff, content(handoff, position), target.block)?;
             }
             Move::PrefillEndpointObeys => self.prefill_endpoint_obeys(),
             Move::PrefillEndpointHears(index) => {
                 let message = self.to_prefill.remove(index).expect("there is a message");
-                self.prefill_endpoint_hears(message);
+                self.prefill().core.hear(DECODE, message, NOW);
             }
-            Move::PrefillEndpointPosts(handoff) => {
-                let settles_early = self.config.planted == Some(Planted::SettleWhenPosted);
-                let outgoing = self.prefill().outgoing.get_mut(&handoff).expect("just listed");
-                let position = outgoing.unposted.pop_front().expect("just listed");
-                outgoing.posted.push_back(position);
-                if settles_early {
-                    self.prefill_applies(handoff, SenderEvent::Settled { writes: 1 });
-                }
-            }
-            Move::PrefillEndpointCopies(handoff) => return self.prefill_endpoint_copies(handoff),
+            Move::PrefillEndpointPosts => self.prefill_endpoint_posts(),
+            Move::PrefillEndpointWrites(index) => self.prefill_endpoint_writes(index)?,
             Move::PrefillEndpointTakesDigests => {
-                let handoff = self.prefill().hashing.pop_front().expect("there is one");
-                self.commit(handoff);
+                let order = self.prefill().hashing.pop_front().expect("there is one");
+                let digests = self.digests(&order);
+                self.prefill().core.digested(order.handoff, order.ticket, digests);
             }
-            Move::PrefillEndpointNoticesLoss => self.prefill_endpoint_notices_loss(),
+            Move::PrefillEndpointNoticesLoss => self.prefill().core.link_lost(DECODE, "r", NOW),
             other => unreachable!("{other:?} is nobody's"),
         }
+        self.prefill_acts();
         Ok(())
     }
 
@@ -188,7 +197,7 @@ impl World {
         work.done += 1;
         let target = work.targets[position];
         if self.config.wire == Wire::InPlace {
-            return self.store(handoff, position, target);
+            return self.store(handoff, content(handoff, position), target.block);
         }
         self.prefill().orders.push_back((handoff, Order::Push(position)));
         Ok(())
@@ -208,134 +217,106 @@ impl World {
 
     fn prefill_endpoint_obeys(&mut self) {
         let (handoff, order) = self.prefill().orders.pop_front().expect("there is an order");
+        let core = &mut self.prefill().core;
         match order {
+            Order::Expect => core.expect(handoff, DECODE, PATIENCE, NOW),
             Order::Push(position) => {
-                let Some(outgoing) = self.prefill().outgoing.get_mut(&handoff) else { return };
-                if outgoing.sender.accepts_writes() {
-                    outgoing.unposted.push_back(position);
-                    self.prefill_applies(handoff, SenderEvent::Pushed { writes: 1 });
-                }
+                let source = Some(Content(content(handoff, position)));
+                let target_index = position as u32;
+                core.push(handoff, vec![TargetWrite { target_index, offset: 0, source }], NOW);
             }
-            Order::Finish => self.prefill_applies(handoff, SenderEvent::Finish { payload: vec![1] }),
-            Order::Abandon => self.prefill_applies(handoff, SenderEvent::Abandon { reason: "r".into() }),
+            Order::Finish => core.finish(handoff, vec![1], NOW),
+            Order::Abandon => core.abandon(handoff, "r".into(), NOW),
         }
     }
 
-    fn prefill_endpoint_hears(&mut self, message: Message) {
-        match message {
-            Message::Reserve(reserve) => {
-                let (handoff, targets) = (reserve.handoff, reserve.targets.clone());
-                if self.prefill().ended.contains(&handoff) {
-                    return;
-                }
-                let outgoing = Outgoing {
-                    sender: Sender::new(handoff),
-                    reserve,
-                    unposted: VecDeque::new(),
-                    posted: VecDeque::new(),
-                };
-                self.prefill().outgoing.insert(handoff, outgoing);
-                self.prefill().news.push_back((handoff, News::Reserved(targets)));
+    /// One write leaves.
+    fn prefill_endpoint_posts(&mut self) {
+        let settles_early = self.config.planted == Some(Planted::SettleWhenPosted);
+        let prefill = self.prefill();
+        let mut taken = None;
+        let take = |id, content: &Content, range| match taken {
+            None => {
+                taken = Some((id, *content, range));
+                Post::Accepted
             }
-            Message::Cancel { handoff } if self.prefill().outgoing.contains_key(&handoff) => {
-                self.prefill_applies(handoff, SenderEvent::Cancelled);
-            }
-            Message::Cancel { handoff } => {
-                self.prefill().ended.insert(handoff);
-                self.to_decode.push_back(Message::Quiet { handoff, reason: "unknown".into() });
-            }
-            Message::Adopted { handoff } => self.prefill_applies(handoff, SenderEvent::Adopted),
-            Message::Refused { handoff, reason } => {
-                self.prefill_applies(handoff, SenderEvent::Refused { reason });
-            }
-            other => panic!("not for the prefill side: {other:?}"),
+            Some(_) => Post::QueueFull,
+        };
+        prefill.core.post(DECODE, take, NOW);
+        let Some((id, content, range)) = taken else { return };
+        let link = prefill.link_id;
+        prefill.posted.push_back((id, Flight { link, content, range }));
+        if settles_early {
+            prefill.core.completed(&[Completion { id, outcome: Ok(()) }], NOW);
         }
     }
 
     /// One posted write comes to its end: it lands, or is turned down by a receiver that looks, or by a broken way.
-    fn prefill_endpoint_copies(&mut self, handoff: HandoffId) -> Checked {
-        let settled_early = self.config.planted == Some(Planted::SettleWhenPosted);
-        let is_admitted = self.config.wire == Wire::Admitted;
+    fn prefill_endpoint_writes(&mut self, index: usize) -> Checked {
         let is_up = self.prefill().link == Link::Up;
-        let outgoing = self.prefill().outgoing.get_mut(&handoff).expect("just listed");
-        let position = outgoing.posted.pop_front().expect("just listed");
-        let target = outgoing.reserve.targets[position];
-        // Memory does not break with the connection; a socket does.
-        let lands = if is_admitted { is_up && self.admits(handoff, target) } else { true };
-        if lands {
-            self.store(handoff, position, target)?;
-        } else if is_up {
-            self.prefill_applies(handoff, SenderEvent::Cancelled);
+        let (id, flight) = self.prefill().posted.remove(index).expect("just listed");
+        let outcome = match self.config.wire {
+            Wire::Admitted if is_up => self.admit(&flight.range),
+            Wire::Admitted => Err(WriteFault::Severed),
+            Wire::Device if !self.may_write(&flight) => Err(WriteFault::Severed),
+            // Memory does not break with the connection, and what a device has sent is on its way.
+            Wire::Device | Wire::Copied | Wire::InPlace => Ok(()),
+        };
+        if outcome.is_ok() {
+            self.land(&flight)?;
         }
-        if !settled_early {
-            self.prefill_applies(handoff, SenderEvent::Settled { writes: 1 });
-        }
-        self.forget_if_over(handoff);
+        self.prefill().core.completed(&[Completion { id, outcome }], NOW);
         Ok(())
     }
 
-    /// The driver may forget a sender at once; where writes settle early, some still wait to be made.
-    fn forget_if_over(&mut self, handoff: HandoffId) {
-        let is_over = |it: &Outgoing| {
-            matches!(it.sender.state(), SenderState::Done | SenderState::Abandoned) && it.posted.is_empty()
-        };
-        if self.prefill().outgoing.get(&handoff).is_some_and(is_over) {
-            self.prefill().outgoing.remove(&handoff);
+    /// Bytes of a write reach the decode worker's memory.
+    pub(crate) fn land(&mut self, flight: &Flight) -> Checked {
+        let blocks = flight.range.blocks(BLOCK).expect("the core names whole ranges");
+        blocks.into_iter().try_for_each(|block| self.store(flight.range.handoff, flight.content.0, block))
+    }
+
+    /// What a device has sent goes on without it, if it can still land.
+    pub(crate) fn leave(&mut self, flight: Flight) {
+        if self.config.wire == Wire::Device && self.may_write(&flight) {
+            self.in_network.push_back(flight);
         }
     }
 
-    fn prefill_endpoint_notices_loss(&mut self) {
-        self.prefill().link = Link::Down;
-        for handoff in self.prefill().outgoing.keys().copied().collect::<Vec<_>>() {
-            let outgoing = self.prefill().outgoing.get_mut(&handoff).expect("just listed");
-            let severed = std::mem::take(&mut outgoing.posted).len() as u32;
-            self.prefill_applies(handoff, SenderEvent::PeerLost { peer: "p".into(), reason: "r".into() });
-            if 0 < severed {
-                self.prefill_applies(handoff, SenderEvent::Settled { writes: severed });
-            }
-        }
-    }
-
-    fn commit(&mut self, handoff: HandoffId) {
-        let in_place = self.config.wire == Wire::InPlace;
-        let memory = self.memory.clone();
-        let is_up = self.prefill().link == Link::Up;
-        let Some(outgoing) = self.prefill().outgoing.get(&handoff) else { return };
-        let Reserve { tokens, targets, .. } = outgoing.reserve.clone();
-        let digest = |(position, target): (usize, &BlockRef)| {
-            if in_place { memory[target.block.0 as usize] } else { content(handoff, position) }
-        };
-        let digests = targets.iter().enumerate().map(digest).collect();
-        let commit = Commit { handoff, tokens, targets, digests, payload: vec![1], in_place };
-        if is_up {
-            self.to_decode.push_back(Message::Commit(commit));
-        }
-    }
-
-    /// What the driver of the endpoint does with a sender.
-    fn prefill_applies(&mut self, handoff: HandoffId, event: SenderEvent) {
-        let in_place = self.config.wire == Wire::InPlace;
-        let Some(outgoing) = self.prefill().outgoing.get_mut(&handoff) else { return };
-        for action in outgoing.sender.apply(event) {
+    /// Carries out what the endpoint wants.
+    pub(crate) fn prefill_acts(&mut self) {
+        while let Some(action) = self.prefill.as_mut().and_then(|it| it.core.next_action()) {
             match action {
-                SenderAction::Send(message) => {
+                EndpointAction::Send { message, .. } => {
                     if self.prefill().link == Link::Up {
                         self.to_decode.push_back(message);
                     }
                 }
-                SenderAction::Commit { .. } if in_place => self.prefill().hashing.push_back(handoff),
-                SenderAction::Commit { .. } => self.commit(handoff),
-                SenderAction::DropUnposted => {
-                    let Some(outgoing) = self.prefill().outgoing.get_mut(&handoff) else { return };
-                    let writes = std::mem::take(&mut outgoing.unposted).len() as u32;
-                    self.prefill_applies(handoff, SenderEvent::Settled { writes });
+                EndpointAction::Sever { .. } => self.prefill_severs(),
+                EndpointAction::TakeDigests(order) => self.prefill().hashing.push_back(order),
+                EndpointAction::Tell(EndpointEvent::Reserved(reserved)) => {
+                    let news = News::Reserved(reserved.targets);
+                    self.prefill().news.push_back((reserved.handoff, news));
                 }
-                SenderAction::TellStop => self.prefill().news.push_back((handoff, News::CancelWanted)),
-                SenderAction::TellDelivered | SenderAction::TellFailed(_) => {
-                    self.prefill().ended.insert(handoff);
-                    self.forget_if_over(handoff);
+                EndpointAction::Tell(EndpointEvent::CancelWanted { handoff }) => {
+                    self.prefill().news.push_back((handoff, News::CancelWanted));
                 }
+                EndpointAction::Tell(_) | EndpointAction::Log { .. } => {}
             }
         }
     }
+
+    /// Nothing more leaves. What has left by a device may still arrive; the rest does not.
+    fn prefill_severs(&mut self) {
+        self.prefill().link = Link::Down;
+        let posted = std::mem::take(&mut self.prefill().posted);
+        let mut done = Vec::new();
+        for (id, flight) in posted {
+            self.leave(flight);
+            done.push(Completion { id, outcome: Err(WriteFault::Severed) });
+        }
+        self.prefill().core.completed(&done, NOW);
+    }
 }
+
+/// How long a handoff waits for its other half; no time passes in a search.
+const PATIENCE: Duration = Duration::from_secs(600);

@@ -1,16 +1,28 @@
 //! The state of both workers and what can happen next.
 
 use std::collections::VecDeque;
-use std::fmt;
+use std::fmt::{self, Write};
+use std::time::Duration;
 
+use tidemill_kvtransfer_proto::endpoint_core::{LinkId, LinkUp, QuietProof};
 use tidemill_kvtransfer_proto::message::Message;
-use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId};
+use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, HandoffId, Moment};
+
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::decode::Decode;
-use crate::prefill::Prefill;
+use crate::moves::Move;
+use crate::prefill::{Flight, Prefill};
+use crate::settings::hello;
 
 /// Bytes of a block; what they are is one number per block.
 pub(crate) const BLOCK: usize = 64;
+/// Tokens of a block.
+pub(crate) const TOKENS: u32 = 4;
+pub(crate) const PREFILL: u64 = 1;
+pub(crate) const DECODE: u64 = 2;
+/// Time stands still: clocks are the simulator's business.
+pub(crate) const NOW: Moment = Moment(Duration::ZERO);
 
 /// How many of what take part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +49,30 @@ pub(crate) enum Wire {
     Copied,
     /// The decode endpoint lets each write land or not, as with TCP.
     Admitted,
+    /// A device writes, in any order; what has left arrives, or does not, until the decode endpoint has ended its access.
+    Device,
+}
+
+impl Wire {
+    pub(crate) const ALL: [Self; 4] = [Self::InPlace, Self::Copied, Self::Admitted, Self::Device];
+
+    /// Whether the prefill worker has the decode worker's memory mapped, and so cannot die unseen.
+    pub(crate) fn is_mapped(self) -> bool {
+        self.proof() == QuietProof::Process
+    }
+
+    /// Whether writes need leave.
+    pub(crate) fn takes_credit(self) -> bool {
+        self.proof().takes_credit()
+    }
+
+    fn proof(self) -> QuietProof {
+        match self {
+            Self::InPlace | Self::Copied => QuietProof::Process,
+            Self::Admitted => QuietProof::Admission,
+            Self::Device => QuietProof::AccessEnded,
+        }
+    }
 }
 
 /// How often what may still go wrong.
@@ -64,36 +100,7 @@ pub(crate) enum Planted {
     AdmitEverything,
     NobodyAsks,
     NobodyIsBusy,
-}
-
-/// One step of one thread, or one fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Move {
-    DecodeEngineReserves,
-    DecodeEngineCancels(HandoffId),
-    DecodeEngineHears,
-    DecodeEngineRefuses,
-    DecodeEngineFrees(HandoffId),
-    DecodeEndpointObeys,
-    DecodeEndpointHears(usize),
-    DecodeEndpointVerifies,
-    DecodeEndpointNoticesLoss,
-    PrefillEndpointObeys,
-    PrefillEndpointHears(usize),
-    PrefillEndpointPosts(HandoffId),
-    PrefillEndpointCopies(HandoffId),
-    PrefillEndpointTakesDigests,
-    PrefillEndpointNoticesLoss,
-    PrefillEngineHears,
-    PrefillEngineStores(HandoffId),
-    PrefillEngineFinishes(HandoffId),
-    PrefillEngineGivesUp(HandoffId),
-    PrefillEngineStoresTooLate,
-    ConnectionBreaks,
-    ConnectionIsMade,
-    PrefillWorkerDies,
-    MessageToPrefillVanishes,
-    MessageToDecodeVanishes,
+    AccessIsLeft,
 }
 
 /// A connection as one side sees it.
@@ -114,9 +121,16 @@ pub(crate) struct World {
     pub(crate) memory: Vec<u64>,
     pub(crate) to_prefill: VecDeque<Message>,
     pub(crate) to_decode: VecDeque<Message>,
+    /// Writes of a device that have left a sender which knows no more of them.
+    pub(crate) in_network: VecDeque<Flight>,
+    /// The first link by which a device can still write.
+    open_from: LinkId,
     pub(crate) decode: Decode,
     /// `None` when it is dead.
     pub(crate) prefill: Option<Prefill>,
+    /// Digests of the two sides as text; `None` when one has moved since.
+    decode_key: Option<u128>,
+    prefill_key: Option<u128>,
 }
 
 /// What a rule says is wrong.
@@ -129,15 +143,21 @@ pub(crate) fn content(handoff: HandoffId, position: usize) -> u64 {
 
 impl World {
     pub(crate) fn new(config: Config) -> Self {
-        Self {
+        let mut world = Self {
             config,
             faults: config.faults,
             memory: vec![0; config.blocks as usize],
             to_prefill: VecDeque::new(),
             to_decode: VecDeque::new(),
+            in_network: VecDeque::new(),
+            open_from: LinkId(0),
             decode: Decode::new(&config),
-            prefill: Some(Prefill::default()),
-        }
+            prefill: Some(Prefill::new(&config)),
+            decode_key: None,
+            prefill_key: None,
+        };
+        world.connect();
+        world
     }
 
     /// Everything that can happen now.
@@ -145,6 +165,7 @@ impl World {
         let mut moves = Vec::new();
         self.decode_moves(&mut moves);
         self.prefill_moves(&mut moves);
+        moves.extend((0..self.in_network.len()).map(Move::NetworkDelivers));
         let Some(prefill) = &self.prefill else { return moves };
         let is_over = self.decode.is_over();
         if self.decode.link == Link::Up && prefill.link == Link::Up && !is_over {
@@ -169,17 +190,25 @@ impl World {
 
     /// Does one of the [`moves`](Self::moves).
     pub(crate) fn make(&mut self, step: Move) -> Checked {
+        let touches = step.touches();
+        self.decode_key = self.decode_key.filter(|_| !touches.decode);
+        self.prefill_key = self.prefill_key.filter(|_| !touches.prefill);
         match step {
             Move::ConnectionBreaks => {
                 self.faults.breaks -= 1;
                 self.cut();
                 self.prefill.as_mut().expect("it lives").link = Link::Broken;
             }
-            Move::ConnectionIsMade => return self.connect(),
+            Move::ConnectionIsMade => self.connect(),
+            Move::NetworkDelivers(index) => {
+                let flight = self.in_network.remove(index).expect("just listed");
+                self.land(&flight)?;
+            }
             Move::PrefillWorkerDies => {
                 self.faults.kills -= 1;
                 self.cut();
-                self.prefill = None;
+                let prefill = self.prefill.take().expect("it lives");
+                prefill.flights().for_each(|flight| self.leave(flight));
             }
             Move::MessageToPrefillVanishes => {
                 self.faults.losses -= 1;
@@ -195,6 +224,15 @@ impl World {
         Ok(())
     }
 
+    /// The state in 128 bits, by its text, so that two states in a search of millions do not share a key. A side that
+    /// has not moved is not described again.
+    pub(crate) fn key(&mut self) -> u128 {
+        let decode = *self.decode_key.get_or_insert_with(|| digest(&self.decode));
+        let prefill = *self.prefill_key.get_or_insert_with(|| digest(&self.prefill));
+        let Self { faults, memory, to_prefill, to_decode, in_network, open_from, .. } = self;
+        digest(&(decode, prefill, faults, memory, to_prefill, to_decode, in_network, open_from))
+    }
+
     /// What was under way is lost.
     fn cut(&mut self) {
         self.to_prefill.clear();
@@ -204,19 +242,47 @@ impl World {
         }
     }
 
-    /// The handshake: the prefill side says what it is still busy with, the decode side announces what waits.
-    fn connect(&mut self) -> Checked {
-        let nobody = self.config.planted == Some(Planted::NobodyIsBusy);
+    /// The handshake: each side says what it is still busy with; the decode side announces what waits.
+    fn connect(&mut self) {
         let prefill = self.prefill.as_mut().expect("it lives");
+        let mut busy = prefill.core.prepare_link(DECODE, NOW);
+        match self.config.planted {
+            Some(Planted::NobodyIsBusy) => busy.clear(),
+            Some(Planted::NobodyAsks) => busy.extend((1..=self.config.handoffs).map(HandoffId)),
+            _ => {}
+        }
+        let decode = &mut self.decode;
+        let up = |instance, busy| LinkUp {
+            hello: hello(instance, self.config.blocks),
+            proof: self.config.wire.proof(),
+            busy,
+        };
+        let decode_is_busy = decode.core.prepare_link(PREFILL, NOW);
+        prefill.link_id = prefill.core.link_up(DECODE, up(DECODE, decode_is_busy), NOW);
         prefill.link = Link::Up;
-        let busy = if nobody { Vec::new() } else { prefill.busy() };
-        self.decode.link = Link::Up;
-        self.decode_is_connected(&busy)
+        let link = decode.core.link_up(PREFILL, up(PREFILL, busy), NOW);
+        decode.link = Link::Up;
+        assert_eq!(link, prefill.link_id, "each side counts its connections");
+        self.decode_acts();
+        self.prefill_acts();
+    }
+
+    /// Whether the sender's device still can write by the link of that write.
+    pub(crate) fn may_write(&self, flight: &Flight) -> bool {
+        self.open_from <= flight.link
+    }
+
+    /// From now on nothing lands that was sent by a link up to that one.
+    pub(crate) fn end_access(&mut self, link: LinkId) {
+        if self.config.planted != Some(Planted::AccessIsLeft) {
+            self.open_from = LinkId(link.0 + 1);
+            self.in_network.retain(|flight| link < flight.link);
+        }
     }
 
     /// Every store into a block of the decode worker, by whomever.
-    pub(crate) fn store(&mut self, handoff: HandoffId, position: usize, target: BlockRef) -> Checked {
-        let block = target.block.0 as usize;
+    pub(crate) fn store(&mut self, handoff: HandoffId, number: u64, block: BlockId) -> Checked {
+        let block = block.0 as usize;
         let owner = self.decode.owners[block];
         if owner != Some(handoff) {
             return Err(format!("handoff {handoff} stores into a block that belongs to {owner:?}"));
@@ -224,7 +290,7 @@ impl World {
         if self.decode.is_adopted(handoff) {
             return Err(format!("handoff {handoff} stores into a block that decode reads"));
         }
-        self.memory[block] = content(handoff, position);
+        self.memory[block] = number;
         Ok(())
     }
 
@@ -246,7 +312,8 @@ impl World {
 
     /// Nothing is left to do: then nothing may be held. Where messages vanish a handoff may wait for one.
     pub(crate) fn check_end(&self) -> Checked {
-        if self.faults.losses != self.config.faults.losses {
+        let is_orderly = !self.config.overtaking || !self.config.wire.takes_credit();
+        if self.faults.losses != self.config.faults.losses || !is_orderly {
             return Ok(());
         }
         if !self.decode.is_over() {
@@ -259,10 +326,16 @@ impl World {
     }
 }
 
-/// Without the configuration, which is the same for all states of a search.
-impl fmt::Debug for World {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { config: _, faults, memory, to_prefill, to_decode, decode, prefill } = self;
-        write!(f, "{faults:?} {memory:?} {to_prefill:?} {to_decode:?} {decode:?} {prefill:?}")
+/// Of a value, as text.
+fn digest(value: &impl fmt::Debug) -> u128 {
+    struct Hashing(Xxh3);
+    impl Write for Hashing {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            self.0.update(text.as_bytes());
+            Ok(())
+        }
     }
+    let mut hashing = Hashing(Xxh3::new());
+    write!(hashing, "{value:?}").expect("a hasher takes everything");
+    hashing.0.digest128()
 }
