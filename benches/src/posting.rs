@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use tidemill_kvtransfer_proto::digest::{BlockShape, Coverage, granule_digest};
+use tidemill_kvtransfer_proto::digest::{BlockDigests, BlockShape, Coverage};
 use tidemill_kvtransfer_proto::endpoint_core::{
     EndpointCore, EndpointRules, LinkUp, QuietProof, TargetWrite, WriteSource,
 };
@@ -112,22 +112,19 @@ fn prepared(
 /// What `post` spends on digests.
 fn digest_all(layout: &KvLayout, memory: &Rc<[u8]>, handoff: HandoffId) {
     let shape = BlockShape::of(layout);
-    let mut sum = 0u64;
+    let mut sums = vec![0; BLOCKS as usize];
+    let read = |start: usize, offset: usize, buffer: &mut [u8]| {
+        buffer.copy_from_slice(&memory[start + offset..start + offset + buffer.len()]);
+    };
+    let mut digests = BlockDigests::new(Coverage::Sampled, shape.granule, &mut sums, read);
     for target in 0..BLOCKS {
         for layer in 0..usize::from(PIECES) {
             let start = source_block(target) * shape.block + layer * shape.granule;
-            let granule = shape.granule_of(handoff, target as usize, layer);
-            sum = sum.wrapping_add(granule_digest(
-                Coverage::Sampled,
-                granule,
-                shape.granule,
-                |offset, buffer| {
-                    buffer.copy_from_slice(&memory[start + offset..start + offset + buffer.len()]);
-                },
-            ));
+            digests.add(shape.granule_of(handoff, target as usize, layer), start);
         }
     }
-    std::hint::black_box(sum);
+    digests.finish();
+    std::hint::black_box(sums);
 }
 
 fn source_block(target: u32) -> usize {
