@@ -15,7 +15,7 @@ mod front;
 mod speculative;
 mod values;
 
-pub(crate) use engine::{DeploymentFlags, EngineFlags, ModelFlags, RoleOverrides};
+pub(crate) use engine::{DeploymentFlags, EngineFlags, ModelFlags, RoleOverrides, cpu_isa};
 pub(crate) use front::{FrontFlags, LogFlags};
 pub(crate) use values::{CoreList, LoadFormatName, LogFormat, RoleName, TransportName, typed};
 

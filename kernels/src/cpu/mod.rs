@@ -14,6 +14,7 @@ mod isa;
 mod kv;
 mod kv_codec;
 mod level;
+mod limits;
 mod matmul;
 mod pool;
 mod portable;
@@ -43,6 +44,7 @@ use crate::{
 };
 pub use isa::{Isa, UnknownIsa};
 pub(crate) use kv_codec::encode_int8;
+pub use limits::Arithmetic;
 use std::{io, ops::Range, sync::Mutex, thread};
 
 /// How a [`Cpu`] is set up.

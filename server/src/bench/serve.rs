@@ -24,7 +24,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use jiff::Zoned;
 
 pub(super) use flags::ServeBenchFlags;
@@ -210,9 +210,7 @@ fn bar(requests: usize, hidden: bool) -> ProgressBar {
     if hidden {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len}  {msg}")
-        .expect("the template is well formed");
-    ProgressBar::new(requests as u64).with_style(style)
+    ProgressBar::new(requests as u64).with_style(super::bar_style())
 }
 
 /// Each request in flight has a connection of its own, and the usual limit of 1024 files is soon reached.

@@ -18,7 +18,13 @@ const ARROWS: [(&str, &[&str]); 10] = [
     ),
     (
         "tidemill",
-        &["tidemill-engine", "tidemill-engine-core", "tidemill-kvtransfer", "tidemill-kvtransfer-proto"],
+        &[
+            "tidemill-engine",
+            "tidemill-engine-core",
+            "tidemill-kernels",
+            "tidemill-kvtransfer",
+            "tidemill-kvtransfer-proto",
+        ],
     ),
     (
         "tidemill-tests",
