@@ -125,7 +125,7 @@ pub struct EngineConfig {
     pub digest: DigestCoverage,
     /// Whether a handoff on one host may compute in the peer's blocks (`docs/decisions/0002`).
     pub in_place: bool,
-    /// How next tokens are guessed, to be verified several in a step (`docs/decisions/0009`); `None` guesses none.
+    /// How next tokens are guessed, to be verified several in a step (`docs/decisions/0012`); `None` guesses none.
     pub speculation: Option<SpeculationSettings>,
     /// Where to die, for tests of recovery.
     pub fault: Option<Fault>,

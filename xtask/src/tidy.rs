@@ -4,6 +4,7 @@
 //! listed in `xtask/offenders.txt`, a list that may only shrink: an entry that is no longer needed is a finding.
 
 mod arrows;
+mod decisions;
 mod lengths;
 mod named_tests;
 mod words;
@@ -26,6 +27,7 @@ pub fn check(root: &Path) -> Vec<String> {
     findings.extend(words::check(&sources));
     findings.extend(lengths::check(&sources, &read_offenders(root)));
     findings.extend(named_tests::check(root, &sources));
+    findings.extend(decisions::check(root, &sources));
     findings
 }
 

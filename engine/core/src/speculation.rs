@@ -3,7 +3,7 @@
 //!
 //! What a request answers does not depend on them: the token at a position is sampled with that position's own draw from
 //! that position's own logits, which no other row of a step changes, and a guess counts only when it is that token
-//! (`docs/decisions/0009`). What depends on them is speed, so two things are measured all the time: how often guesses of
+//! (`docs/decisions/0012`). What depends on them is speed, so two things are measured all the time: how often guesses of
 //! each kind are right, also while none is made, and what steps cost with so many of them. Guesses are made as far as
 //! both together promise a gain.
 
