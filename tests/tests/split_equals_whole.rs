@@ -8,7 +8,7 @@ use tidemill_tests::fixtures;
 
 /// Ways to split that must make no difference; each row is the flags of `serve`.
 #[rustfmt::skip]
-const SPLITS: [(&str, &[&str]); 10] = [
+const SPLITS: [(&str, &[&str]); 12] = [
     ("shared memory, in place",             &["--transport", "shm"]),
     ("shared memory, copied",               &["--transport", "shm", "--no-in-place"]),
     ("tcp",                                 &["--transport", "tcp"]),
@@ -20,7 +20,13 @@ const SPLITS: [(&str, &[&str]); 10] = [
     ("shared memory, axis order turned",    &["--transport", "shm", "--prefill-axis-order", "head-token", "--decode-axis-order", "token-head"]),
     ("tcp, axis order and length turned",   &["--transport", "tcp", "--prefill-axis-order", "token-head", "--decode-axis-order", "head-token",
                                               "--prefill-block-size", "16", "--decode-block-size", "32"]),
+    ("shared memory, all guesses made",     &["--transport", "shm", "--speculative-config", GUESSES]),
+    ("tcp, all guesses made",               &["--transport", "tcp", "--speculative-config", GUESSES]),
 ];
+
+/// Whether they pay or not, so that right and wrong ones are met.
+const GUESSES: &str =
+    r#"{"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3, "adaptive": false}"#;
 
 /// Every family in turn, so that at most one whole and one split deployment per test thread run at a time.
 async fn family_is_equal(model: &str) {
@@ -41,6 +47,8 @@ async fn family_is_equal(model: &str) {
         assert!(handoffs > 0.0, "{model}, {split}: nothing was handed over\n{}", deployment.log());
         let fallbacks = deployment.client.metric("tidemill_fallbacks_total", "").await;
         assert!(fallbacks == 0.0, "{model}, {split}: {fallbacks} fallbacks\n{}", deployment.log());
+        let guesses = deployment.client.metric("vllm:spec_decode_num_draft_tokens_total", "").await;
+        assert_eq!(guesses > 0.0, flags.contains(&GUESSES), "{model}, {split}: {guesses} guesses");
         eventually(&format!("{model}, {split}: the ledger closes"), LIMIT, || deployment.client.is_idle())
             .await;
     }
@@ -71,6 +79,8 @@ async fn answers(client: &Client) -> Vec<(&'static str, Reply)> {
         ("sampled with penalties",      completion, with(&prompt(33), json!({"temperature": 0.8, "top_k": 20, "min_p": 0.02, "seed": 8,
             "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2, "logit_bias": {"5": 2.0}}))),
         ("three choices",               completion, with(&prompt(20), json!({"temperature": 1.0, "seed": 9, "n": 3}))),
+        ("stop strings",                completion, with(&prompt(22), json!({"stop": ["e", "in", " "]}))),
+        ("stop tokens after ten",       completion, with(&prompt(23), json!({"stop_token_ids": (3..250).step_by(4).collect::<Vec<u32>>(), "min_tokens": 10}))),
         ("one output token",            completion, with(&prompt(18), json!({"max_tokens": 1}))),
         ("echo with log-probabilities", completion, with(&prompt(18), json!({"echo": true}))),
         ("streamed with usage",         completion, with(&prompt(21), json!({"stream": true, "stream_options": {"include_usage": true}}))),
