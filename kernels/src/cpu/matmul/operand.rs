@@ -118,9 +118,14 @@ impl Form {
 }
 
 impl Tiling {
-    fn new(rows: usize, max_rows: usize) -> Self {
+    fn new(rows: usize, Form { units, max_rows }: Form) -> Self {
+        // Sums of groups take registers beside those of steps.
+        let highest = match units {
+            Units::Grouped { .. } => max_rows.min(GROUPED_ROWS),
+            _ => max_rows,
+        };
         // Tiles of AMX always have all their rows; others are cut evenly.
-        let height = if max_rows == TILE_ROWS { TILE_ROWS } else { rows.div_ceil(rows.div_ceil(max_rows)) };
+        let height = if max_rows == TILE_ROWS { TILE_ROWS } else { rows.div_ceil(rows.div_ceil(highest)) };
         let slots = if max_rows == ROOMY_ROWS { ROOMY_SLOTS[height] } else { height };
         Self { rows, height, slots, count: rows.div_ceil(height), max_rows }
     }
@@ -153,7 +158,7 @@ impl Memory {
 
     /// Makes room for `rows` rows of `inputs` inputs in any form.
     pub(crate) fn reserve(&mut self, rows: usize, inputs: usize) {
-        // The worst tiling has four tiles of nine rows for every 36.
+        // The worst tiling has tiles of nine rows that are computed as twelve; those of AMX have sixteen.
         let slots = rows + rows.div_ceil(3) + TILE_ROWS;
         let inputs = inputs.next_multiple_of(WIDEST_PADDING);
         self.rounded.grown::<u32>(rows * inputs / 2);
@@ -172,7 +177,7 @@ impl Memory {
         level: Level,
     ) -> Operand<'a> {
         let (inputs, padded) = (w.inputs(), w.padded_inputs());
-        let tiling = Tiling::new(x.len() / inputs, form.max_rows);
+        let tiling = Tiling::new(x.len() / inputs, form);
         let units_per_row = padded / form.units.inputs();
         let groups = match form.units {
             Units::Grouped { group } => padded / group,
@@ -365,6 +370,9 @@ pub(super) const ROOMY_ROWS: usize = 12;
 
 /// Rows of the highest tile with sixteen registers, two for a panel: six rows of one.
 pub(super) const NARROW_ROWS: usize = 6;
+
+/// Rows of the highest tile of int4.
+const GROUPED_ROWS: usize = 8;
 
 /// How many rows a tile is computed with, by its height.
 const ROOMY_SLOTS: [usize; ROOMY_ROWS + 1] = [0, 1, 2, 4, 4, 6, 6, 8, 8, 12, 12, 12, 12];
