@@ -3,7 +3,7 @@
 //! Here every guess that can be made is made, whether it pays or not, so that right and wrong ones are met everywhere. The
 //! random models repeat themselves when they are greedy, and hardly ever when they are not.
 
-use tidemill_engine::handle::SpeculationSettings;
+use tidemill_engine::handle::{Quantization, SpeculationSettings};
 
 use super::*;
 
@@ -16,6 +16,19 @@ fn every_family_answers_as_without() {
         let guessing = start(guessing(config(model, Role::Hybrid)));
         agree(model, &plain, &guessing, (0..12).map(varied));
         assert!(0 < accepted(&guessing), "{model}: some guesses are right");
+        closes(&guessing);
+    }
+}
+
+#[test]
+fn quantised_weights_answer_as_without() {
+    for quantization in [Quantization::Int8, Quantization::Int4 { group: 32 }] {
+        let with_weights =
+            || EngineConfig { quantization: Some(quantization), ..config("llama3", Role::Hybrid) };
+        let plain = start(with_weights());
+        let guessing = start(guessing(with_weights()));
+        agree(&format!("{quantization:?}"), &plain, &guessing, (0..9).map(varied));
+        assert!(0 < accepted(&guessing), "{quantization:?}: some guesses are right");
         closes(&guessing);
     }
 }
