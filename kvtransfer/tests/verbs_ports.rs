@@ -36,17 +36,16 @@ fn a_port_that_goes_down_hands_over_at_once_and_comes_back() {
 
     // Nothing is written: only the device can say that its port is down. All of it is known before it comes up again.
     let paths = |worker: &Worker, peer| worker.endpoint.link(peer).map(|link| link.paths);
-    assert_eq!(
-        (paths(&prefill, 2), paths(&decode, 1)),
-        (Some(4), Some(4)),
-        "two ports, two queue pairs each"
-    );
+    let both_have = |expected, why| {
+        let since = Instant::now();
+        while (paths(&prefill, 2), paths(&decode, 1)) != (Some(expected), Some(expected)) {
+            assert!(since.elapsed() < PATIENCE, "{why}");
+            std::thread::yield_now();
+        }
+    };
+    both_have(4, "two ports, two queue pairs each");
     port("down");
-    let since = Instant::now();
-    while (paths(&prefill, 2), paths(&decode, 1)) != (Some(2), Some(2)) {
-        assert!(since.elapsed() < PATIENCE, "the paths of the port are ended");
-        std::thread::yield_now();
-    }
+    both_have(2, "the paths of the port are ended");
     port("up");
     drop(prefill);
     let prefill = Worker::start(patient("prefill", 4));
