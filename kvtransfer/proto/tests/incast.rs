@@ -4,16 +4,19 @@
 //! What is watched: what is under way never exceeds the limit; leave goes to the earliest deadline; each handoff ends;
 //! nothing stays lent.
 
+mod support;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use support::Zeros;
 use tidemill_kvtransfer_proto::credit::{Ask, CreditLoad};
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::endpoint_core::{
     EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp, QuietProof, ReserveOrder,
-    TargetWrite, WriteSource,
+    TargetWrite,
 };
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{Hello, Message, Offer, OnFailure, PROTOCOL};
@@ -24,31 +27,6 @@ use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, BlockRef, Epoch, Hando
 /// The decode worker's number; prefill workers count from zero.
 const DECODE: u64 = 100;
 const LAYERS: u16 = 4;
-
-/// A range of memory whose bytes do not matter here.
-#[derive(Clone, Debug)]
-struct Zeros {
-    offset: usize,
-    len: usize,
-}
-
-impl WriteSource for Zeros {
-    fn memory(&self) -> usize {
-        0
-    }
-    fn offset(&self) -> usize {
-        self.offset
-    }
-    fn len(&self) -> usize {
-        self.len
-    }
-    fn range(&self, offset: usize, len: usize) -> Option<Self> {
-        Some(Self { offset, len })
-    }
-    fn read(&self, _: usize, buffer: &mut [u8]) {
-        buffer.fill(0);
-    }
-}
 
 /// A prefill worker and its connection to the decode worker.
 struct Prefill {
@@ -260,7 +238,7 @@ impl World {
                     if 3 <= under_way.len() {
                         return Post::QueueFull;
                     }
-                    under_way.push_back((id, range.handoff, source.len() as u64));
+                    under_way.push_back((id, range.handoff, source.len as u64));
                     Post::Accepted
                 },
                 *now,

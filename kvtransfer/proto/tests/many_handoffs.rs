@@ -1,12 +1,15 @@
 //! More handoffs between two endpoints than a transfer library was once reported to survive: what a handoff leaves
 //! behind must not add up.
 
+mod support;
+
 use std::time::Duration;
 
+use support::Zeros;
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::endpoint_core::{
     EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkUp, QuietProof, ReserveOrder, STALL,
-    TargetWrite, WriteSource,
+    TargetWrite,
 };
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{Hello, Offer, OnFailure, PROTOCOL};
@@ -82,7 +85,7 @@ impl Pair {
             }
             1 => self.prefill.abandon(handoff, "the client is gone".to_owned(), NOW),
             _ => {
-                let source = Some(Zeros(layout().block_bytes()));
+                let source = Some(Zeros { offset: 0, len: layout().block_bytes() });
                 self.prefill.push(handoff, vec![TargetWrite { target_index: 0, offset: 0, source }], NOW);
                 self.settle(); // It asks for leave, and is given it.
                 let mut posted = Vec::new();
@@ -156,28 +159,6 @@ fn digest_of_zeros(order: &tidemill_kvtransfer_proto::endpoint_core::DigestOrder
         })
     };
     (0..order.targets.len()).map(of_block).collect()
-}
-
-/// So many zeros.
-#[derive(Clone, Debug)]
-struct Zeros(usize);
-
-impl WriteSource for Zeros {
-    fn memory(&self) -> usize {
-        0
-    }
-    fn offset(&self) -> usize {
-        0
-    }
-    fn len(&self) -> usize {
-        self.0
-    }
-    fn range(&self, _: usize, len: usize) -> Option<Self> {
-        Some(Self(len))
-    }
-    fn read(&self, _: usize, buffer: &mut [u8]) {
-        buffer.fill(0);
-    }
 }
 
 fn rules() -> EndpointRules {
