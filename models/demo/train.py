@@ -22,12 +22,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 
-from conversations import HARD, SINGLE, Conversation, conversation
+from conversations import EARLY, HARD, Conversation, conversation
 from export import ASSISTANT, BOS, CONFIG, END, SYSTEM, USER, save_tokenizer, save_weights, train_tokenizer
 from model import FAST_BF16, DemoModel
 from optimizer import optimizers
 
-STEPS = 3900
+STEPS = 4100
 POOL = 768            # conversations drawn at a time, then sorted by length
 ROWS_TIMES_LENGTH = 2048   # tokens in a batch, padding included
 BATCHES = 2            # in a step
@@ -36,7 +36,7 @@ FREE_WEIGHT = 0.3      # the loss on answers of which many would do (stories, li
 FREE_MATCHES = ("story", "list")
 # Longer answers weigh as the root of their length, so that times tables do not drown the rest; later they count fully.
 FULL_WEIGHT_TOKENS, FULL_WEIGHT_TOKENS_LATE = 8, 40
-LATE = 2300            # the step from which on the harder mix is drawn
+LATE = 2400            # the step from which on the harder mix is drawn
 # (step, share of the peak learning rate): a short warm-up, level, down to where the harder mix begins, slower to zero.
 RATES = [(-1, 0.0), (59, 1.0), (1500, 1.0), (LATE, 0.5), (STEPS, 0.0)]
 TEXTS_FOR_TOKENIZER = 4000
@@ -72,7 +72,7 @@ def batches(tokenizer: Tokenizer, rng: random.Random):
     """Endless batches (ids, weights), each [conversations, length], padded at the right with weight 0."""
     given = 0
     while True:
-        shares, full_weight = (HARD, FULL_WEIGHT_TOKENS_LATE) if given >= LATE else (SINGLE, FULL_WEIGHT_TOKENS)
+        shares, full_weight = (HARD, FULL_WEIGHT_TOKENS_LATE) if given >= LATE else (EARLY, FULL_WEIGHT_TOKENS)
         pool = [conversation(rng, shares=shares) for _ in range(POOL)]
         rows = sorted(encode(tokenizer, pool, full_weight), key=lambda row: len(row[0]))
         ready = []
