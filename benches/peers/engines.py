@@ -6,18 +6,14 @@ of `CONTEXT` tokens, greedy, without stopping.
 """
 
 import json
-import random
 import sys
 import time
 from pathlib import Path
 
+from common import prompt
+
 CONTEXT = 32
 STEPS = 16
-
-
-def prompt(length):
-    """Ids of bytes' tokens, none of them special, and never the same: some engines remember prompts."""
-    return [random.randrange(3, 259) for _ in range(length)]
 
 
 class Generating:
