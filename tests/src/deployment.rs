@@ -4,7 +4,7 @@
 //! `serve` to that promise.
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, Once};
@@ -178,8 +178,8 @@ pub fn binary() -> PathBuf {
     let profile = if folder.ends_with("deps") { folder.parent().expect("target/PROFILE") } else { folder };
     let path = profile.join("tidemill");
     BUILD.call_once(|| {
-        // `cargo test --workspace` has built it; `cargo test -p tidemill-tests` alone may have not.
-        if !path.exists() {
+        // `cargo test --workspace` has built it; `cargo test -p tidemill-tests` alone has not.
+        if is_out_of_date(&path) {
             let mut build = Command::new(env!("CARGO"));
             build.args(["build", "--package", "tidemill", "--bin", "tidemill"]);
             if profile.ends_with("release") {
@@ -189,6 +189,16 @@ pub fn binary() -> PathBuf {
         }
     });
     path
+}
+
+/// Whether the program is missing, or older than a source file that it was made of. Cargo lists those beside it.
+fn is_out_of_date(program: &Path) -> bool {
+    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified());
+    let (Ok(built), Ok(list)) = (modified(program), fs::read_to_string(program.with_extension("d"))) else {
+        return true;
+    };
+    let sources = list.split_once(':').map_or("", |(_, sources)| sources);
+    sources.split_whitespace().any(|source| modified(Path::new(source)).is_ok_and(|changed| changed > built))
 }
 
 fn wait_for_address(lines: &Receiver<String>) -> Option<String> {
