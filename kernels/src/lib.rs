@@ -1,6 +1,6 @@
 //! Operations on device memory.
 //!
-//! [`reference`] (plain f32 loops) defines what is right; [`cpu`] is written for speed and agrees with it.
+//! [`reference`] (plain f32 loops) defines what is right; [`cpu`] and [`cuda`] are written for speed and agree with it.
 //!
 //! Every operation reduces a row in one fixed order, whatever else is in the step: the bits of a row depend neither on
 //! the other rows, nor on how a prompt is cut into chunks, nor on the number of threads. Prefill and decode on two
@@ -13,6 +13,7 @@
 
 mod aligned;
 pub mod cpu;
+pub mod cuda;
 pub mod kv;
 mod kv_rows;
 pub mod matrix;

@@ -2,6 +2,9 @@
 
 #![allow(dead_code, unreachable_pub)]
 
+#[cfg(not(no_cpp_compiler))]
+pub mod cuda;
+
 use std::{iter, slice};
 use tidemill_kernels::{
     cpu::{Cpu, CpuOptions, Isa},

@@ -1,0 +1,14 @@
+// All kernels, for the emulator.
+#define TIDEMILL_EMULATOR
+#include "cuda.h"
+
+static const emulator::Kernel* kernel_list = nullptr;
+
+#include "../activation.cu"
+#include "../convert.cu"
+#include "../embedding.cu"
+#include "../normalize.cu"
+#include "../rotary.cu"
+#include "../sampling.cu"
+
+extern "C" const emulator::Kernel* tidemill_emulator_kernels() { return kernel_list; }

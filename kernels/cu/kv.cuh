@@ -1,0 +1,95 @@
+// The paged KV cache as kernels see it: block addresses and distances, as in `src/kv.rs`.
+#pragma once
+
+#include "device.cuh"
+
+enum KvDtype : uint32_t { kKvF32, kKvF16, kKvBf16, kKvInt8 };
+enum KvPart : uint32_t { kKey, kValue };
+
+// Distances in bytes.
+struct KvShape {
+  uint32_t dtype;
+  uint32_t block_len;
+  uint32_t kv_heads;
+  uint32_t head_size;
+  uint32_t layer_stride;
+  uint32_t value_offset;
+  uint32_t key_scale_offset;
+  uint32_t value_scale_offset;
+  uint32_t token_stride;
+  uint32_t head_stride;
+  uint32_t scale_token_stride;
+  uint32_t scale_head_stride;
+};
+
+// The elements of one token and head.
+struct KvRow {
+  uint8_t* data;
+  float* scale;  // Null for types without.
+};
+
+__device__ __forceinline__ KvRow kv_row(const KvShape& shape, uint8_t* block, unsigned layer, KvPart part, unsigned token,
+                                        unsigned head) {
+  uint8_t* first = block + size_t(layer) * shape.layer_stride;
+  KvRow row;
+  row.data = first + (part == kValue ? shape.value_offset : 0) + token * shape.token_stride + head * shape.head_stride;
+  uint8_t* scales = first + (part == kValue ? shape.value_scale_offset : shape.key_scale_offset);
+  row.scale = shape.dtype == kKvInt8 ? (float*)(scales + token * shape.scale_token_stride + head * shape.scale_head_stride) : nullptr;
+  return row;
+}
+
+__device__ __forceinline__ unsigned kv_row_bytes(const KvShape& shape) {
+  return shape.head_size * (shape.dtype == kKvF32 ? 4 : shape.dtype == kKvInt8 ? 1 : 2);
+}
+
+// One element of a row; `scale` is that of the row, or 1.
+__device__ __forceinline__ float kv_read(uint32_t dtype, const uint8_t* data, unsigned element, float scale) {
+  switch (dtype) {
+    case kKvF32:
+      return ((const float*)data)[element];
+    case kKvF16:
+      return widen(((const f16*)data)[element]);
+    case kKvBf16:
+      return widen(((const bf16*)data)[element]);
+    default:
+      return scale * float(((const int8_t*)data)[element]);
+  }
+}
+
+// Steps of `scale`, as in `src/reference/kv.rs`.
+__device__ __forceinline__ int8_t quantize(float value, float scale) {
+  if (scale == 0.0f) return 0;
+  // The inverse of a subnormal number may be infinite.
+  float steps = scale < 1.17549435e-38f ? value / scale : value * (1.0f / scale);
+  if (!(steps == steps)) return 0;
+  steps = rintf(steps);
+  return int8_t(steps < -127.0f ? -127.0f : 127.0f < steps ? 127.0f : steps);
+}
+
+// A warp writes a row: `value(element)` for each of its elements, which is asked for twice where there is a scale.
+template <class Value>
+__device__ __forceinline__ void kv_write(const KvShape& shape, const KvRow& row, Value value) {
+  unsigned lane = threadIdx.x % kWarp;
+  float scale = 1.0f;
+  if (shape.dtype == kKvInt8) {
+    float greatest = 0.0f;
+    for (unsigned i = lane; i < shape.head_size; i += kWarp) greatest = fmaxf(greatest, fabsf(value(i)));
+    scale = warp_max(greatest) / 127.0f;
+    if (lane == 0) *row.scale = scale;
+  }
+  for (unsigned i = lane; i < shape.head_size; i += kWarp) {
+    switch (shape.dtype) {
+      case kKvF32:
+        ((float*)row.data)[i] = value(i);
+        break;
+      case kKvF16:
+        ((f16*)row.data)[i] = narrow<f16>(value(i));
+        break;
+      case kKvBf16:
+        ((bf16*)row.data)[i] = narrow<bf16>(value(i));
+        break;
+      default:
+        ((int8_t*)row.data)[i] = quantize(value(i), scale);
+    }
+  }
+}

@@ -1,0 +1,81 @@
+//! Which kernel runs for an operation, on how many blocks of how many threads.
+
+use super::{
+    ConvertBlocks, Embed, Launch, Parameters, RmsNorm, RopeAndWrite, Sample, SiluMul, ZeroTail, launch::WARP,
+};
+use crate::matrix::WeightDtype;
+
+/// The embedding of `rows` tokens.
+pub fn embed(dtype: WeightDtype, rows: u32, parameters: &Embed) -> Launch {
+    let kernel = of_type(dtype, ["embed_f32", "embed_f16", "embed_bf16"]);
+    row_by_row("embedding", kernel, rows, parameters.width, 256, parameters)
+}
+
+/// A norm of `rows` rows.
+pub fn rms_norm(dtype: WeightDtype, rows: u32, parameters: &RmsNorm) -> Launch {
+    let kernel = of_type(dtype, ["rms_norm_f32", "rms_norm_f16", "rms_norm_bf16"]);
+    row_by_row("normalize", kernel, rows, parameters.width, 1024, parameters)
+}
+
+/// The gates of `rows` rows, at most 65535.
+pub fn silu_mul(dtype: WeightDtype, rows: u32, parameters: &SiluMul) -> Launch {
+    let kernel = of_type(dtype, ["silu_mul_f32", "silu_mul_f16", "silu_mul_bf16"]);
+    let blocks = parameters.width.div_ceil(PACK * THREADS).max(1);
+    Launch::new("activation", kernel, [blocks, rows, 1], THREADS, parameters)
+}
+
+/// Query, key and value of `rows` rows.
+pub fn rope_and_write(dtype: WeightDtype, rows: u32, parameters: &RopeAndWrite) -> Launch {
+    let kernel = of_type(dtype, ["rope_and_write_f32", "rope_and_write_f16", "rope_and_write_bf16"]);
+    let heads = parameters.query_heads + 2 * parameters.shape.kv_heads();
+    Launch::new("rotary", kernel, [rows, heads.div_ceil(THREADS / WARP), 1], THREADS, parameters)
+}
+
+/// A token for each of `rows` rows.
+///
+/// # Panics
+///
+/// When there are more than 2¹⁹ logits in a row.
+pub fn sample(rows: u32, parameters: &Sample) -> Launch {
+    assert!(parameters.vocabulary <= 1 << 19, "sample: sums of {} weights", parameters.vocabulary);
+    Launch::new("sampling", "sample", [rows, 1, 1], 512, parameters)
+}
+
+/// All tokens, layers and heads of a conversion.
+pub fn convert_blocks(parameters: &ConvertBlocks) -> Launch {
+    let rows = 2 * parameters.tokens * parameters.heads * parameters.layers;
+    let blocks = rows.div_ceil(THREADS / WARP).min(MOST_BLOCKS);
+    Launch::new("convert", "convert_blocks", [blocks, 1, 1], THREADS, parameters)
+}
+
+/// The ends of `blocks` blocks.
+pub fn zero_tail(blocks: u32, parameters: &ZeroTail) -> Launch {
+    Launch::new("convert", "zero_tail", [blocks, parameters.layers, 1], THREADS, parameters)
+}
+
+/// One block of threads for each row, each thread with a pack of elements while there are enough threads.
+fn row_by_row(
+    module: &'static str,
+    kernel: &'static str,
+    rows: u32,
+    width: u32,
+    most_threads: u32,
+    parameters: &impl Parameters,
+) -> Launch {
+    let threads = width.div_ceil(PACK).next_multiple_of(WARP).clamp(WARP, most_threads);
+    Launch::new(module, kernel, [rows, 1, 1], threads, parameters)
+}
+
+fn of_type(dtype: WeightDtype, [f32, f16, bf16]: [&'static str; 3]) -> &'static str {
+    match dtype {
+        WeightDtype::F32 => f32,
+        WeightDtype::F16 => f16,
+        WeightDtype::Bf16 => bf16,
+    }
+}
+
+const THREADS: u32 = 256;
+/// Elements that a thread moves at once, of 16 bits.
+const PACK: u32 = 8;
+/// More than any GPU runs at once, so that further rows come by a loop.
+const MOST_BLOCKS: u32 = 4096;

@@ -1,0 +1,242 @@
+//! The structures that kernels take, field by field as in `kernels/cu`; their sizes are compared when a kernel is launched.
+//!
+//! Addresses are of device memory. Rows, widths and strides count elements.
+
+use super::{DeviceAddress, Parameters};
+use crate::kv::{KvBlockShape, KvDtype};
+use bytemuck::NoUninit;
+
+/// `out[row] = table[tokens[row]]`
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct Embed {
+    /// `[rows][width]`
+    pub out: DeviceAddress,
+    /// `[vocabulary][width]`
+    pub table: DeviceAddress,
+    /// u32, `[rows]`
+    pub tokens: DeviceAddress,
+    /// Elements of a row.
+    pub width: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// `state += delta` where there is one, then `out = state / sqrt(mean(state²) + eps) * weight`.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct RmsNorm {
+    /// `[rows][width]`; may be `state`.
+    pub out: DeviceAddress,
+    /// `[rows][width]`
+    pub state: DeviceAddress,
+    /// `[rows][width]` or null. The sum is rounded to the element type before it is normalised.
+    pub delta: DeviceAddress,
+    /// `[width]`
+    pub weight: DeviceAddress,
+    /// Elements of a row.
+    pub width: u32,
+    /// Added to the mean.
+    pub eps: f32,
+}
+
+/// `out = silu(gate) * up`
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct SiluMul {
+    /// `[rows][width]`
+    pub out: DeviceAddress,
+    /// `[rows][stride]`, of which `width` count.
+    pub gate: DeviceAddress,
+    /// Likewise.
+    pub up: DeviceAddress,
+    /// Elements of a row.
+    pub width: u32,
+    /// From one row of gate and up to the next.
+    pub stride: u32,
+}
+
+/// [`KvBlockShape`] in the words of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, NoUninit)]
+#[repr(C)]
+pub struct KvShape {
+    dtype: u32,
+    block_len: u32,
+    kv_heads: u32,
+    head_size: u32,
+    layer_stride: u32,
+    value_offset: u32,
+    key_scale_offset: u32,
+    value_scale_offset: u32,
+    token_stride: u32,
+    head_stride: u32,
+    scale_token_stride: u32,
+    scale_head_stride: u32,
+}
+
+/// Turns query and key by their positions and writes key and value into the blocks.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct RopeAndWrite {
+    /// `[rows][query_stride]`, turned in place.
+    pub query: DeviceAddress,
+    /// `[rows][kv_stride]`
+    pub key: DeviceAddress,
+    /// `[rows][kv_stride]`
+    pub value: DeviceAddress,
+    /// f32, `[position][half]`
+    pub cos: DeviceAddress,
+    /// Likewise.
+    pub sin: DeviceAddress,
+    /// u32, `[rows]`
+    pub positions: DeviceAddress,
+    /// u32, `[rows]`: which row of `blocks`.
+    pub sequences: DeviceAddress,
+    /// Addresses of blocks, `[sequences][blocks_per_sequence]`, from position 0 on.
+    pub blocks: DeviceAddress,
+    /// Shape of the blocks.
+    pub shape: KvShape,
+    /// The layer that is written.
+    pub layer: u32,
+    /// From one sequence's blocks to the next's.
+    pub blocks_per_sequence: u32,
+    /// Heads of the query.
+    pub query_heads: u32,
+    /// Half the turned elements of a head: element `i` goes with `i + half`.
+    pub half: u32,
+    /// From one row of the query to the next.
+    pub query_stride: u32,
+    /// From one row of key and value to the next.
+    pub kv_stride: u32,
+}
+
+/// How a row's token is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, NoUninit)]
+#[repr(C)]
+pub struct SampleRow {
+    /// Of the request.
+    pub seed: u64,
+    /// Number of the output token.
+    pub position: u32,
+    /// Below 10⁻⁵: the greatest logit.
+    pub temperature: f32,
+    /// Zero: all.
+    pub top_k: u32,
+    /// 1: all.
+    pub top_p: f32,
+    /// Least share of the greatest probability.
+    pub min_p: f32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Chooses a token for each row.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct Sample {
+    /// u32, `[rows]`; [`NOT_FINITE`](Self::NOT_FINITE) or [`NOTHING_LEFT`](Self::NOTHING_LEFT) where none can be chosen.
+    pub tokens: DeviceAddress,
+    /// f32, `[rows][vocabulary]`
+    pub logits: DeviceAddress,
+    /// u64, `[rows][vocabulary]`: memory to work in.
+    pub weights: DeviceAddress,
+    /// [`SampleRow`], `[rows]`
+    pub rows: DeviceAddress,
+    /// Logits of a row, at most 2¹⁹.
+    pub vocabulary: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Writes tokens of a sequence into blocks of another shape.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct ConvertBlocks {
+    /// Addresses of the sequence's blocks from position 0 on.
+    pub from: DeviceAddress,
+    /// Addresses of blocks; the first has the token `first_token`.
+    pub to: DeviceAddress,
+    /// Shape of the source.
+    pub from_shape: KvShape,
+    /// Shape of the target.
+    pub to_shape: KvShape,
+    /// Position of the first token.
+    pub first_token: u32,
+    /// Number of tokens.
+    pub tokens: u32,
+    /// First layer in the source.
+    pub first_layer: u32,
+    /// Where it goes in the target.
+    pub to_first_layer: u32,
+    /// Number of layers.
+    pub layers: u32,
+    /// First head in the source.
+    pub first_head: u32,
+    /// Where it goes in the target.
+    pub to_first_head: u32,
+    /// Number of heads.
+    pub heads: u32,
+}
+
+/// Zeroes the ends of blocks: K, V and scales of all layers.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct ZeroTail {
+    /// Addresses, `[blocks]`
+    pub blocks: DeviceAddress,
+    /// u32, `[blocks]`: the tokens of the block from this one on become zero.
+    pub from_token: DeviceAddress,
+    /// Shape of the blocks.
+    pub shape: KvShape,
+    /// Layers of the blocks.
+    pub layers: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl Parameters for Embed {}
+impl Parameters for RmsNorm {}
+impl Parameters for SiluMul {}
+impl Parameters for RopeAndWrite {}
+impl Parameters for Sample {}
+impl Parameters for ConvertBlocks {}
+impl Parameters for ZeroTail {}
+
+impl Sample {
+    /// A logit of the row is no number or infinite.
+    pub const NOT_FINITE: u32 = u32::MAX;
+    /// Every token of the row is ruled out.
+    pub const NOTHING_LEFT: u32 = u32::MAX - 1;
+}
+
+impl KvShape {
+    /// # Panics
+    ///
+    /// When a block has 4 GiB or more.
+    pub fn new(shape: &KvBlockShape) -> Self {
+        let narrow = |number: usize| u32::try_from(number).expect("blocks are smaller than 4 GiB");
+        Self {
+            dtype: match shape.dtype {
+                KvDtype::F32 => 0,
+                KvDtype::F16 => 1,
+                KvDtype::Bf16 => 2,
+                KvDtype::Int8 => 3,
+            },
+            block_len: narrow(shape.block_len),
+            kv_heads: narrow(shape.kv_heads),
+            head_size: narrow(shape.head_size),
+            layer_stride: narrow(shape.layer_stride),
+            value_offset: narrow(shape.value_offset),
+            key_scale_offset: narrow(shape.key_scale_offset),
+            value_scale_offset: narrow(shape.value_scale_offset),
+            token_stride: narrow(shape.token_stride),
+            head_stride: narrow(shape.head_stride),
+            scale_token_stride: narrow(shape.scale_token_stride),
+            scale_head_stride: narrow(shape.scale_head_stride),
+        }
+    }
+
+    pub(super) const fn kv_heads(&self) -> u32 {
+        self.kv_heads
+    }
+}
