@@ -13,11 +13,9 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 use tidemill_engine::engine::EngineHandle;
 use tidemill_engine::handle::{
-    DigestCoverage, EngineConfig, EngineEvent, LoadFormat, ModelSource, Role, SpeculationSettings,
-    TransportChoice,
+    EngineConfig, EngineEvent, LoadFormat, ModelSource, Role, SpeculationSettings,
 };
 use tidemill_engine_core::request::{Part, Request, RequestId, SamplingParams, StopConditions, TokenId};
-use tidemill_kvtransfer_proto::layout::AxisOrder;
 use tidemill_kvtransfer_proto::units::TokenCount;
 use tokenizers::Tokenizer;
 
@@ -201,33 +199,14 @@ fn config(
     speculation: Option<SpeculationSettings>,
 ) -> EngineConfig {
     EngineConfig {
-        name: "measured".into(),
-        role: Role::Hybrid,
-        model: ModelSource::Folder(folder),
         load_format,
-        quantization: None,
         max_model_len: Some(1024),
         max_num_seqs: 16,
-        max_num_batched_tokens: 512,
         max_waiting: 64,
         kv_cache_memory: Some(256 << 20),
-        kv_cache_dtype: None,
-        block_len: 16,
-        axis_order: AxisOrder::TokenHead,
-        prefix_cache: true,
-        cores: Vec::new(),
         threads: Some(1),
-        isa: None,
-        handoff_listen: ([127, 0, 0, 1], 0).into(),
-        transport: TransportChoice::Auto,
-        require_transport: false,
-        rdma_devices: Vec::new(),
-        rdma_gid_index: None,
-        digest: DigestCoverage::Sampled,
-        in_place: true,
-        huge_pages: false,
         speculation,
-        fault: None,
+        ..EngineConfig::new("measured", Role::Hybrid, ModelSource::Folder(folder))
     }
 }
 

@@ -3,7 +3,7 @@
 //! The engine thread owns the device and everything that changes; a handle is a cheap, cloneable way to talk to
 //! it. Events are delivered by a callback, so that the engine knows no async runtime.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 pub use tidemill_engine_core::blocks::Ledger;
@@ -129,6 +129,42 @@ pub struct EngineConfig {
     pub speculation: Option<SpeculationSettings>,
     /// Where to die, for tests of recovery.
     pub fault: Option<Fault>,
+}
+
+impl EngineConfig {
+    /// A worker that serves `model` with what `tidemill worker` takes where nothing is said: loopback, the fastest
+    /// instructions, memory and threads as there are.
+    pub fn new(name: impl Into<String>, role: Role, model: ModelSource) -> Self {
+        Self {
+            name: name.into(),
+            role,
+            model,
+            load_format: LoadFormat::Safetensors,
+            quantization: None,
+            max_model_len: None,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            max_waiting: 512,
+            kv_cache_memory: None,
+            kv_cache_dtype: None,
+            block_len: 16,
+            axis_order: AxisOrder::TokenHead,
+            prefix_cache: true,
+            cores: Vec::new(),
+            threads: None,
+            isa: None,
+            handoff_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            transport: TransportChoice::Auto,
+            require_transport: false,
+            rdma_devices: Vec::new(),
+            rdma_gid_index: None,
+            huge_pages: false,
+            digest: DigestCoverage::Sampled,
+            in_place: true,
+            speculation: None,
+            fault: None,
+        }
+    }
 }
 
 /// A place at which the process kills itself, so that tests meet each stage of a handoff and not just some moment.

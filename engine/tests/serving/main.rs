@@ -2,7 +2,6 @@
 
 mod speculation;
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -10,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tidemill_engine::engine::EngineHandle;
 use tidemill_engine::handle::{
-    DigestCoverage, EngineConfig, EngineEvent, LoadFormat, ModelSource, Peer, Recovery, Role, TransportChoice,
+    DigestCoverage, EngineConfig, EngineEvent, ModelSource, Peer, Recovery, Role, TransportChoice,
 };
 use tidemill_engine_core::request::{
     Logprobs, Part, Request, RequestId, SamplingParams, StopConditions, TokenId,
@@ -271,33 +270,12 @@ impl Pair {
 fn config(model: &str, role: Role) -> EngineConfig {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(model);
     EngineConfig {
-        name: format!("{role:?}"),
-        role,
-        model: ModelSource::Folder(folder),
-        load_format: LoadFormat::Safetensors,
-        quantization: None,
-        max_model_len: None,
         max_num_seqs: 8,
-        max_num_batched_tokens: 512,
         max_waiting: 100,
         kv_cache_memory: Some(4 << 20),
-        kv_cache_dtype: None,
-        block_len: 16,
-        axis_order: AxisOrder::TokenHead,
-        prefix_cache: true,
-        cores: Vec::new(),
         threads: Some(1),
-        isa: None,
-        handoff_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
-        transport: TransportChoice::Auto,
         require_transport: true,
-        rdma_devices: Vec::new(),
-        rdma_gid_index: None,
-        huge_pages: false,
-        digest: DigestCoverage::Sampled,
-        in_place: true,
-        speculation: None,
-        fault: None,
+        ..EngineConfig::new(format!("{role:?}"), role, ModelSource::Folder(folder))
     }
 }
 

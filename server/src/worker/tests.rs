@@ -5,11 +5,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use tidemill_engine::engine::EngineHandle;
-use tidemill_engine::handle::{
-    DigestCoverage, EngineConfig, EngineEvent, LoadFormat, ModelSource, Recovery, Role, TransportChoice,
-};
+use tidemill_engine::handle::{EngineConfig, EngineEvent, ModelSource, Recovery, Role};
 use tidemill_engine_core::request::{Part, Request, RequestId, SamplingParams, StopConditions};
-use tidemill_kvtransfer_proto::layout::AxisOrder;
 use tidemill_kvtransfer_proto::units::TokenCount;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -49,33 +46,12 @@ pub(crate) async fn start(name: &str, role: Role) -> TestWorker {
 /// What [`start`] starts a worker with.
 pub(crate) fn config(name: &str, role: Role) -> EngineConfig {
     EngineConfig {
-        name: name.into(),
-        role,
-        model: ModelSource::Folder(model("llama2")),
-        load_format: LoadFormat::Safetensors,
-        quantization: None,
-        max_model_len: None,
         max_num_seqs: 8,
         max_num_batched_tokens: 64,
         max_waiting: 64,
         kv_cache_memory: Some(4 << 20),
-        kv_cache_dtype: None,
-        block_len: 16,
-        axis_order: AxisOrder::TokenHead,
-        prefix_cache: true,
-        cores: Vec::new(),
         threads: Some(1),
-        isa: None,
-        handoff_listen: ([127, 0, 0, 1], 0).into(),
-        transport: TransportChoice::Auto,
-        require_transport: false,
-        rdma_devices: Vec::new(),
-        rdma_gid_index: None,
-        huge_pages: false,
-        digest: DigestCoverage::Sampled,
-        in_place: true,
-        speculation: None,
-        fault: None,
+        ..EngineConfig::new(name, role, ModelSource::Folder(model("llama2")))
     }
 }
 
