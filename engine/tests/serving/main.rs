@@ -235,11 +235,18 @@ type Stream = (RequestId, Receiver<EngineEvent>);
 impl Pair {
     fn start(prefill: EngineConfig, decode: EngineConfig) -> Self {
         let pair = Self { prefill: start(prefill), decode: start(decode) };
-        for (engine, other) in [(&pair.prefill, &pair.decode), (&pair.decode, &pair.prefill)] {
+        pair.link();
+        pair
+    }
+
+    /// Connects the two where they are not, as a router does before it splits a request over them. On a machine with
+    /// too much to do a link is lost now and then; a prompt that comes meanwhile is pushed, though it would have been
+    /// computed in place over a link.
+    fn link(&self) {
+        for (engine, other) in [(&self.prefill, &self.decode), (&self.decode, &self.prefill)] {
             let links = engine.meet_peers(vec![peer(other)]);
             assert!(links.iter().all(|link| link.transport.is_ok()), "{links:?}");
         }
-        pair
     }
 
     fn submit(&self, which: u32) -> (Stream, Stream) {
@@ -247,6 +254,7 @@ impl Pair {
     }
 
     fn submit_request(&self, request: &Request) -> (Stream, Stream) {
+        self.link();
         let handoff = HandoffId(NEXT.fetch_add(1, Ordering::Relaxed));
         let part =
             |part| Request { id: RequestId(NEXT.fetch_add(1, Ordering::Relaxed)), part, ..request.clone() };
