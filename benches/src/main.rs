@@ -47,7 +47,7 @@ enum Command {
     },
     /// What guessing several tokens in a step gains
     Speculation {
-        /// Only groups whose name contains this: demo, dummy
+        /// Only groups whose name contains this: demo, dummy, draft
         #[arg(long, value_name = "TEXT")]
         only: Option<String>,
         /// Repetitions of each measurement
@@ -74,7 +74,11 @@ const HANDOFF: [Group; 9] = [
     ("killed", whole_system::killed),
 ];
 
-const SPECULATION: [Group; 2] = [("demo", speculation::measure_demo), ("dummy", speculation::measure_dummy)];
+const SPECULATION: [Group; 3] = [
+    ("demo", speculation::measure_demo),
+    ("dummy", speculation::measure_dummy),
+    ("draft", speculation::drafted::measure),
+];
 
 fn main() -> ExitCode {
     let (groups, only, rounds, out): (&[Group], _, _, _) = match Cli::parse().command {

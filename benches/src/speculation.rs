@@ -6,6 +6,8 @@
 //! Random weights do not obey, but fall into loops when they are greedy, which is as good for prompt lookup as a copy can
 //! be, and write noise when they are not, which is as bad.
 
+pub(crate) mod drafted;
+
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -13,7 +15,7 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 use tidemill_engine::engine::EngineHandle;
 use tidemill_engine::handle::{
-    EngineConfig, EngineEvent, LoadFormat, ModelSource, Role, SpeculationSettings,
+    EngineConfig, EngineEvent, GuessMethod, LoadFormat, ModelSource, Role, SpeculationSettings,
 };
 use tidemill_engine_core::request::{Part, Request, RequestId, SamplingParams, StopConditions, TokenId};
 use tidemill_kvtransfer_proto::units::TokenCount;
@@ -100,7 +102,8 @@ impl Pair {
         let start = |speculation| {
             EngineHandle::start(config(folder.to_owned(), load_format, speculation), &mut |_| {})
         };
-        let settings = SpeculationSettings { most: 8, shortest_match: 2, longest_match: 5, adaptive: true };
+        let method = GuessMethod::PromptLookup { shortest_match: 2, longest_match: 5 };
+        let settings = SpeculationSettings { method, most: 8, adaptive: true };
         Ok(Self { plain: start(None)?, guessing: start(Some(settings))? })
     }
 

@@ -15,11 +15,12 @@ use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
 
+use crate::draft_model::DraftModel;
 use crate::driver::{Driver, Inbox};
 use crate::engine::{Command, EngineError, Shared};
-use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, LoadProgress};
+use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, GuessMethod, LoadProgress};
 use crate::memory::{Arena, available_bytes};
-use crate::models::{LoadOptions, Model};
+use crate::models::{LoadOptions, Model, ModelSpec};
 use crate::roles::prefill::Outgoings;
 use crate::runner::{Runner, RunnerLimits};
 use crate::sampler::Sampler;
@@ -41,32 +42,30 @@ pub(crate) fn boot(
     let cpu = Cpu::new(CpuOptions { cores: config.cores.clone(), threads: config.threads, isa: config.isa })
         .map_err(|error| EngineError::Device(error.to_string()))?;
     let cpu = Arc::new(cpu);
-    let model = Arc::new(Model::load_with(
-        LoadOptions { threads: cpu.threads(), format: config.load_format, quantization: config.quantization },
-        &config.model,
-        progress,
-    )?);
-    let layout = layout(&config, &model)?;
-    let (max_model_len, blocks) = capacity(&config, &model, &layout, available_bytes())?;
-    let bytes = blocks.0 as usize * layout.block_bytes();
-    progress(LoadProgress { stage: "reserving KV cache", done: 0, total: bytes as u64 });
-    let pages = if config.huge_pages { Pages::Huge } else { Pages::Normal };
-    let arena = Arena::with_pages(layout.clone(), blocks, pages)
-        .map_err(|source| EngineError::KvCache { bytes, source })?;
+    let options =
+        LoadOptions { threads: cpu.threads(), format: config.load_format, quantization: config.quantization };
+    let model = Arc::new(Model::load_with(options, &config.model, progress)?);
+    let draft_model = load_draft_model(&config, options, &model, progress)?;
+    let Cache { arena, draft_arena, blocks, max_model_len } =
+        reserve(&config, &model, draft_model.as_ref(), progress)?;
+    let layout = arena.layout().clone();
     let endpoint = Arc::new(endpoint(&config, instance, &arena, wires.commands)?);
     // After the endpoint's thread has started, which would otherwise inherit the core.
     cpu.pin_caller().map_err(|error| EngineError::Device(error.to_string()))?;
     let limits = limits(&config, &layout, max_model_len);
-    let runner = Runner::new(
-        Arc::clone(&model),
-        Arc::clone(&cpu),
-        *arena.shape(),
-        RunnerLimits {
-            max_tokens: config.max_num_batched_tokens as usize,
-            max_seqs: config.max_num_seqs as usize,
-            max_model_len: max_model_len as usize,
-        },
-    );
+    let runner_limits = RunnerLimits {
+        max_tokens: config.max_num_batched_tokens as usize,
+        max_seqs: config.max_num_seqs as usize,
+        max_model_len: max_model_len as usize,
+    };
+    let runner = Runner::new(Arc::clone(&model), Arc::clone(&cpu), *arena.shape(), runner_limits);
+    let draft_model = draft_model
+        .zip(draft_arena)
+        .map(|(model, arena)| DraftModel::new(Arc::new(model), &cpu, arena, runner_limits));
+    let mut speculation = config.speculation.map(Speculation::new);
+    if let (Some(speculation), Some(draft_model)) = (&mut speculation, &draft_model) {
+        speculation.bound_draft_model(draft_model.longest());
+    }
     let description = Description {
         name: config.name.clone(),
         role: config.role,
@@ -83,7 +82,8 @@ pub(crate) fn boot(
     };
     let mut driver = Driver {
         scheduler: Scheduler::new(limits, blocks),
-        speculation: config.speculation.map(Speculation::new),
+        speculation,
+        draft_model,
         sampler: Sampler::new(model.spec.vocab_size),
         runner,
         arena,
@@ -104,6 +104,39 @@ pub(crate) fn boot(
     Ok((driver, description, endpoint))
 }
 
+/// The memory of KV blocks: as many for the draft model as for the model.
+struct Cache {
+    arena: Arena,
+    draft_arena: Option<Arena>,
+    blocks: BlockCount,
+    max_model_len: u32,
+}
+
+fn reserve(
+    config: &EngineConfig,
+    model: &Model,
+    draft_model: Option<&Model>,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Cache, EngineError> {
+    let draft_layout = draft_model.map(|it| layout(config, it)).transpose()?;
+    let layout = layout(config, model)?;
+    let draft_bytes = draft_layout.as_ref().map_or(0, KvLayout::block_bytes);
+    let block_bytes = layout.block_bytes() + draft_bytes;
+    let (max_model_len, blocks) = capacity(config, model, block_bytes, available_bytes())?;
+    let bytes = blocks.0 as usize * block_bytes;
+    if draft_layout.is_some() {
+        let of_draft_model = blocks.0 as usize * draft_bytes;
+        tracing::info!(blocks = blocks.0, bytes, of_draft_model, "the KV cache is shared with a draft model");
+    }
+    progress(LoadProgress { stage: "reserving KV cache", done: 0, total: bytes as u64 });
+    let pages = if config.huge_pages { Pages::Huge } else { Pages::Normal };
+    let take = |layout| {
+        Arena::with_pages(layout, blocks, pages).map_err(|source| EngineError::KvCache { bytes, source })
+    };
+    let (arena, draft_arena) = (take(layout)?, draft_layout.map(take).transpose()?);
+    Ok(Cache { arena, draft_arena, blocks, max_model_len })
+}
+
 fn layout(config: &EngineConfig, model: &Model) -> Result<KvLayout, EngineError> {
     let block_len = BlockLen::new(config.block_len)
         .ok_or_else(|| EngineError::Setting(format!("block size {} is no power of two", config.block_len)))?;
@@ -111,11 +144,39 @@ fn layout(config: &EngineConfig, model: &Model) -> Result<KvLayout, EngineError>
     Ok(model.kv_layout(dtype, block_len, config.axis_order))
 }
 
-/// The longest sequence and the number of blocks.
+/// The model that guesses, where one is to.
+fn load_draft_model(
+    config: &EngineConfig,
+    options: LoadOptions,
+    model: &Model,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Option<Model>, EngineError> {
+    let is_wanted = config.speculation.is_some_and(|it| it.method == GuessMethod::DraftModel);
+    let source = match (is_wanted, &config.draft_model) {
+        (false, None) => return Ok(None),
+        (true, Some(source)) => source,
+        (true, None) => {
+            return Err(EngineError::Setting("a draft model is to guess, but none is named".into()));
+        }
+        (false, Some(_)) => {
+            return Err(EngineError::Setting("a draft model is named, but it is not to guess".into()));
+        }
+    };
+    let (ours, theirs) = (model.spec.vocab_size, ModelSpec::read(source)?.vocab_size);
+    if ours != theirs {
+        return Err(EngineError::Setting(format!(
+            "the draft model's vocabulary has {theirs} tokens, the model's {ours}: only a model of the same vocabulary can \
+             guess for it"
+        )));
+    }
+    Ok(Some(Model::load_with(options, source, progress)?))
+}
+
+/// The longest sequence and the number of blocks, which take so many bytes each.
 fn capacity(
     config: &EngineConfig,
     model: &Model,
-    layout: &KvLayout,
+    block_bytes: usize,
     available: Option<u64>,
 ) -> Result<(u32, BlockCount), EngineError> {
     let longest = model.spec.max_positions;
@@ -125,8 +186,8 @@ fn capacity(
             "a maximum length of {wanted} tokens is beyond the {longest} that the model is made for"
         )));
     }
-    let block_bytes = layout.block_bytes() as u64;
-    let per_sequence = TokenCount(wanted).blocks_to_hold(layout.block_len).0;
+    let block_bytes = block_bytes as u64;
+    let per_sequence = wanted.div_ceil(config.block_len);
     let bytes = config.kv_cache_memory.unwrap_or_else(|| {
         let enough = u64::from(per_sequence) * u64::from(config.max_num_seqs) * block_bytes;
         enough.min(available.unwrap_or(u64::MAX) / DEFAULT_SHARE).max(block_bytes)

@@ -20,6 +20,7 @@ use tidemill_kernels::kv::BlockAddress;
 use tidemill_kvtransfer::{Endpoint, HandoffEvent};
 use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
+use crate::draft_model::DraftModel;
 use crate::engine::{Command, Shared};
 use crate::fault;
 use crate::handle::{Counters, EngineEvent, EngineStatus, EventSink, Fault, FaultStage, Recovery};
@@ -36,6 +37,8 @@ pub(crate) struct Driver {
     pub(crate) scheduler: Scheduler,
     /// Guesses at the next tokens, where they are wanted.
     pub(crate) speculation: Option<Speculation>,
+    /// Who makes them, where a smaller model does.
+    pub(crate) draft_model: Option<DraftModel>,
     pub(crate) runner: Runner,
     pub(crate) sampler: Sampler,
     pub(crate) arena: Arena,
@@ -88,9 +91,9 @@ impl Driver {
                 }
                 self.obey(command);
             }
-            let plan = self.plan();
+            let mut plan = self.plan();
             if !plan.is_empty() {
-                self.turn(&plan);
+                self.turn(&mut plan);
                 self.publish();
                 continue;
             }
@@ -202,7 +205,7 @@ impl Driver {
     }
 
     /// One forward pass with all that belongs to it.
-    fn turn(&mut self, plan: &StepPlan) {
+    fn turn(&mut self, plan: &mut StepPlan) {
         self.scheduler.begin(plan);
         self.announce_reservations();
         for work in &plan.work {
@@ -213,6 +216,7 @@ impl Driver {
             }
         }
         let began = Instant::now();
+        self.guess(plan);
         let results = if plan.work.is_empty() { Vec::new() } else { self.compute(plan) };
         let took = began.elapsed();
         self.push_computed(plan);
@@ -229,7 +233,7 @@ impl Driver {
         let tokens: Vec<(RequestId, TokenId)> = tokens.collect();
         let outcomes = self.scheduler.finish(plan, &tokens);
         if let Some(speculation) = &mut self.speculation {
-            speculation.learn(plan, &outcomes, took);
+            speculation.learn(&self.scheduler, plan, &outcomes, took);
         }
         for outcome in outcomes {
             match outcome {
@@ -242,6 +246,7 @@ impl Driver {
                 }
             }
         }
+        self.catch_up(plan);
     }
 
     /// Runs the plan's work on the device and samples.

@@ -10,7 +10,9 @@ pub use tidemill_engine_core::blocks::Ledger;
 pub use tidemill_engine_core::events::{EngineEvent, Recovery};
 pub use tidemill_engine_core::prefix_tree::CacheChanges;
 pub use tidemill_engine_core::routing::Role;
-pub use tidemill_engine_core::speculation::{MOST_DRAFTED, SpeculationSettings, SpeculationSums};
+pub use tidemill_engine_core::speculation::{
+    GuessMethod, MOST_DRAFTED, SpeculationSettings, SpeculationSums,
+};
 pub use tidemill_kernels::cpu::{Isa, UnknownIsa};
 pub use tidemill_kernels::matrix::{Quantization, UnknownQuantization};
 pub use tidemill_kvtransfer_proto::credit::CreditLoad;
@@ -127,6 +129,9 @@ pub struct EngineConfig {
     pub in_place: bool,
     /// How next tokens are guessed, to be verified several in a step (`docs/decisions/0012`); `None` guesses none.
     pub speculation: Option<SpeculationSettings>,
+    /// The model that guesses, where one does ([`GuessMethod::DraftModel`]): of the same vocabulary. Its weights are loaded and
+    /// made smaller as those of the model are, and its keys and values share `kv_cache_memory`.
+    pub draft_model: Option<ModelSource>,
     /// Where to die, for tests of recovery.
     pub fault: Option<Fault>,
 }
@@ -162,6 +167,7 @@ impl EngineConfig {
             digest: DigestCoverage::Sampled,
             in_place: true,
             speculation: None,
+            draft_model: None,
             fault: None,
         }
     }

@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 mod boot;
+mod draft_model;
 mod driver;
 pub mod engine;
 mod fault;

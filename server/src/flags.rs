@@ -17,6 +17,7 @@ mod values;
 
 pub(crate) use engine::{DeploymentFlags, EngineFlags, ModelFlags, RoleOverrides, cpu_isa};
 pub(crate) use front::{FrontFlags, LogFlags};
+pub(crate) use speculative::DraftName;
 pub(crate) use values::{CoreList, LoadFormatName, LogFormat, RoleName, TransportName, typed};
 
 /// Everything that can be typed.

@@ -16,6 +16,7 @@ mod chat;
 mod chat_template;
 mod convert;
 mod doctor;
+mod draft_model;
 mod event_lines;
 mod flags;
 mod front;

@@ -7,9 +7,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use indicatif::MultiProgress;
-use tidemill_engine::handle::Isa;
+use tidemill_engine::handle::{Isa, ModelSource};
 
-use crate::flags::{RoleName, ServeFlags, typed};
+use crate::draft_model;
+use crate::flags::{DraftName, RoleName, ServeFlags, typed};
 use crate::front::{self, Front};
 use crate::logging;
 use crate::metrics::Metrics;
@@ -26,13 +27,14 @@ pub(crate) fn run(flags: &ServeFlags) -> anyhow::Result<ExitCode> {
     logging::start(&flags.log, &bars)?;
     let model = model_source::resolve(&flags.model, &bars)?;
     let text = front::load_text(&model)?;
+    let draft_model = draft_model::resolve(&flags.engine, &flags.model, &model, &bars)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(serve(flags, &model, text, &bars))
+    runtime.block_on(serve(flags, (&model, draft_model.as_ref()), text, &bars))
 }
 
 async fn serve(
     flags: &ServeFlags,
-    model: &ResolvedModel,
+    (model, draft_model): (&ResolvedModel, Option<&ModelSource>),
     text: crate::openai::ModelText,
     bars: &MultiProgress,
 ) -> anyhow::Result<ExitCode> {
@@ -41,7 +43,7 @@ async fn serve(
     let metrics = Arc::new(Metrics::new(&names[0]));
     let plans: Vec<WorkerPlan> = place(flags)?
         .into_iter()
-        .map(|placement| plan(flags, model, placement))
+        .map(|placement| plan(flags, model, draft_model, placement))
         .collect::<anyhow::Result<_>>()?;
     let (supervisor, slots) = Supervisor::start(plans, bars, &metrics);
     let cluster = Cluster::follow(slots, Arc::clone(&metrics), flags.engine.require_transport);
@@ -67,7 +69,12 @@ async fn serve(
 }
 
 /// The command line of one worker.
-fn plan(flags: &ServeFlags, model: &ResolvedModel, placement: Placement) -> anyhow::Result<WorkerPlan> {
+fn plan(
+    flags: &ServeFlags,
+    model: &ResolvedModel,
+    draft_model: Option<&ModelSource>,
+    placement: Placement,
+) -> anyhow::Result<WorkerPlan> {
     let Placement { name, role, cores } = placement;
     let mut arguments: Vec<String> =
         ["worker", "--role", &typed(role), "--name", &name, "--supervised"].map(str::to_owned).into();
@@ -77,8 +84,15 @@ fn plan(flags: &ServeFlags, model: &ResolvedModel, placement: Placement) -> anyh
     }
     arguments.extend(["--log-level".into(), flags.log.log_level.clone()]);
     arguments.extend(["--log-format".into(), typed(flags.log.log_format)]);
-    arguments.extend(flags.engine.for_role(role, &flags.overrides).to_arguments());
-    if let tidemill_engine::handle::ModelSource::Folder(folder) = &model.source {
+    let mut engine = flags.engine.for_role(role, &flags.overrides);
+    if let Some(config) = &mut engine.speculative_config
+        && let Some(source) = draft_model
+    {
+        // It has been found and fetched: no worker looks again.
+        config.draft_model = Some(DraftName { model: draft_model::folder(source)?, revision: None });
+    }
+    arguments.extend(engine.to_arguments());
+    if let ModelSource::Folder(folder) = &model.source {
         let folder = folder.canonicalize()?;
         let folder = folder.into_os_string().into_string();
         arguments.push(folder.map_err(|_| anyhow::anyhow!("the model's path is not UTF-8"))?);

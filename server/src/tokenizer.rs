@@ -97,6 +97,11 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// The first id that does not stand for the same token of the vocabulary in both.
+    pub(crate) fn first_difference(&self, other: &Self) -> Option<TokenId> {
+        (0..self.vocab_size.max(other.vocab_size)).find(|id| self.name_of(*id) != other.name_of(*id))
+    }
+
     /// The text of one token; empty for an id without a token.
     pub(crate) fn token_text(&self, id: TokenId) -> TokenText {
         let bytes = self.token_bytes(id);

@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 
+use crate::draft_model;
 use crate::flags::{LoadFormatName, WorkerFlags, typed};
 use crate::logging;
 use crate::model_source::{self, ResolvedModel};
@@ -28,8 +29,10 @@ pub(crate) fn run(flags: &WorkerFlags) -> anyhow::Result<ExitCode> {
     logging::start(&flags.log, &bars)?;
     set_process_name(&typed(flags.role));
     let model = model_source::resolve(&flags.model, &bars)?;
+    let draft_model = draft_model::resolve(&flags.engine, &flags.model, &model, &bars)?;
     let mut progress = ProgressReport { supervised: flags.supervised, stage: "" };
-    let engine = EngineHandle::start(engine_config(flags, &model), &mut |step| progress.report(step))?;
+    let config = EngineConfig { draft_model, ..engine_config(flags, &model) };
+    let engine = EngineHandle::start(config, &mut |step| progress.report(step))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let served = runtime.block_on(serve(flags, &model.name, engine));
     // Nothing that still waits matters any more.
@@ -144,7 +147,8 @@ fn engine_config(flags: &WorkerFlags, model: &ResolvedModel) -> EngineConfig {
         huge_pages: engine.huge_pages,
         digest: engine.digest.coverage(),
         in_place: !engine.no_in_place,
-        speculation: engine.speculative_config.map(|config| config.0),
+        speculation: engine.speculative_config.as_ref().map(|config| config.settings),
+        draft_model: None,
         fault: engine.fault_point.as_ref().map(|point| point.0.clone()),
     }
 }

@@ -8,7 +8,7 @@ use tidemill_tests::fixtures;
 
 /// Ways to split that must make no difference; each row is the flags of `serve`.
 #[rustfmt::skip]
-const SPLITS: [(&str, &[&str]); 12] = [
+const SPLITS: [(&str, &[&str]); 13] = [
     ("shared memory, in place",             &["--transport", "shm"]),
     ("shared memory, copied",               &["--transport", "shm", "--no-in-place"]),
     ("tcp",                                 &["--transport", "tcp"]),
@@ -22,11 +22,19 @@ const SPLITS: [(&str, &[&str]); 12] = [
                                               "--prefill-block-size", "16", "--decode-block-size", "32"]),
     ("shared memory, all guesses made",     &["--transport", "shm", "--speculative-config", GUESSES]),
     ("tcp, all guesses made",               &["--transport", "tcp", "--speculative-config", GUESSES]),
+    ("shared memory, another model guesses", &["--transport", "shm", "--speculative-config", DRAFT]),
 ];
 
 /// Whether they pay or not, so that right and wrong ones are met.
 const GUESSES: &str =
     r#"{"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3, "adaptive": false}"#;
+
+/// A model of the same tokenizer; each family is compared with it, one is it.
+const DRAFT: &str = concat!(
+    r#"{"method": "draft_model", "adaptive": false, "model": ""#,
+    env!("CARGO_MANIFEST_DIR"),
+    r#"/fixtures/models/llama2"}"#
+);
 
 /// Every family in turn, so that at most one whole and one split deployment per test thread run at a time.
 async fn family_is_equal(model: &str) {

@@ -97,6 +97,17 @@ impl StepPlan {
         TokenCount(self.work.iter().map(|work| work.rows().0).sum())
     }
 
+    /// Fills in the guesses that a draft model was to make, now that it has made them.
+    ///
+    /// # Panics
+    ///
+    /// When the plan has no draft of that length for the request.
+    pub fn write_draft(&mut self, request: RequestId, guesses: Vec<TokenId>) {
+        let draft = self.drafts.get_mut(&request).expect("the plan says who gets guesses");
+        assert_eq!(draft.len(), guesses.len(), "the plan says how many");
+        *draft = guesses;
+    }
+
     /// The guesses at the tokens that follow those of a work.
     pub fn draft(&self, work: &Work) -> &[TokenId] {
         self.drafts.get(&work.request).map_or(&[], Vec::as_slice)

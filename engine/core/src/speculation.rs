@@ -10,34 +10,52 @@
 mod acceptance;
 mod choice;
 mod costs;
+mod draft_cache;
+mod draft_model;
 mod lookup;
+mod prompt_lookup;
+mod purse;
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tidemill_kvtransfer_proto::units::TokenCount;
 
 use crate::plan::{Drafts, StepPlan, Work};
-use crate::request::RequestId;
+use crate::request::{RequestId, TokenId};
 use crate::scheduler::{Outcome, Scheduler};
 use crate::sequence::Sequence;
 
-use acceptance::Acceptance;
 use costs::{CostCurve, StepCosts};
-use lookup::Lookup;
+use draft_model::{Claims, DraftModel, Worth};
+use prompt_lookup::PromptLookup;
 
-/// How guesses are made: by prompt lookup, which copies what followed the last tokens where they occurred before.
+pub use draft_model::{CatchUp, MOST_BEHIND};
+
+/// How guesses are made, and how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SpeculationSettings {
+    /// Who guesses.
+    pub method: GuessMethod,
     /// Guesses for one sequence in one step at most; from 1 to [`MOST_DRAFTED`].
     pub most: u32,
-    /// Tokens that must match at least. At least one.
-    pub shortest_match: u32,
-    /// A match of so many tokens is good enough: none longer is searched for.
-    pub longest_match: u32,
     /// Whether guesses are made only as far as they pay. Otherwise there are always as many as can be, which is for tests
     /// and measurements.
     pub adaptive: bool,
+}
+
+/// Who guesses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuessMethod {
+    /// Prompt lookup, which copies what followed the last tokens where they occurred before.
+    PromptLookup {
+        /// Tokens that must match at least. At least one.
+        shortest_match: u32,
+        /// A match of so many tokens is good enough: none longer is searched for.
+        longest_match: u32,
+    },
+    /// A smaller model of the same vocabulary. What is proposed here for it are numbers of guesses: the device has them
+    /// guessed between the plan and the step (`docs/decisions/0015`).
+    DraftModel,
 }
 
 /// Sums since the start.
@@ -59,18 +77,15 @@ pub struct SpeculationSums {
 #[derive(Clone, Debug)]
 pub struct Speculation {
     settings: SpeculationSettings,
-    followed: BTreeMap<RequestId, Followed>,
-    /// Of all requests: what a new one begins with.
-    acceptance: Acceptance,
+    guesser: Guesser,
     costs: StepCosts,
     sums: SpeculationSums,
 }
 
-/// A sequence for which guesses are made.
 #[derive(Clone, Debug)]
-struct Followed {
-    lookup: Lookup,
-    acceptance: Acceptance,
+enum Guesser {
+    Lookup(PromptLookup),
+    Model(DraftModel),
 }
 
 /// A sequence that could have guesses in a step.
@@ -85,27 +100,43 @@ impl Speculation {
     ///
     /// When the settings are out of their bounds.
     pub fn new(settings: SpeculationSettings) -> Self {
-        let SpeculationSettings { most, shortest_match, longest_match, adaptive: _ } = settings;
+        let SpeculationSettings { method, most, adaptive: _ } = settings;
         assert!((1..=MOST_DRAFTED).contains(&most), "from 1 to {MOST_DRAFTED} guesses, not {most}");
-        assert!(0 < shortest_match && shortest_match <= longest_match, "a match has a token");
-        Self {
-            settings,
-            followed: BTreeMap::new(),
-            acceptance: Acceptance::new(MEMORY_OF_ALL),
-            costs: StepCosts::default(),
-            sums: SpeculationSums::default(),
+        let guesser = match method {
+            GuessMethod::PromptLookup { shortest_match, longest_match } => {
+                Guesser::Lookup(PromptLookup::new(shortest_match, longest_match))
+            }
+            GuessMethod::DraftModel => Guesser::Model(DraftModel::new()),
+        };
+        Self { settings, guesser, costs: StepCosts::default(), sums: SpeculationSums::default() }
+    }
+
+    /// The draft model takes sequences of so many tokens.
+    pub fn bound_draft_model(&mut self, longest: TokenCount) {
+        if let Guesser::Model(model) = &mut self.guesser {
+            model.bound(longest);
         }
     }
 
     /// The drafts that a step should have, for [`Scheduler::plan_with_drafts`]. `room` is how many more tokens it may.
+    /// Those of a draft model have yet to be guessed: [`StepPlan::write_draft`].
     pub fn propose(&mut self, scheduler: &Scheduler, plan: &StepPlan, room: TokenCount) -> Drafts {
-        self.followed.retain(|id, _| scheduler.sequence(*id).is_some());
+        let limits = scheduler.limits();
+        match &mut self.guesser {
+            Guesser::Lookup(lookup) => lookup.forget(scheduler),
+            Guesser::Model(model) => model.forget(scheduler),
+        }
         let mut candidates = Vec::new();
+        let mut claims = Claims::default();
         for work in &plan.work {
             let sequence = scheduler.sequence(work.request).filter(|sequence| sequence.decodes());
             let Some(sequence) = sequence else { continue };
-            let useful = sequence.useful_drafts(scheduler.limits().max_model_len);
-            let chances = self.follow(sequence, useful.min(room));
+            let useful = sequence.useful_drafts(limits.max_model_len);
+            let limit = useful.min(room).0.min(self.settings.most);
+            let chances = match &mut self.guesser {
+                Guesser::Lookup(lookup) => lookup.chances(sequence, limit),
+                Guesser::Model(model) => model.chances(sequence, limit, limits.block_len, &mut claims),
+            };
             if !chances.is_empty() {
                 candidates.push(Candidate { sequence, chances });
             }
@@ -118,15 +149,24 @@ impl Speculation {
         drafts
     }
 
-    /// Takes in how a step went. `took` is what computing and sampling took.
-    pub fn learn(&mut self, plan: &StepPlan, outcomes: &[Outcome], took: Duration) {
+    /// Takes in how a step went. `took` is what guessing, computing and sampling took.
+    pub fn learn(&mut self, scheduler: &Scheduler, plan: &StepPlan, outcomes: &[Outcome], took: Duration) {
+        let tokens_of = |work: &Work| outcomes.iter().filter(|outcome| is_token_of(outcome, work)).count();
         if only_decodes(plan) {
-            let drafted = plan.work.iter().map(|work| work.drafted.0).sum();
-            self.costs.record(count(plan.work.len()), drafted, took);
+            self.costs.record(count(plan.work.len()), drafted(plan), took);
+        }
+        if let Guesser::Model(model) = &mut self.guesser {
+            model.learn(scheduler, plan, tokens_of);
+            let sequences = count(plan.work.len());
+            let plain = self.costs.plain(sequences).filter(|_| only_decodes(plan));
+            if let (Some(plain), Some(curve)) = (plain, self.costs.curve(sequences)) {
+                let tokens = plan.work.iter().map(tokens_of).sum::<usize>() as f32 / sequences as f32;
+                let gained = tokens - curve.at(drafted(plan));
+                model.earn(plain, if plan.drafts.is_empty() { 0.0 } else { gained });
+            }
         }
         for work in plan.work.iter().filter(|work| 0 < work.drafted.0) {
-            let tokens = outcomes.iter().filter(|outcome| is_token_of(outcome, work)).count();
-            let accepted = tokens.saturating_sub(1);
+            let accepted = tokens_of(work).saturating_sub(1);
             self.sums.drafts += 1;
             self.sums.drafted += u64::from(work.drafted.0);
             self.sums.accepted += accepted as u64;
@@ -134,34 +174,46 @@ impl Speculation {
         }
     }
 
+    /// Leading tokens of a sequence that the draft model has computed: it goes on behind them.
+    pub fn draft_computed(&self, scheduler: &Scheduler, request: RequestId) -> TokenCount {
+        match (&self.guesser, scheduler.sequence(request)) {
+            (Guesser::Model(model), Some(sequence)) => model.computed(sequence, scheduler.limits().block_len),
+            _ => TokenCount(0),
+        }
+    }
+
+    /// The known tokens that the draft model should compute after a step, at most `most` of them, so that it can guess.
+    pub fn catch_up(&self, scheduler: &Scheduler, plan: &StepPlan, most: u32) -> Vec<CatchUp> {
+        let Guesser::Model(model) = &self.guesser else { return Vec::new() };
+        if !self.settings.adaptive {
+            return model.catch_up(scheduler, plan, most, None);
+        }
+        let sequences = count(plan.work.len());
+        match (self.costs.plain(sequences), self.costs.curve(sequences)) {
+            (Some(plain), Some(costs)) if only_decodes(plan) => {
+                // As many for each: what was never measured is hoped to cost no more than what was.
+                let mut tokens = 1.0;
+                let is_promising =
+                    model.chances_of_all(self.settings.most).iter().zip(1..).any(|(chance, it)| {
+                        tokens += chance;
+                        costs.at(it * sequences) < tokens * choice::WORTH_IT
+                    });
+                model.catch_up(scheduler, plan, most, Some(Worth { plain, is_promising }))
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The draft model has computed what [`catch_up`](Self::catch_up) said, which took so long.
+    pub fn caught_up(&mut self, scheduler: &Scheduler, done: &[CatchUp], took: Duration) {
+        if let Guesser::Model(model) = &mut self.guesser {
+            model.caught_up(scheduler, done, took);
+        }
+    }
+
     /// Sums since the start.
     pub const fn sums(&self) -> &SpeculationSums {
         &self.sums
-    }
-
-    /// Brings the lookup of a sequence up to date; returns the chances of at most `limit` guesses.
-    fn follow(&mut self, sequence: &Sequence, limit: TokenCount) -> Vec<f32> {
-        let SpeculationSettings { most, shortest_match, longest_match, adaptive: _ } = self.settings;
-        let Followed { lookup, acceptance } =
-            self.followed.entry(sequence.id()).or_insert_with(|| Followed {
-                lookup: Lookup::new(shortest_match, longest_match),
-                acceptance: Acceptance::new(MEMORY_OF_ONE),
-            });
-        let everyone = &mut self.acceptance;
-        lookup.follow(sequence.tokens(), sequence.request().prompt_len.0 as usize, |evidence, right| {
-            acceptance.record(evidence, right);
-            everyone.record(evidence, right);
-        });
-        let Some(found) = lookup.found() else { return Vec::new() };
-        // A right guess makes the match longer by itself.
-        (found.length..found.length + most.min(limit.0) as usize)
-            .scan(1.0, |all_before, evidence| {
-                let prior = 1.0 - 1.0 / (evidence + 1) as f32;
-                let of_all = everyone.chance(evidence, prior, WEIGHT_OF_PRIOR);
-                *all_before *= acceptance.chance(evidence, of_all, WEIGHT_OF_ALL);
-                Some(*all_before)
-            })
-            .collect()
     }
 
     /// How many guesses each of the candidates gets.
@@ -171,29 +223,43 @@ impl Speculation {
         if !self.settings.adaptive {
             return all;
         }
-        let costs = if only_decodes(plan) {
-            self.costs.curve(count(plan.work.len()))
-        } else {
-            Some(CostCurve::proportional(plan.tokens().0, count(all.iter().sum())))
+        let sequences = count(plan.work.len());
+        let costs = match &self.guesser {
+            _ if only_decodes(plan) => self.costs.curve(sequences),
+            Guesser::Lookup(_) => Some(CostCurve::proportional(plan.tokens().0, count(all.iter().sum()))),
+            // It computes one row after another, while the others wait: not beside a prompt too.
+            Guesser::Model(_) => None,
         };
+        let Some(costs) = costs else { return vec![0; all.len()] };
         let others = plan.work.len() - candidates.len();
-        costs.map_or_else(|| vec![0; all.len()], |costs| choice::choose(&chances, others, &costs))
+        let mut chosen = choice::choose(&chances, others, &costs);
+        if let Guesser::Model(model) = &self.guesser
+            && let Some(plain) = self.costs.plain(sequences)
+            && chosen.iter().all(|count| *count == 0)
+            && let Some(place) = model.trial(candidates.iter().map(|it| it.sequence.id()), plain)
+        {
+            chosen[place] = chances[place].len().min(TRIED_AT_ONCE);
+        }
+        chosen
     }
 
     fn draft(&self, candidates: &[Candidate<'_>], chosen: &[usize]) -> Drafts {
         let drafted = candidates.iter().zip(chosen).filter(|(_, count)| 0 < **count);
-        drafted
-            .map(|(Candidate { sequence, .. }, count)| {
-                let lookup = &self.followed[&sequence.id()].lookup;
-                (sequence.id(), lookup.draft(sequence.tokens(), *count))
-            })
-            .collect()
+        let draft = |(Candidate { sequence, .. }, count): (&Candidate<'_>, &usize)| match &self.guesser {
+            Guesser::Lookup(lookup) => (sequence.id(), lookup.draft(sequence, *count)),
+            Guesser::Model(_) => (sequence.id(), vec![UNGUESSED; *count]),
+        };
+        drafted.map(draft).collect()
     }
 }
 
 /// Whether every sequence of the step computes one token and its guesses: such steps can be compared.
 fn only_decodes(plan: &StepPlan) -> bool {
     !plan.work.is_empty() && plan.work.iter().all(|work| work.samples && work.count == TokenCount(1))
+}
+
+fn drafted(plan: &StepPlan) -> u32 {
+    plan.work.iter().map(|work| work.drafted.0).sum()
 }
 
 fn is_token_of(outcome: &Outcome, work: &Work) -> bool {
@@ -206,6 +272,12 @@ fn count(number: usize) -> u32 {
 
 /// Guesses for one sequence in one step at most.
 pub const MOST_DRAFTED: u32 = 32;
+
+/// Stands for a guess that a draft model has yet to make.
+const UNGUESSED: TokenId = 0;
+
+/// Guesses of a trial: what a second one costs is not known from one alone.
+const TRIED_AT_ONCE: usize = 2;
 
 /// Observations that count for what all requests have in common.
 const MEMORY_OF_ALL: f32 = 256.0;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tidemill_engine_core::plan::StepPlan;
 use tidemill_engine_core::request::{Part, Request, RequestId, SamplingParams, StopConditions, TokenId};
 use tidemill_engine_core::scheduler::{Limits, Outcome, Scheduler};
-use tidemill_engine_core::speculation::{Speculation, SpeculationSettings, SpeculationSums};
+use tidemill_engine_core::speculation::{GuessMethod, Speculation, SpeculationSettings, SpeculationSums};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
 
 /// The token at a place of a request's answer.
@@ -122,9 +122,8 @@ fn prompt_token(request: u64, place: u32) -> TokenId {
 /// Milliseconds that all of it takes, with guesses that are adaptive or not, or without any.
 fn run(text: Text, device: Device, shape: Shape, adaptive: Option<bool>) -> (f64, SpeculationSums) {
     let mut scheduler = Scheduler::new(limits(), BlockCount(4_000));
-    let mut speculation = adaptive.map(|adaptive| {
-        Speculation::new(SpeculationSettings { most: 8, shortest_match: 2, longest_match: 5, adaptive })
-    });
+    let mut speculation =
+        adaptive.map(|adaptive| Speculation::new(SpeculationSettings { method: LOOKUP, most: 8, adaptive }));
     let mut waiting = (1..=shape.requests).map(|id| request(id, shape));
     let mut answers: BTreeMap<RequestId, u32> = BTreeMap::new();
     let (mut elapsed, mut steps) = (0.0, 0);
@@ -149,7 +148,7 @@ fn run(text: Text, device: Device, shape: Shape, adaptive: Option<bool>) -> (f64
         steps += 1;
         elapsed += took;
         if let Some(it) = &mut speculation {
-            it.learn(&plan, &outcomes, Duration::from_secs_f64(took / 1e3));
+            it.learn(&scheduler, &plan, &outcomes, Duration::from_secs_f64(took / 1e3));
         }
         for outcome in outcomes {
             let Outcome::Token { request, token, index, .. } = outcome else { panic!("{outcome:?}") };
@@ -205,3 +204,5 @@ fn mix(number: u64) -> u64 {
     let mixed = (number ^ (number >> 31)).wrapping_add(0x51).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     (mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 24
 }
+
+const LOOKUP: GuessMethod = GuessMethod::PromptLookup { shortest_match: 2, longest_match: 5 };

@@ -86,6 +86,24 @@ impl Sampler {
         stop: &StopConditions,
         position: u32,
     ) -> Result<Sampled, SampleError> {
+        let token = self.choose(logits, history, params, stop, position)?;
+        let logprobs = params.logprobs.map(|count| logprobs(logits, token, count)).transpose()?;
+        Ok(Sampled { token, logprobs })
+    }
+
+    /// The same token, without log-probabilities.
+    ///
+    /// # Errors
+    ///
+    /// As for [`sample`](Self::sample).
+    pub fn choose(
+        &mut self,
+        logits: &[f32],
+        history: History<'_>,
+        params: &SamplingParams,
+        stop: &StopConditions,
+        position: u32,
+    ) -> Result<TokenId, SampleError> {
         let mut adjusted = logits;
         if adjust::is_needed(params, stop, position) {
             self.adjusted.clear();
@@ -94,13 +112,11 @@ impl Sampler {
             adjusted = &self.adjusted;
         }
         refuse_hopeless(adjusted)?;
-        let token = if params.temperature < GREEDY_BELOW {
+        Ok(if params.temperature < GREEDY_BELOW {
             choice::greedy(adjusted)
         } else {
             self.candidates.draw(adjusted, params, philox::uniform(params.seed, position))
-        };
-        let logprobs = params.logprobs.map(|count| logprobs(logits, token, count)).transpose()?;
-        Ok(Sampled { token, logprobs })
+        })
     }
 }
 

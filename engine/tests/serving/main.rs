@@ -1,8 +1,9 @@
 //! Whole engines in one process: requests go in, tokens come out, blocks come back, whatever the way.
 
+mod draft_model;
 mod speculation;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -275,8 +276,12 @@ impl Pair {
     }
 }
 
+fn fixture(model: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(model)
+}
+
 fn config(model: &str, role: Role) -> EngineConfig {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(model);
+    let folder = fixture(model);
     EngineConfig {
         max_num_seqs: 8,
         max_waiting: 100,

@@ -3,7 +3,7 @@
 //! Here every guess that can be made is made, whether it pays or not, so that right and wrong ones are met everywhere. The
 //! random models repeat themselves when they are greedy, and hardly ever when they are not.
 
-use tidemill_engine::handle::{Quantization, SpeculationSettings};
+use tidemill_engine::handle::{GuessMethod, Quantization, SpeculationSettings};
 
 use super::*;
 
@@ -167,13 +167,12 @@ fn the_sums_add_up() {
 
 /// Makes every guess that can be made.
 fn guessing(mut config: EngineConfig) -> EngineConfig {
-    config.speculation =
-        Some(SpeculationSettings { most: 6, shortest_match: 1, longest_match: 3, adaptive: false });
+    config.speculation = Some(SpeculationSettings { method: LOOKUP, most: 6, adaptive: false });
     config
 }
 
 /// All at once, on both.
-fn agree(
+pub(crate) fn agree(
     row: &str,
     plain: &EngineHandle,
     guessing: &EngineHandle,
@@ -190,7 +189,7 @@ fn agree(
 }
 
 /// All events of a request but its beginning.
-fn everything((_, stream): Stream) -> Vec<EngineEvent> {
+pub(crate) fn everything((_, stream): Stream) -> Vec<EngineEvent> {
     let mut events = Vec::new();
     loop {
         let event = stream.recv_timeout(LIMIT).expect("an event in time");
@@ -209,16 +208,18 @@ fn everything((_, stream): Stream) -> Vec<EngineEvent> {
 }
 
 /// Greedy, hardly random, and random ones by turns.
-fn varied(which: u32) -> Request {
+pub(crate) fn varied(which: u32) -> Request {
     let mut request = request(which, Part::Whole);
     request.sampling.temperature = [0.0, 0.2, 0.9][which as usize % 3];
     request
 }
 
-fn renamed(request: &Request) -> Request {
+pub(crate) fn renamed(request: &Request) -> Request {
     Request { id: RequestId(NEXT.fetch_add(1, Ordering::Relaxed)), ..request.clone() }
 }
 
-fn accepted(engine: &EngineHandle) -> u64 {
+pub(crate) fn accepted(engine: &EngineHandle) -> u64 {
     engine.status().counters.speculation.accepted
 }
+
+const LOOKUP: GuessMethod = GuessMethod::PromptLookup { shortest_match: 1, longest_match: 3 };

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use clap::Args;
 use tidemill_engine::handle::{Isa, Quantization, UnknownIsa};
 
-use super::speculative::SpeculativeConfig;
+use super::speculative::{DraftName, SpeculativeConfig};
 use super::values::{
     AxisOrderName, ByteSize, CoreList, DigestName, FaultPoint, KvCacheDtype, LoadFormatName, RoleName,
     TransportName, typed,
@@ -25,7 +25,7 @@ pub(crate) struct ModelFlags {
     #[arg(long, env = "TIDEMILL_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',')]
     pub(crate) served_model_name: Vec<String>,
     /// Branch, tag or commit of a model of the hub
-    #[arg(long, env = "TIDEMILL_REVISION", default_value = "main")]
+    #[arg(long, env = "TIDEMILL_REVISION", default_value = DEFAULT_REVISION)]
     pub(crate) revision: String,
     /// Use what is in the cache of downloads and ask no server; HF_HUB_OFFLINE=1 does the same
     #[arg(long, env = "TIDEMILL_OFFLINE")]
@@ -88,9 +88,10 @@ pub(crate) struct EngineFlags {
     #[arg(long, env = "TIDEMILL_NO_ENABLE_PREFIX_CACHING")]
     pub(crate) no_enable_prefix_caching: bool,
     /// Guess tokens and verify several in one step, only while that pays; answers stay the same token for token. For
-    /// example '{"method": "ngram"}', which guesses what followed the last tokens where they occurred before. Further
-    /// fields: num_speculative_tokens, guesses in a step at most (8); prompt_lookup_max and prompt_lookup_min, tokens
-    /// that must match (5 and 2); adaptive, false to guess even where it does not pay
+    /// example '{"method": "ngram"}', which guesses what followed the last tokens where they occurred before, or
+    /// '{"method": "draft_model", "model": "FOLDER_OR_ID"}', which asks a smaller model of the same tokenizer. Further
+    /// fields: num_speculative_tokens, guesses in a step at most (8, of a model 5); prompt_lookup_max and
+    /// prompt_lookup_min, tokens that must match (5 and 2); adaptive, false to guess even where it does not pay
     #[arg(long, env = "TIDEMILL_SPECULATIVE_CONFIG", value_name = "JSON")]
     pub(crate) speculative_config: Option<SpeculativeConfig>,
     /// Where weights come from
@@ -178,6 +179,15 @@ impl ModelFlags {
     pub(crate) fn name(&self) -> Option<&str> {
         self.positional.as_deref().or(self.model.as_deref())
     }
+
+    /// The same for the model that guesses for this one.
+    pub(crate) fn of_draft(&self, draft: &DraftName) -> Self {
+        Self {
+            positional: Some(draft.model.clone()),
+            revision: draft.revision.clone().unwrap_or_else(|| DEFAULT_REVISION.to_owned()),
+            ..self.clone()
+        }
+    }
 }
 
 impl EngineFlags {
@@ -227,7 +237,7 @@ impl EngineFlags {
         if let Some(index) = self.rdma_gid_index {
             set("rdma-gid-index", index.to_string());
         }
-        if let Some(config) = self.speculative_config {
+        if let Some(config) = &self.speculative_config {
             set("speculative-config", config.to_string());
         }
         if let Some(quantization) = self.quantization {
@@ -278,6 +288,9 @@ pub(crate) fn cpu_isa(name: &str) -> Result<Isa, String> {
     let isa: Isa = name.parse().map_err(|error: UnknownIsa| error.to_string())?;
     if isa.is_available() { Ok(isa) } else { Err(format!("this machine does not have {isa}")) }
 }
+
+/// The hub's usual branch.
+const DEFAULT_REVISION: &str = "main";
 
 /// Workers of one role that `serve` starts at most; more belong on more machines.
 const MAX_WORKERS: u32 = 64;
@@ -350,7 +363,7 @@ mod tests {
         assert!(prefill.no_enable_prefix_caching && decode.no_enable_prefix_caching);
         assert_eq!((decode.max_model_len, decode.digest), (Some(99), DigestName::Full));
         assert_eq!(decode.transport, TransportName::Rdma);
-        assert_eq!(decode.speculative_config.map(|it| it.0.most), Some(5));
+        assert_eq!(decode.speculative_config.as_ref().map(|it| it.settings.most), Some(5));
         assert_eq!(prefill.cpu_isa, Some(Isa::Portable));
         assert_eq!(decode.quantization, Some(Quantization::Int4 { group: 32 }));
         assert_eq!(

@@ -39,7 +39,7 @@ pub(super) fn choose(chances: &[&[f32]], others: usize, costs: &CostCurve) -> Ve
 }
 
 /// What drafts must bring the waiting down to: less would be lost in what they cost beside the step.
-const WORTH_IT: f32 = 0.97;
+pub(super) const WORTH_IT: f32 = 0.97;
 
 #[cfg(test)]
 mod tests {

@@ -55,11 +55,16 @@ impl StepCosts {
 
     /// What steps with so many sequences cost; `None` while it is not known what they cost without drafts.
     pub(super) fn curve(&self, sequences: u32) -> Option<CostCurve> {
+        let plain = self.plain(sequences)?;
         let measured = self.measured.get(&sequences)?;
-        let fresh = |recent: &&Recent| recent.is_fresh(self.step);
-        let plain = measured.get(&0).filter(fresh).filter(|recent| PLAIN_NEEDED <= recent.count)?.median();
-        let points = measured.iter().filter(|(_, recent)| fresh(recent));
+        let points = measured.iter().filter(|(_, recent)| recent.is_fresh(self.step));
         Some(CostCurve { points: points.map(|(drafted, it)| (*drafted, it.median() / plain)).collect() })
+    }
+
+    /// Seconds that a step with so many sequences takes without drafts, if that is known.
+    pub(super) fn plain(&self, sequences: u32) -> Option<f32> {
+        let recent = self.measured.get(&sequences)?.get(&0)?;
+        (recent.is_fresh(self.step) && PLAIN_NEEDED <= recent.count).then(|| recent.median())
     }
 }
 
