@@ -118,9 +118,12 @@ impl Drop for Crashed<'_> {
 
 /// Has something done to the second host's machine by `tests/rdma/run-pair`, which takes the file away when it is done.
 fn wish(name: &str) {
-    let path = env::var_os("RDMA_VM_WISHES").expect("set on hosts of a pair");
-    let path = Path::new(&path).join(name);
-    fs::write(&path, "").expect("that folder can be written to");
+    let folder = env::var_os("RDMA_VM_WISHES").expect("set on hosts of a pair");
+    let (path, draft) = (Path::new(&folder).join(name), Path::new(&folder).join(format!("{name}.draft")));
+    // Not under its name at once: making a file is two requests to the host where its folder is a network file system,
+    // and a wish that is granted between them is gone when the second one asks for it.
+    fs::write(&draft, "").expect("that folder can be written to");
+    fs::rename(&draft, &path).expect("that folder can be written to");
     let deadline = Instant::now() + START_LIMIT;
     while path.exists() && Instant::now() < deadline {
         thread::park_timeout(Duration::from_millis(5));
