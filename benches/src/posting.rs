@@ -84,6 +84,7 @@ fn prepared(
         patience: second,
         stall: second,
         credit: u64::MAX,
+        pulls: false,
     });
     core.meet(DECODE, "decode");
     core.link_up(DECODE, LinkUp { hello: hello(layout), proof: QuietProof::Process, busy: Vec::new() }, now);
@@ -142,6 +143,7 @@ fn hello(layout: &KvLayout) -> Hello {
         host: String::new(),
         memory_socket: String::new(),
         offer: Offer { shared_memory: true, rdma: false, tcp: true, on_failure: OnFailure::FallBack },
+        pulls: false,
         lease: Duration::from_secs(1),
     }
 }
@@ -170,6 +172,10 @@ impl WriteSource for Piece {
     fn range(&self, offset: usize, len: usize) -> Option<Self> {
         let inside = offset + len <= self.memory.len();
         inside.then(|| Self { memory: Rc::clone(&self.memory), start: offset, len })
+    }
+
+    fn in_region(&self) -> Option<u64> {
+        Some(self.start as u64)
     }
 
     fn read(&self, at: usize, buffer: &mut [u8]) {

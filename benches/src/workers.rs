@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tidemill_kvtransfer::{
-    DEFAULT_CREDIT, Endpoint, EndpointConfig, HandoffEvent, Path, PeerAddress, PushWrite, RdmaConfig, Region,
-    Reserve, Source, Timing, TransportChoice,
+    DEFAULT_CREDIT, Endpoint, EndpointConfig, HandoffEvent, HandoffMode, Path, PeerAddress, PushWrite,
+    RdmaConfig, Region, Reserve, Source, Timing, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
@@ -169,6 +169,7 @@ impl Worker {
             credit: DEFAULT_CREDIT,
             timing: Timing { lease: PATIENCE, ..Timing::default() },
             rdma: RdmaConfig::default(),
+            handoff: HandoffMode::Push,
         };
         Ok(Self { endpoint: Endpoint::start(config, sink)?, region, events })
     }

@@ -245,6 +245,7 @@ fn endpoint(
                 compute_cores: config.cores.clone(),
                 ..tidemill_kvtransfer::RdmaConfig::default()
             },
+            handoff: config.handoff,
             require: config.require_transport,
             in_place: config.in_place,
             credit: tidemill_kvtransfer::DEFAULT_CREDIT,

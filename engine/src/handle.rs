@@ -15,6 +15,7 @@ pub use tidemill_engine_core::speculation::{
 };
 pub use tidemill_kernels::cpu::{Isa, UnknownIsa};
 pub use tidemill_kernels::matrix::{Quantization, UnknownQuantization};
+pub use tidemill_kvtransfer::HandoffMode;
 pub use tidemill_kvtransfer_proto::credit::CreditLoad;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
@@ -115,6 +116,8 @@ pub struct EngineConfig {
     pub handoff_listen: SocketAddr,
     /// Which ways a handoff may take.
     pub transport: TransportChoice,
+    /// Who moves the bytes of handoffs to this worker.
+    pub handoff: HandoffMode,
     /// Whether a peer that cannot be reached in the preferred way is not used at all.
     pub require_transport: bool,
     /// RDMA devices to use, by name; empty takes those nearest to the KV cache.
@@ -160,6 +163,7 @@ impl EngineConfig {
             isa: None,
             handoff_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             transport: TransportChoice::Auto,
+            handoff: HandoffMode::Push,
             require_transport: false,
             rdma_devices: Vec::new(),
             rdma_gid_index: None,

@@ -28,7 +28,7 @@ use tidemill_kvtransfer_proto::units::Moment;
 use self::lobby::{MemoryVisitor, Visitor};
 use self::peers::Peer;
 use self::rdma::Rdma;
-use crate::endpoint::{Command, EndpointConfig, EventSink, LinkTable, TransportChoice};
+use crate::endpoint::{Command, EndpointConfig, EventSink, HandoffMode, LinkTable, TransportChoice};
 use crate::error::EndpointError;
 use crate::event::{HandoffEvent, Reserve};
 use crate::host;
@@ -84,6 +84,10 @@ impl Driver {
         if region_bytes < block_bytes {
             return Err(EndpointError::Region { region_bytes, block_bytes });
         }
+        let pulls = config.handoff == HandoffMode::Pull;
+        if pulls && config.transport == TransportChoice::SharedMemory {
+            return Err(EndpointError::PullOverSharedMemory);
+        }
         let system = |operation| move |source| EndpointError::System { operation, source };
         let (listener, address) = listen(config.listen)
             .map_err(|source| EndpointError::Listen { address: config.listen, source })?;
@@ -91,6 +95,10 @@ impl Driver {
         let socket_name = format!("tidemill-{:016x}-{token:016x}", config.instance);
         let memory_listener = match config.transport {
             TransportChoice::Tcp | TransportChoice::Rdma => None,
+            TransportChoice::Auto if pulls => {
+                tracing::info!("shared memory is not offered: peers that map it could write to it");
+                None
+            }
             TransportChoice::Auto | TransportChoice::SharedMemory => {
                 Some(exchange::listen(&socket_name).map_err(system("listen on a local socket"))?)
             }
@@ -266,6 +274,7 @@ fn rules(config: &EndpointConfig) -> EndpointRules {
         patience: config.timing.patience,
         stall: STALL,
         credit: config.credit,
+        pulls: config.handoff == HandoffMode::Pull,
     }
 }
 
@@ -297,6 +306,7 @@ fn hello(config: &EndpointConfig, address: SocketAddr, socket_name: Option<Strin
         host: host::identity(),
         memory_socket: socket_name.unwrap_or_default(),
         offer: Offer { shared_memory, rdma, tcp, on_failure },
+        pulls: config.handoff == HandoffMode::Pull,
         lease: config.timing.lease,
     }
 }

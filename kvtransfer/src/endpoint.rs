@@ -37,6 +37,17 @@ pub enum TransportChoice {
     Tcp,
 }
 
+/// Who moves the bytes of a handoff to this worker, where a device could.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HandoffMode {
+    /// The prefill worker writes them: its bytes come as they are computed, a round trip earlier.
+    #[default]
+    Push,
+    /// No peer may write into this worker's memory: it reads from the prefill worker what that offers. Shared memory is
+    /// not offered, since whoever maps it can write; over TCP each byte passes this worker's own thread as ever.
+    Pull,
+}
+
 /// Intervals of the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
@@ -70,6 +81,8 @@ pub struct EndpointConfig {
     pub require: bool,
     /// Which RDMA devices to use and how.
     pub rdma: RdmaConfig,
+    /// Who moves the bytes of handoffs to this worker.
+    pub handoff: HandoffMode,
     /// Whether prompts may be computed right in the blocks of a peer on this host, when layouts are equal.
     pub in_place: bool,
     /// How much of each block the digests must cover that this side verifies, as decode side.

@@ -37,6 +37,9 @@ pub enum EndpointError {
         /// Why.
         source: VerbsError,
     },
+    /// Shared memory is the only way, and peers may not write.
+    #[error("handoffs over shared memory are written by the peer, which this worker does not allow")]
+    PullOverSharedMemory,
     /// The region is smaller than one block of the layout.
     #[error("a region of {region_bytes} bytes holds no block of {block_bytes} bytes")]
     Region {

@@ -30,7 +30,9 @@ mod tcp;
 pub mod verbs;
 mod verification;
 
-pub use endpoint::{DEFAULT_CREDIT, Endpoint, EndpointConfig, EventSink, Timing, TransportChoice};
+pub use endpoint::{
+    DEFAULT_CREDIT, Endpoint, EndpointConfig, EventSink, HandoffMode, Timing, TransportChoice,
+};
 pub use event::{
     HandoffEvent, HandoffStats, Met, Path, PeerAddress, PeerLink, PushWrite, Reserve, Reserved, Source,
 };

@@ -18,7 +18,7 @@ use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout}
 use tidemill_kvtransfer_proto::message::TransportKind;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
 
-use crate::endpoint::{DEFAULT_CREDIT, Endpoint, EndpointConfig, Timing, TransportChoice};
+use crate::endpoint::{DEFAULT_CREDIT, Endpoint, EndpointConfig, HandoffMode, Timing, TransportChoice};
 use crate::error::ProbeError;
 use crate::event::{HandoffEvent, PeerAddress, PushWrite, Reserve, Source};
 use crate::host;
@@ -289,6 +289,7 @@ fn config(
         transport,
         require: false,
         rdma: RdmaConfig::default(),
+        handoff: HandoffMode::Push,
         in_place: false,
         coverage: Coverage::Sampled,
         credit: DEFAULT_CREDIT,

@@ -101,6 +101,13 @@ impl WriteSource for SourceRange {
         Self::new(self.memory.clone(), offset, len)
     }
 
+    fn in_region(&self) -> Option<u64> {
+        match &self.memory {
+            Memory::Arena(_) => Some(self.offset as u64),
+            Memory::Staged(_) => None,
+        }
+    }
+
     fn read(&self, at: usize, buffer: &mut [u8]) {
         assert!(at + buffer.len() <= self.len, "a read stays inside its source");
         match &self.memory {

@@ -36,6 +36,7 @@ fn hello(instance: u64) -> Hello {
         host: "elsewhere".into(),
         memory_socket: String::new(),
         offer: Offer { shared_memory: false, rdma: false, tcp: true, on_failure: OnFailure::FallBack },
+        pulls: false,
         lease: Duration::from_secs(60),
     }
 }

@@ -7,10 +7,11 @@ use std::time::Instant;
 
 use tidemill_kvtransfer::error::EndpointError;
 use tidemill_kvtransfer::{
-    Endpoint, EndpointConfig, HandoffEvent, PushWrite, RdmaConfig, Region, Reserve, Slab, Source,
-    TransportChoice,
+    Endpoint, EndpointConfig, HandoffEvent, HandoffMode, PushWrite, RdmaConfig, Region, Reserve, Slab,
+    Source, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
+use tidemill_kvtransfer_proto::layout::KvDtype;
 use tidemill_kvtransfer_proto::message::TransportKind;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
 use worker::{PATIENCE, Way, Worker, config, pair};
@@ -18,8 +19,9 @@ use worker::{PATIENCE, Way, Worker, config, pair};
 const HANDOFF: HandoffId = HandoffId(3);
 
 /// Sixteen tokens of a model with 32 layers, 8 heads of 64: 64 blocks of one mebibyte.
-fn large(name: &str, instance: u64, blocks: usize) -> EndpointConfig {
+fn large(name: &str, instance: u64, blocks: usize, handoff: HandoffMode) -> EndpointConfig {
     let mut config = config(name, instance, Way::Rdma, 1);
+    config.handoff = handoff;
     config.layout.layers = 32;
     config.layout.kv_heads = 8;
     config.layout.heads.count = 8;
@@ -32,9 +34,20 @@ fn large(name: &str, instance: u64, blocks: usize) -> EndpointConfig {
 #[test]
 #[ignore = "needs verbs devices: tests/rdma/run"]
 fn a_large_handoff_is_right_in_every_bit() {
+    large_handoff(HandoffMode::Push);
+}
+
+#[test]
+#[ignore = "needs verbs devices: tests/rdma/run"]
+fn a_large_handoff_that_is_read_is_right_in_every_bit() {
+    large_handoff(HandoffMode::Pull);
+}
+
+/// As the decode worker wants it.
+fn large_handoff(mode: HandoffMode) {
     const BLOCKS: usize = 64;
-    let (prefill, decode) =
-        (Worker::start(large("prefill", 1, BLOCKS)), Worker::start(large("decode", 2, BLOCKS)));
+    let prefill = Worker::start(large("prefill", 1, BLOCKS, HandoffMode::Push));
+    let decode = Worker::start(large("decode", 2, BLOCKS, mode));
     prefill.meet(decode.address());
     let link = prefill.endpoint.link(2).expect("connected");
     assert_eq!(link.transport, TransportKind::Rdma);
@@ -76,7 +89,7 @@ fn a_large_handoff_is_right_in_every_bit() {
     }
     prefill.endpoint.finish(HANDOFF, vec![1]);
     assert!(matches!(decode.event(), HandoffEvent::Committed { .. }), "committed");
-    eprintln!("64 MiB in 2048 pieces took {:?}", since.elapsed());
+    eprintln!("64 MiB in 2048 pieces took {:?} ({mode:?})", since.elapsed());
     for (index, target) in targets.iter().enumerate() {
         let expected = &bytes[index * block_bytes..(index + 1) * block_bytes];
         assert!(decode.read(*target) == expected, "block {index}");
@@ -110,6 +123,41 @@ fn a_peer_that_comes_back_is_connected_by_rdma_again() {
             assert_eq!(decode.news(), "released");
         }
     }
+    decode.assert_nothing_leaked();
+}
+
+/// Of the way that is left to it each byte passes the decode worker's own thread.
+#[test]
+fn a_worker_that_reads_offers_no_shared_memory() {
+    use TransportChoice::{Auto, SharedMemory};
+    let start = |name, instance, handoff| {
+        // On any machine: a device of that name is nowhere.
+        let rdma = RdmaConfig { devices: vec!["no_such_device".into()], ..RdmaConfig::default() };
+        let config = config(name, instance, Way::Tcp, 4);
+        Worker::start(EndpointConfig { transport: Auto, handoff, rdma, ..config })
+    };
+    let (ours, theirs) = (start("ours", 1, HandoffMode::Push), start("theirs", 2, HandoffMode::Pull));
+    ours.meet(theirs.address());
+    assert_eq!(ours.endpoint.link(2).map(|it| it.transport), Some(TransportKind::Tcp));
+    let config = config("contradictory", 3, Way::SharedMemory, 4);
+    let contradictory = EndpointConfig { transport: SharedMemory, handoff: HandoffMode::Pull, ..config };
+    let error = Endpoint::start(contradictory, Box::new(drop)).expect_err("peers could write");
+    assert!(matches!(error, EndpointError::PullOverSharedMemory), "{error:?}");
+}
+
+#[test]
+#[ignore = "needs verbs devices: tests/rdma/run"]
+fn what_is_converted_cannot_be_read_and_is_declined() {
+    let mut wide = config("prefill", 1, Way::RdmaRead, 8);
+    wide.layout.dtype = KvDtype::F32;
+    wide.region = Region::new("wide", wide.layout.block_bytes() * 8).expect("memory");
+    let (mut prefill, mut decode) =
+        (Worker::start(wide), Worker::start(config("decode", 2, Way::RdmaRead, 8)));
+    prefill.meet(decode.address());
+    decode.reserve(HANDOFF, 1, 2);
+    prefill.endpoint.expect(HANDOFF, 2, PATIENCE);
+    assert_eq!(prefill.news(), "send-failed:layout");
+    assert_eq!((decode.news().as_str(), decode.news().as_str()), ("reserve-failed:declined", "released"));
     decode.assert_nothing_leaked();
 }
 

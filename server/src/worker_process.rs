@@ -141,6 +141,7 @@ fn engine_config(flags: &WorkerFlags, model: &ResolvedModel) -> EngineConfig {
         isa: engine.cpu_isa,
         handoff_listen: flags.handoff_listen,
         transport: engine.transport.choice(),
+        handoff: engine.handoff.mode(),
         require_transport: engine.require_transport,
         rdma_devices: engine.rdma_devices.clone(),
         rdma_gid_index: engine.rdma_gid_index,

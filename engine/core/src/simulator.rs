@@ -9,11 +9,13 @@
 //! the device: the content of a slot is a function of the tokens up to it and the layer, and the next token is read
 //! from the cache, so that one foreign byte anywhere shows up as a wrong token or, earlier, in a check.
 //!
-//! Checked all the time, by assertions: bytes land only in blocks that are lent to their handoff; whatever a step
+//! Checked all the time, by assertions: bytes land only in blocks that are lent to their handoff,
+//! and are read only from blocks that are held for it; whatever a step
 //! reads is what the request's own tokens make; the ledger of each worker closes and each block has the owners that
 //! know it; no more is on its way to a worker than that lends credit for; no link outlives its lease; each request ends exactly once, with the right tokens; and once the faults
 //! stop everything comes to its end and nothing is left behind.
 
+mod captions;
 mod chaos;
 mod clients;
 mod credit;
@@ -24,6 +26,7 @@ mod handoffs;
 mod handshake;
 mod model;
 mod process;
+mod reads;
 mod status;
 mod wire;
 mod world;
@@ -79,6 +82,12 @@ pub enum Mischief {
     ForgetReaper,
     /// Whoever asks for credit has it.
     GrantToAll,
+    /// Blocks that a peer may read go back to the pool when it is told to stop, or the link is gone, read or not.
+    FreeOffered,
+    /// A read counts as complete when it is posted.
+    ReadEarly,
+    /// The same, and digests are taken for granted.
+    SkipDigest,
 }
 
 /// What a schedule is made of, beside its seed.
@@ -115,8 +124,8 @@ pub struct Summary {
     pub cancelled: u64,
     /// The longest time from a request to its first token, in microseconds.
     pub first_token: u64,
-    /// Handoffs that were delivered: admitted byte by byte, into shared memory, by one-sided writes.
-    pub handoffs: [u64; 3],
+    /// Handoffs that were delivered: admitted byte by byte, into shared memory, by one-sided writes, by one-sided reads.
+    pub handoffs: [u64; 4],
     /// Handoffs that were computed in the peer's memory.
     pub in_place: u64,
     /// Handoffs between workers whose blocks have different shapes.
@@ -131,6 +140,8 @@ pub struct Summary {
     pub links: u64,
     /// Writes that were posted.
     pub writes: u64,
+    /// Reads that were posted.
+    pub reads: u64,
     /// Writes that were turned down by admission.
     pub turned_down: u64,
     /// Writes, or layers computed in place, that reached blocks in quarantine.
@@ -267,6 +278,7 @@ impl Summary {
         self.links_lost += other.links_lost;
         self.links += other.links;
         self.writes += other.writes;
+        self.reads += other.reads;
         self.turned_down += other.turned_down;
         self.late += other.late;
         add_all(&mut self.injected, &other.injected);
@@ -281,7 +293,7 @@ impl Summary {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [admitted, shared, one_sided] = self.handoffs;
+        let [admitted, shared, written, read] = self.handoffs;
         writeln!(
             f,
             "{} schedules, {} steps, {:.0} s of virtual time",
@@ -297,13 +309,20 @@ impl fmt::Display for Summary {
         writeln!(
             f,
             "handoffs delivered: {admitted} admitted byte by byte, {shared} through shared memory ({} of them computed \
-             in place), {one_sided} by one-sided writes; {} of all between blocks of different shapes",
+             in place), {written} by one-sided writes, {read} by one-sided reads; {} of all between blocks of different shapes",
             self.in_place, self.converted
         )?;
         writeln!(
             f,
-            "writes: {} posted, {} turned down, {} into quarantined blocks; {} quarantines; links: {} up, {} lost",
-            self.writes, self.turned_down, self.late, self.quarantines, self.links, self.links_lost
+            "writes: {} posted, {} turned down, {} into quarantined blocks; {} reads; {} quarantines; links: {} up, {} \
+             lost",
+            self.writes,
+            self.turned_down,
+            self.late,
+            self.reads,
+            self.quarantines,
+            self.links,
+            self.links_lost
         )?;
         write!(f, "faults:")?;
         for (fault, count) in Fault::ALL.iter().zip(self.injected) {

@@ -14,6 +14,7 @@
 //! must answer: what a side cannot yet promise to leave alone ([`EndpointCore::prepare_link`]).
 
 mod crediting;
+mod fetching;
 mod links;
 mod prefilling;
 mod reserving;
@@ -83,6 +84,8 @@ pub struct EndpointRules {
     pub stall: Duration,
     /// Bytes that peers may have on their way to this side at a time, over ways that take credit.
     pub credit: u64,
+    /// Whether no device of a peer may write here: as decode side this side reads instead.
+    pub pulls: bool,
 }
 
 /// The outcome of a handshake.
@@ -126,8 +129,8 @@ pub enum EndpointAction {
         /// What.
         message: Message,
     },
-    /// End a link: nothing is received over it any more, and every posted write is reported by `completed`, as
-    /// soon as nothing reads its source. Where the proof is [`QuietProof::AccessEnded`], report `access_ended`.
+    /// End a link: nothing is received over it any more, and every posted write and read is reported by
+    /// `completed`, as soon as nothing here is touched for it. Where the proof is [`QuietProof::AccessEnded`], report `access_ended`.
     Sever {
         /// The peer.
         peer: u64,
@@ -291,6 +294,16 @@ struct PostedWrite {
     link: LinkId,
     handoff: HandoffId,
     len: u64,
+    direction: Direction,
+}
+
+/// Which of the two sides' memory a transfer ends in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    /// The peer's.
+    Write,
+    /// This side's.
+    Read,
 }
 
 impl<S: WriteSource> EndpointCore<S> {

@@ -89,6 +89,12 @@ pub enum CommitFault {
         /// What the commit names.
         theirs: Option<BlockRef>,
     },
+    /// It comes before this side has read what it is about.
+    #[error("it comes while {reads} pieces are still being read")]
+    Early {
+        /// Pieces.
+        reads: u64,
+    },
     /// It has not one digest for each target.
     #[error("it has {digests} digests for {targets} targets")]
     Shape {

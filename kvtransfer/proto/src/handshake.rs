@@ -384,6 +384,7 @@ mod tests {
             host: "here".to_owned(),
             memory_socket: "socket".to_owned(),
             offer: Offer { shared_memory: true, rdma: false, tcp: true, on_failure: OnFailure::FallBack },
+            pulls: false,
             lease: Duration::from_millis(500),
         }
     }

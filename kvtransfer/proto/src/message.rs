@@ -53,6 +53,16 @@ pub enum Message {
         /// How many, counted from the first.
         bytes: u64,
     },
+    /// Prefill side: bytes that wait to be read. Only where the decode side reads, see
+    /// [`Hello::pulls`].
+    Offer(Offered),
+    /// Decode side: has done with the first so many pieces that were offered, and reads none of them any more.
+    Fetched {
+        /// Which handoff.
+        handoff: HandoffId,
+        /// How many pieces, counted from the first.
+        pieces: u64,
+    },
     /// Prefill side: everything is written.
     Commit(Commit),
     /// Decode side: verified and taken over. The prefill side may free its blocks.
@@ -117,6 +127,8 @@ pub struct Hello {
     pub memory_socket: String,
     /// Which ways it accepts for data.
     pub offer: Offer,
+    /// Whether it lets no device of a peer write into its memory: as decode side it reads from the peer instead.
+    pub pulls: bool,
     /// After how much silence it takes the other side for lost.
     pub lease: Duration,
 }
@@ -219,6 +231,30 @@ pub struct Reserve {
     pub coverage: Coverage,
 }
 
+/// Pieces of finished blocks that wait to be read, in the order in which they were offered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offered {
+    /// Which handoff.
+    pub handoff: HandoffId,
+    /// How many pieces of it were offered before these.
+    pub before: u64,
+    /// What waits.
+    pub pieces: Vec<Piece>,
+}
+
+/// Bytes of the prefill side's arena, and where they belong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Offset in the arena of the prefill side.
+    pub source: u64,
+    /// Offset in the arena of the decode side.
+    pub target: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// [`stamp`](crate::transport::stamp) of the decode side's blocks there, as the prefill side knows them.
+    pub stamp: u64,
+}
+
 /// All writes of a handoff have completed; this is what they must amount to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Commit {
@@ -281,7 +317,7 @@ impl TransportKind {
 
 /// Version of the protocol. Raised when an old worker would misunderstand a new one; fields that an old worker
 /// may ignore do not raise it.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 #[cfg(test)]
 mod tests {

@@ -8,6 +8,9 @@
 //!
 //! The one rule behind it: a block that was announced to a peer goes back to the pool only by adoption, by the
 //! peer's own word that it is quiet, or by the driver's proof of it. Losing the peer is no proof.
+//!
+//! Where this side reads from the peer instead of being written to, nobody but this side touches the blocks: they are
+//! quiet when its own reads have ended, and not before, whatever the peer says.
 
 use std::collections::BTreeMap;
 
@@ -34,8 +37,20 @@ pub enum ReservationState {
 /// What can happen to a reservation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReservationEvent {
-    /// The announcement was handed to the connection.
+    /// The announcement was handed to the connection; the peer is to write.
     Announced,
+    /// The same, and this side is to read from the peer.
+    AnnouncedToRead,
+    /// This side is going to read so many pieces into the blocks.
+    Reading {
+        /// How many more.
+        pieces: u64,
+    },
+    /// Nothing of so many pieces can land any more: they were read, or will not be.
+    Read {
+        /// How many more.
+        pieces: u64,
+    },
     /// The prefill side will not do it.
     Declined {
         /// Its reason.
@@ -100,6 +115,8 @@ pub struct Reservation {
     state: ReservationState,
     commit: CommitProgress,
     peer_is_quiet: bool,
+    /// Pieces that this side reads into the blocks.
+    reads: u64,
 }
 
 /// How far a commit record got while the state is `Filling`.
@@ -139,6 +156,7 @@ impl Reservation {
             state: State::Reserved,
             commit: CommitProgress::Awaited,
             peer_is_quiet: false,
+            reads: 0,
         })
     }
 
@@ -155,6 +173,11 @@ impl Reservation {
     /// Tokens that the blocks, and those cached before them, are to hold.
     pub fn tokens(&self) -> TokenCount {
         self.tokens
+    }
+
+    /// Pieces that this side is reading into the blocks.
+    pub fn reads(&self) -> u64 {
+        self.reads
     }
 
     /// Whether the receiver may let a write land: it lies within targets of this reservation, names their
@@ -182,9 +205,16 @@ impl Reservation {
     }
 
     /// The one way in which a reservation changes. Events that come late, twice or out of order change nothing.
+    ///
+    /// # Panics
+    ///
+    /// On `Reading` of what [`admit`](Self::admit) turns down, and on more `Read` than `Reading`: bugs in the driver.
     pub fn apply(&mut self, event: Event) -> Vec<Action> {
         match event {
-            Event::Announced => self.announced(),
+            Event::Announced => self.announced(false),
+            Event::AnnouncedToRead => self.announced(true),
+            Event::Reading { pieces } => self.reading(pieces),
+            Event::Read { pieces } => self.read(pieces),
             Event::Declined { reason } => self.declined(reason),
             Event::Commit(commit) => self.committed(commit),
             Event::Verified { outcome } => self.verified(outcome),
@@ -197,19 +227,30 @@ impl Reservation {
         }
     }
 
-    fn announced(&mut self) -> Vec<Action> {
+    fn announced(&mut self, is_to_read: bool) -> Vec<Action> {
         if self.state == State::Reserved {
             self.state = State::Filling;
+            // It has no way to write.
+            self.peer_is_quiet = is_to_read;
         }
         Vec::new()
     }
 
+    fn reading(&mut self, pieces: u64) -> Vec<Action> {
+        let is_filled = self.state == State::Filling && self.commit == CommitProgress::Awaited;
+        assert!(is_filled, "only what is admitted is read");
+        self.reads += pieces;
+        Vec::new()
+    }
+
+    fn read(&mut self, pieces: u64) -> Vec<Action> {
+        self.reads = self.reads.checked_sub(pieces).expect("each read ends once");
+        if self.state == State::Quarantined { self.release_if_quiet() } else { Vec::new() }
+    }
+
     fn declined(&mut self, reason: String) -> Vec<Action> {
         match self.state {
-            State::Filling => {
-                self.state = State::Released;
-                vec![Action::TellFailed(TransferError::Declined { reason }), Action::TellReleased]
-            }
+            State::Filling => self.give_back(TransferError::Declined { reason }),
             State::Quarantined => self.quiet_proven(),
             State::Reserved | State::Committed | State::Released => Vec::new(),
         }
@@ -239,6 +280,9 @@ impl Reservation {
             if ours != theirs {
                 return Err(CommitFault::Target { index, ours, theirs });
             }
+        }
+        if 0 < self.reads {
+            return Err(CommitFault::Early { reads: self.reads });
         }
         if commit.digests.len() != self.targets.len() {
             return Err(CommitFault::Shape { digests: commit.digests.len(), targets: self.targets.len() });
@@ -304,7 +348,9 @@ impl Reservation {
             }
             State::Filling => {
                 self.state = State::Quarantined;
-                vec![Action::Send(Message::Cancel { handoff: self.handoff })]
+                let mut actions = vec![Action::Send(Message::Cancel { handoff: self.handoff })];
+                actions.extend(self.release_if_quiet());
+                actions
             }
             State::Committed => self.refuse("cancelled".to_owned()),
             State::Quarantined | State::Released => Vec::new(),
@@ -313,10 +359,7 @@ impl Reservation {
 
     fn quiet(&mut self, reason: String) -> Vec<Action> {
         match self.state {
-            State::Filling => {
-                self.state = State::Released;
-                vec![Action::TellFailed(TransferError::Abandoned { reason }), Action::TellReleased]
-            }
+            State::Filling => self.give_back(TransferError::Abandoned { reason }),
             State::Committed | State::Quarantined => self.quiet_proven(),
             State::Reserved | State::Released => Vec::new(),
         }
@@ -330,7 +373,9 @@ impl Reservation {
             }
             State::Filling => {
                 self.state = State::Quarantined;
-                vec![Action::TellFailed(TransferError::PeerLost { peer, reason })]
+                let mut actions = vec![Action::TellFailed(TransferError::PeerLost { peer, reason })];
+                actions.extend(self.release_if_quiet());
+                actions
             }
             // What was committed is complete and verified: the engine may still take it.
             State::Committed | State::Quarantined | State::Released => Vec::new(),
@@ -351,8 +396,17 @@ impl Reservation {
         }
     }
 
+    /// The peer will not go on, and touches nothing.
+    fn give_back(&mut self, error: TransferError) -> Vec<Action> {
+        self.state = State::Quarantined;
+        self.peer_is_quiet = true;
+        let mut actions = vec![Action::TellFailed(error)];
+        actions.extend(self.release_if_quiet());
+        actions
+    }
+
     fn release_if_quiet(&mut self) -> Vec<Action> {
-        if !self.peer_is_quiet {
+        if !self.peer_is_quiet || 0 < self.reads {
             return Vec::new();
         }
         self.state = State::Released;
@@ -396,6 +450,10 @@ mod tests {
             "committed" => &["announced", "commit", "verified"],
             "committed-quiet" => &["announced", "commit", "verified", "quiet"],
             "quarantined" => &["announced", "cancel"],
+            "reading" => &["to-read", "reading"],
+            "read" => &["to-read", "reading", "read"],
+            "read-committed" => &["to-read", "reading", "read", "commit", "verified"],
+            "reading-quarantined" => &["to-read", "reading", "cancel"],
             "released" => &["cancel"],
             other => panic!("no state {other}"),
         };
@@ -409,6 +467,9 @@ mod tests {
         let reason = || "r".to_owned();
         match name {
             "announced" => Event::Announced,
+            "to-read" => Event::AnnouncedToRead,
+            "reading" => Event::Reading { pieces: 2 },
+            "read" => Event::Read { pieces: 2 },
             "declined" => Event::Declined { reason: reason() },
             "commit" => Event::Commit(commit()),
             "commit:epoch" => {
@@ -514,6 +575,26 @@ mod tests {
             ("quarantined",     "quiet",          "released released!"),
             ("quarantined",     "lost",           "."),
             ("quarantined",     "proven",         "released released!"),
+
+            ("reserved",            "to-read",    "filling"),
+            ("reading",             "reading",    "."),
+            ("reading",             "read",       "."),
+            ("reading",             "declined",   "quarantined failed!"),
+            ("reading",             "commit",     "quarantined send-refused failed!"),
+            ("reading",             "cancel",     "quarantined send-cancel"),
+            ("reading",             "quiet",      "quarantined failed!"),
+            ("reading",             "lost",       "quarantined failed!"),
+            ("read",                "declined",   "released failed! released!"),
+            ("read",                "commit",     "verifying verify"),
+            ("read",                "cancel",     "released send-cancel released!"),
+            ("read",                "quiet",      "released failed! released!"),
+            ("read",                "lost",       "released failed! released!"),
+            ("read-committed",      "adopt",      "released send-adopted forget"),
+            ("read-committed",      "refuse",     "released send-refused released!"),
+            ("reading-quarantined", "quiet",      "."),
+            ("reading-quarantined", "declined",   "."),
+            ("reading-quarantined", "proven",     "."),
+            ("reading-quarantined", "read",       "released released!"),
 
             ("released",        "announced",      "."),
             ("released",        "declined",       "."),

@@ -84,6 +84,7 @@ fn core(blocks: u64, credit: u64) -> EndpointCore<Zeros> {
         patience: Duration::from_secs(30),
         stall: Duration::from_secs(2),
         credit,
+        pulls: false,
     })
 }
 
@@ -98,6 +99,7 @@ fn up(instance: u64, blocks: u64, proof: QuietProof) -> LinkUp {
         host: String::new(),
         memory_socket: String::new(),
         offer: Offer { shared_memory: true, rdma: true, tcp: true, on_failure: OnFailure::FallBack },
+        pulls: false,
         lease: Duration::from_millis(500),
     };
     LinkUp { hello, proof, busy: Vec::new() }
@@ -323,7 +325,7 @@ impl World {
         self.decode.link_lost(which as u64, "it died", self.now);
         self.act();
         if self.proof == QuietProof::AccessEnded {
-            self.decode.access_ended(which as u64, link);
+            self.decode.access_ended(which as u64, link, self.now);
         } else {
             self.decode.process_gone(which as u64, self.now);
         }

@@ -172,6 +172,7 @@ fn rules() -> EndpointRules {
         patience: Duration::from_secs(3),
         stall: STALL,
         credit: 1 << 20,
+        pulls: false,
     }
 }
 
@@ -199,6 +200,7 @@ fn hello(instance: u64) -> Hello {
         host: String::new(),
         memory_socket: String::new(),
         offer: Offer { shared_memory: false, rdma: false, tcp: true, on_failure: OnFailure::FallBack },
+        pulls: false,
         lease: Duration::from_millis(500),
     }
 }

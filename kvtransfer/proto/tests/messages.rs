@@ -8,7 +8,8 @@ use tidemill_kvtransfer_proto::credit::Ask;
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{
-    Attach, Commit, Hello, Message, Offer, OnFailure, Paths, Ready, Refuse, Reserve, TransportKind, Welcome,
+    Attach, Commit, Hello, Message, Offer, Offered, OnFailure, Paths, Piece, Ready, Refuse, Reserve,
+    TransportKind, Welcome,
 };
 use tidemill_kvtransfer_proto::path::{MAX_PATHS, PathEnd};
 use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
@@ -45,7 +46,7 @@ fn layout() -> impl Strategy<Value = KvLayout> {
 fn hello() -> impl Strategy<Value = Hello> {
     let text = || ".{0,30}";
     let numbers = (any::<u32>(), any::<u64>(), any::<u64>(), any::<u16>());
-    let offer = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    let offer = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     // The wire counts whole milliseconds.
     let lease = any::<u32>().prop_map(|milliseconds| Duration::from_millis(milliseconds.into()));
     (numbers, text(), layout(), text(), text(), offer, lease).prop_map(
@@ -58,7 +59,7 @@ fn hello() -> impl Strategy<Value = Hello> {
             offer,
             lease,
         )| {
-            let (shared_memory, rdma, tcp, strict) = offer;
+            let (shared_memory, rdma, tcp, strict, pulls) = offer;
             let on_failure = if strict { OnFailure::Fail } else { OnFailure::FallBack };
             let offer = Offer { shared_memory, rdma, tcp, on_failure };
             Hello {
@@ -71,6 +72,7 @@ fn hello() -> impl Strategy<Value = Hello> {
                 host,
                 memory_socket,
                 offer,
+                pulls,
                 lease,
             }
         },
@@ -100,6 +102,17 @@ fn commit() -> impl Strategy<Value = Commit> {
             in_place,
         },
     )
+}
+
+fn offered() -> impl Strategy<Value = Offered> {
+    let piece = (any::<u64>(), any::<u64>(), any::<u32>(), any::<u64>())
+        .prop_map(|(source, target, len, stamp)| Piece { source, target, len, stamp });
+    let pieces = prop::collection::vec(piece, 0..40);
+    (handoff(), any::<u64>(), pieces).prop_map(|(handoff, before, pieces)| Offered {
+        handoff,
+        before,
+        pieces,
+    })
 }
 
 fn path_end() -> impl Strategy<Value = PathEnd> {
@@ -152,6 +165,8 @@ fn message() -> impl Strategy<Value = Message> {
         (handoff(), any::<u64>(), any::<u64>())
             .prop_map(|(handoff, ended, wanted)| Message::Ask { handoff, ask: Ask { ended, wanted } }),
         (handoff(), any::<u64>()).prop_map(|(handoff, bytes)| Message::Grant { handoff, bytes }),
+        offered().prop_map(Message::Offer),
+        (handoff(), any::<u64>()).prop_map(|(handoff, pieces)| Message::Fetched { handoff, pieces }),
         handoffs().prop_map(|busy| Message::Bye { busy }),
     ]
 }

@@ -102,13 +102,17 @@ impl Driver {
         self.core.push(handoff, writes, self.moment());
     }
 
-    /// Posts what the transports take and hears what has completed.
+    /// Posts what the transports take, writes and reads, and hears what has completed.
     pub(super) fn push(&mut self) {
         let instances: Vec<u64> = self.peers.keys().copied().collect();
         for instance in instances {
             let now = self.moment();
-            let Self { core, peers, .. } = self;
+            let Self { core, peers, config, .. } = self;
             let Some(link) = peers.get_mut(&instance).and_then(|peer| peer.link.as_mut()) else { continue };
+            if let DataPath::Rdma(transport) = &mut link.path {
+                let arena = &config.region;
+                core.fetch(instance, |id, source, at| transport.post_fetch(id, source, arena, at), now);
+            }
             let transport = link.path.transport();
             core.post(instance, |id, source, range| transport.post_write(id, source.clone(), range), now);
             let mut done = Vec::new();

@@ -23,6 +23,11 @@ impl Driver {
         self.lose(instance, &Loss::Replaced);
         let (kind, paths) = (path.kind(), path.count());
         let is_fallback = self.log_way(&hello.name, kind, fallback.as_deref());
+        if kind == TransportKind::Rdma {
+            let way = |pulls| if pulls { "reads" } else { "writes" };
+            let (theirs, ours) = (way(hello.pulls), way(self.hello.pulls));
+            tracing::info!(peer = hello.name, to_peer = theirs, from_peer = ours, "how handoffs go");
+        }
         let probe = match &mut path {
             DataPath::SharedMemory(transport) => Probe::Done(read_speed(transport.arena())),
             DataPath::Tcp(data) => {

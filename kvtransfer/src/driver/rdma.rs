@@ -12,7 +12,7 @@ use tidemill_kvtransfer_proto::path::PathEnd;
 
 use super::Driver;
 use super::peers::{DataPath, Inbound};
-use crate::endpoint::{EndpointConfig, TransportChoice};
+use crate::endpoint::{EndpointConfig, HandoffMode, TransportChoice};
 use crate::error::EndpointError;
 use crate::tcp::{Connection, Loss};
 use crate::verbs::{Draft, Drafting, Fabric, Nic, RdmaTransport, Registrar, Tuning};
@@ -80,6 +80,7 @@ pub(super) fn open(config: &EndpointConfig, wake: &Arc<OwnedFd>) -> Result<Optio
     }
     let is_required = config.require && config.transport == TransportChoice::Rdma;
     let fabric = match Fabric::open(config.rdma.clone(), &config.region) {
+        Ok(fabric) if config.handoff == HandoffMode::Pull => fabric.read_only(),
         Ok(fabric) => fabric,
         Err(source) if is_required => return Err(EndpointError::Rdma { source }),
         Err(error) if config.transport == TransportChoice::Rdma => {
@@ -162,7 +163,7 @@ impl Driver {
     pub(super) fn hear_revoked(&mut self) {
         let revoked = self.rdma.as_ref().map(|rdma| rdma.registrar.revoked()).unwrap_or_default();
         for (instance, link) in revoked {
-            self.core.access_ended(instance, link);
+            self.core.access_ended(instance, link, self.moment());
             self.act();
         }
     }

@@ -57,6 +57,8 @@ pub struct PortReport {
 pub(crate) struct Fabric {
     pub(crate) nics: Vec<Arc<Nic>>,
     pub(crate) config: RdmaConfig,
+    /// What peers may do with the arena.
+    pub(super) lends: Reach,
 }
 
 /// A port of an open device, with the arena of this worker registered as a source of writes.
@@ -133,7 +135,12 @@ impl Fabric {
         if nics.is_empty() {
             return Err(Unavailable::NoneFits { reason: faults.join("; ") }.into());
         }
-        Ok(Self { nics, config })
+        Ok(Self { nics, config, lends: Reach::Peer })
+    }
+
+    /// The same, of which peers may read the arena and not write to it.
+    pub(crate) fn read_only(self) -> Self {
+        Self { lends: Reach::Reader, ..self }
     }
 
     /// Where the thread that hears completions should run: on the processors of the first device's node, but not where

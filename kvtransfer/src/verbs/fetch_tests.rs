@@ -22,7 +22,7 @@ impl Transport for Fetching {
 
     fn post_write(&mut self, id: WriteId, source: RemoteRange, target: RemoteRange) -> Post {
         assert_eq!(source.len, target.len);
-        self.transport.post_fetch(id, source, &self.arena, usize::try_from(target.offset).unwrap())
+        self.transport.post_fetch(id, source, &self.arena, target.offset)
     }
 
     fn poll(&mut self, done: &mut Vec<Completion>) {
@@ -108,7 +108,8 @@ fn fetches_of_a_dead_path_move_without_the_peers_word() {
     for index in 0..8 {
         let source = range(index << 20, 1 << 20);
         // To the other end: nothing is where it was.
-        let post = pair.ours.transport.post_fetch(WriteId(index as u64), source, &arena, (7 - index) << 20);
+        let post =
+            pair.ours.transport.post_fetch(WriteId(index as u64), source, &arena, ((7 - index) << 20) as u64);
         assert_eq!(post, Post::Accepted);
     }
     let mut done = Vec::new();
@@ -140,7 +141,7 @@ fn what_cannot_be_fetched_is_an_error_and_changes_nothing() {
     for (name, before, source, offset, expected) in rows {
         before(&mut pair);
         assert_eq!(
-            pair.ours.transport.post_fetch(WriteId(1), source, &arena, offset),
+            pair.ours.transport.post_fetch(WriteId(1), source, &arena, offset as u64),
             Post::Accepted,
             "{name}"
         );
@@ -151,4 +152,28 @@ fn what_cannot_be_fetched_is_an_error_and_changes_nothing() {
         arena.read(0, &mut seen);
         assert!(seen == pattern(6, HERE), "{name}: nothing landed");
     }
+}
+
+#[test]
+#[ignore = "needs a verbs device: tests/rdma/run"]
+fn a_key_for_reading_lets_nobody_write() {
+    const LEN: usize = 1 << 20;
+    let mut pair = Pair::new(LEN, &impatient()).that_reads();
+    pair.theirs.arena.write(0, &pattern(5, LEN));
+    let arena = Arc::clone(&pair.ours.arena);
+    let mut done = Vec::new();
+    assert_eq!(pair.ours.transport.post_fetch(WriteId(1), range(0, LEN), &arena, 0), Post::Accepted);
+    pair.work(&mut done, "it is read", |_, done| !done.is_empty());
+    assert_eq!(done, [Completion { id: WriteId(1), outcome: Ok(()) }]);
+    let mut seen = vec![0; LEN];
+    arena.read(0, &mut seen);
+    assert!(seen == pattern(5, LEN), "what was read is what is there");
+
+    let source = pair.source(&pattern(6, 70_000));
+    assert_eq!(pair.ours.transport.post_write(WriteId(2), source, range(0, 70_000)), Post::Accepted);
+    done.clear();
+    pair.work(&mut done, "the write ends", |_, done| !done.is_empty());
+    assert_eq!(done, [Completion { id: WriteId(2), outcome: Err(WriteFault::Severed) }]);
+    pair.theirs.arena.read(0, &mut seen);
+    assert!(seen == pattern(5, LEN), "nothing landed");
 }

@@ -35,6 +35,8 @@ pub(crate) enum Reach {
     Source,
     /// A peer that is told the key may write and read it.
     Peer,
+    /// A peer that is told the key may read it.
+    Reader,
 }
 
 impl MemoryRegion {
@@ -129,6 +131,7 @@ impl Reach {
         match self {
             // Without it some kernels pin a page that is replaced when it is first stored to.
             Self::Source => raw::ACCESS_LOCAL_WRITE,
+            Self::Reader => raw::ACCESS_LOCAL_WRITE | raw::ACCESS_REMOTE_READ,
             Self::Peer => raw::ACCESS_LOCAL_WRITE | raw::ACCESS_REMOTE_WRITE | raw::ACCESS_REMOTE_READ,
         }
     }

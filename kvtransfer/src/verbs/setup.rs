@@ -96,7 +96,7 @@ impl Draft {
         let pairs_each = u32::try_from(wanted.div_ceil(devices.len())).expect("at most MAX_PATHS");
         let devices = devices
             .into_iter()
-            .map(|(nic, address)| DraftDevice::new(nic, address, pairs_each * tuning.depth))
+            .map(|(nic, address)| DraftDevice::new(nic, address, pairs_each * tuning.depth, fabric.lends))
             .collect::<Result<Vec<_>, _>>()?;
         let mut ends = Vec::new();
         for index in 0..wanted {
@@ -171,9 +171,9 @@ impl Draft {
 }
 
 impl DraftDevice {
-    fn new(nic: Arc<Nic>, address: PortAddress, completions: u32) -> Result<Self, VerbsError> {
+    fn new(nic: Arc<Nic>, address: PortAddress, completions: u32, lends: Reach) -> Result<Self, VerbsError> {
         let completions = CompletionQueue::new(nic.domain.context(), completions)?;
-        let access = MemoryRegion::of_region(&nic.domain, nic.region(), Reach::Peer)?;
+        let access = MemoryRegion::of_region(&nic.domain, nic.region(), lends)?;
         Ok(Self { nic, address, completions, access })
     }
 }

@@ -53,7 +53,14 @@ impl Pair {
             connect(&self.ours.fabric, &self.theirs.fabric, len, Tuning::default());
     }
 
-    fn source(&mut self, bytes: &[u8]) -> SourceRange {
+    /// The same, and the other side lets this one read and not write.
+    pub(super) fn that_reads(mut self) -> Self {
+        self.theirs.fabric = self.theirs.fabric.read_only();
+        self.reconnect();
+        self
+    }
+
+    pub(super) fn source(&mut self, bytes: &[u8]) -> SourceRange {
         let mut slab = Slab::new(bytes.len() + 3).unwrap();
         slab.as_mut_slice()[3..].copy_from_slice(bytes);
         let slab = Arc::new(slab);

@@ -261,18 +261,15 @@ impl RdmaTransport {
     /// for peers that may not or cannot write. What holds of a write holds of it, with the sides exchanged: the peer keeps
     /// its bytes as they are until it hears that the fetch has ended, or has proof of its own that nobody fetches any
     /// more ([`Access`] dropped after [`sever`](Self::sever)).
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "handoffs are pushed; one that is pulled needs messages of its own")
-    )]
     pub(crate) fn post_fetch(
         &mut self,
         id: WriteId,
         source: RemoteRange,
         arena: &Arc<Region>,
-        offset: usize,
+        offset: u64,
     ) -> Post {
-        let local = SourceRange::new(Memory::Arena(Arc::clone(arena)), offset, source.len as usize);
+        let place = |offset| SourceRange::new(Memory::Arena(Arc::clone(arena)), offset, source.len as usize);
+        let local = usize::try_from(offset).ok().and_then(place);
         let Some(local) = local else {
             self.completions.push(Completion { id, outcome: Err(WriteFault::Outside) });
             return Post::Accepted;

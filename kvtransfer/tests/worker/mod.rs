@@ -5,13 +5,14 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use tidemill_kvtransfer::{
-    DEFAULT_CREDIT, Endpoint, EndpointConfig, HandoffEvent, Met, Path, PeerAddress, PushWrite, RdmaConfig,
-    Region, Reserve, Reserved, Slab, Source, Timing, TransportChoice,
+    DEFAULT_CREDIT, Endpoint, EndpointConfig, HandoffEvent, HandoffMode, Met, Path, PeerAddress, PushWrite,
+    RdmaConfig, Region, Reserve, Reserved, Slab, Source, Timing, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
@@ -33,6 +34,8 @@ pub(crate) struct Worker {
     free: Vec<BlockRef>,
     lent: BTreeMap<HandoffId, Vec<BlockRef>>,
     pub(crate) blocks: u32,
+    /// Where in the arena what peers read begins, by handoff; `None` where they are written to.
+    offered: Option<RefCell<BTreeMap<HandoffId, Range<usize>>>>,
 }
 
 /// How the workers of a test are connected.
@@ -42,12 +45,15 @@ pub(crate) enum Way {
     SharedMemory,
     Tcp,
     Rdma,
+    /// RDMA, and the decode worker reads.
+    RdmaRead,
 }
 
 /// Every way there is on this machine. `tests/rdma/run` gives one that has RDMA devices, and says so.
 pub(crate) fn ways() -> Vec<Way> {
     let everywhere = [Way::InPlace, Way::SharedMemory, Way::Tcp];
-    let rdma = std::env::var_os("RDMA_VM").map(|_| Way::Rdma);
+    let has_rdma = std::env::var_os("RDMA_VM").is_some();
+    let rdma = [Way::Rdma, Way::RdmaRead].into_iter().filter(|_| has_rdma);
     everywhere.into_iter().chain(rdma).collect()
 }
 
@@ -66,6 +72,8 @@ pub(crate) fn layout() -> KvLayout {
 
 pub(crate) fn config(name: &str, instance: u64, way: Way, blocks: u32) -> EndpointConfig {
     let layout = layout();
+    // What is read lies in the arena of the prefill side.
+    let blocks = if way == Way::RdmaRead { blocks.max(1024) } else { blocks };
     let region = Region::new(name, layout.block_bytes() * blocks as usize).expect("memory");
     EndpointConfig {
         name: name.into(),
@@ -74,10 +82,11 @@ pub(crate) fn config(name: &str, instance: u64, way: Way, blocks: u32) -> Endpoi
         region,
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         rdma: RdmaConfig::default(),
+        handoff: if way == Way::RdmaRead { HandoffMode::Pull } else { HandoffMode::Push },
         transport: match way {
             Way::InPlace | Way::SharedMemory => TransportChoice::SharedMemory,
             Way::Tcp => TransportChoice::Tcp,
-            Way::Rdma => TransportChoice::Rdma,
+            Way::Rdma | Way::RdmaRead => TransportChoice::Rdma,
         },
         require: true,
         in_place: way == Way::InPlace,
@@ -99,6 +108,7 @@ impl Worker {
         let (sender, events) = channel();
         let (region, layout) = (Arc::clone(&config.region), config.layout.clone());
         let (name, instance) = (config.name.clone(), config.instance);
+        let offered = (config.handoff == HandoffMode::Pull).then(RefCell::default);
         // A test that has seen enough drops its end.
         let sink = Box::new(move |event| drop(sender.send(event)));
         let endpoint = Endpoint::start(config, sink).expect("an endpoint starts");
@@ -106,7 +116,7 @@ impl Worker {
         let free = (0..blocks).map(|it| BlockRef { block: BlockId(it), epoch: Epoch(0) }).collect();
         let lent = BTreeMap::new();
         let kept = RefCell::default();
-        Self { endpoint, region, layout, name, instance, events, kept, free, lent, blocks }
+        Self { endpoint, region, layout, name, instance, events, kept, free, lent, blocks, offered }
     }
 
     pub(crate) fn address(&self) -> PeerAddress {
@@ -261,6 +271,7 @@ impl Worker {
                     arena.write(target.block.0 as usize * bytes + from, &content[from..to]);
                 }
             }
+            Path::Write if self.offered.is_some() => self.offer(reserved, layers),
             Path::Write => {
                 let mut slab = Slab::new(reserved.targets.len() * bytes).expect("memory");
                 for index in 0..reserved.targets.len() {
@@ -278,6 +289,25 @@ impl Worker {
                 self.endpoint.push(reserved.handoff, writes);
             }
         }
+    }
+
+    /// The same for a peer that reads: in blocks of this worker, which are never used again.
+    fn offer(&self, reserved: &Reserved, layers: std::ops::Range<usize>) {
+        let (granule, bytes) = (self.layout.strides().layer, self.layout.block_bytes());
+        let mut offered = self.offered.as_ref().expect("peers read").borrow_mut();
+        let next = offered.values().map(|blocks| blocks.end).max().unwrap_or(0);
+        let fresh = next..next + reserved.targets.len();
+        let blocks = offered.entry(reserved.handoff).or_insert(fresh).clone();
+        assert!(blocks.end <= self.blocks as usize, "the arena has room");
+        let (from, to) = (layers.start * granule, layers.end * granule);
+        let write = |index: usize| {
+            let content = content(reserved.handoff, index, &self.layout);
+            let offset = (blocks.start + index) * bytes + from;
+            self.region.write(offset, &content[from..to]);
+            let source = Source::Region { offset };
+            PushWrite { target_index: index as u32, offset: from, len: to - from, source }
+        };
+        self.endpoint.push(reserved.handoff, (0..blocks.len()).map(write).collect());
     }
 
     pub(crate) fn fill_all(&self, reserved: &Reserved) {

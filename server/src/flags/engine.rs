@@ -7,8 +7,8 @@ use tidemill_engine::handle::{Isa, Quantization, UnknownIsa};
 
 use super::speculative::{DraftName, SpeculativeConfig};
 use super::values::{
-    AxisOrderName, ByteSize, CoreList, DigestName, FaultPoint, KvCacheDtype, LoadFormatName, RoleName,
-    TransportName, typed,
+    AxisOrderName, ByteSize, CoreList, DigestName, FaultPoint, HandoffName, KvCacheDtype, LoadFormatName,
+    RoleName, TransportName, typed,
 };
 
 /// Which model, and what of it.
@@ -112,6 +112,9 @@ pub(crate) struct EngineFlags {
     /// Which ways a handoff of a KV cache may take
     #[arg(long, env = "TIDEMILL_TRANSPORT", value_enum, default_value_t)]
     pub(crate) transport: TransportName,
+    /// Who moves a KV cache to this worker over RDMA: the peer writes, or this worker reads and lets nobody write
+    #[arg(long, env = "TIDEMILL_HANDOFF", value_enum, default_value_t)]
+    pub(crate) handoff: HandoffName,
     /// Refuse to start, or to be ready, while workers have no connection of that kind
     #[arg(long, env = "TIDEMILL_REQUIRE_TRANSPORT")]
     pub(crate) require_transport: bool,
@@ -230,6 +233,7 @@ impl EngineFlags {
         set("load-format", typed(self.load_format));
         set("seed", self.seed.to_string());
         set("transport", typed(self.transport));
+        set("handoff", typed(self.handoff));
         set("digest", typed(self.digest));
         if !self.rdma_devices.is_empty() {
             set("rdma-devices", self.rdma_devices.join(","));
@@ -329,6 +333,8 @@ mod tests {
             "full",
             "--transport",
             "rdma",
+            "--handoff",
+            "pull",
             "--rdma-devices",
             "mlx5_0,mlx5_1:2",
             "--rdma-gid-index",
@@ -362,7 +368,7 @@ mod tests {
         assert_eq!(decode.kv_cache_memory, Some(ByteSize(3 << 20)));
         assert!(prefill.no_enable_prefix_caching && decode.no_enable_prefix_caching);
         assert_eq!((decode.max_model_len, decode.digest), (Some(99), DigestName::Full));
-        assert_eq!(decode.transport, TransportName::Rdma);
+        assert_eq!((decode.transport, decode.handoff), (TransportName::Rdma, HandoffName::Pull));
         assert_eq!(decode.speculative_config.as_ref().map(|it| it.settings.most), Some(5));
         assert_eq!(prefill.cpu_isa, Some(Isa::Portable));
         assert_eq!(decode.quantization, Some(Quantization::Int4 { group: 32 }));

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use clap::ValueEnum;
-use tidemill_engine::handle::{DigestCoverage, Fault, FaultStage, Role, TransportChoice};
+use tidemill_engine::handle::{DigestCoverage, Fault, FaultStage, HandoffMode, Role, TransportChoice};
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
 /// A number of bytes, typed as `2GiB`, `512M` or `1000000`.
@@ -74,6 +74,16 @@ pub(crate) enum TransportName {
     Rdma,
     /// TCP only
     Tcp,
+}
+
+/// See [`HandoffMode`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HandoffName {
+    /// The prefill worker writes into the decode worker's memory
+    #[default]
+    Push,
+    /// The decode worker reads from the prefill worker; nobody may write into its memory, which excludes shared memory
+    Pull,
 }
 
 /// See [`DigestCoverage`].
@@ -236,6 +246,16 @@ impl TransportName {
             Self::Shm => TransportChoice::SharedMemory,
             Self::Rdma => TransportChoice::Rdma,
             Self::Tcp => TransportChoice::Tcp,
+        }
+    }
+}
+
+impl HandoffName {
+    /// What it means to the engine.
+    pub(crate) fn mode(self) -> HandoffMode {
+        match self {
+            Self::Push => HandoffMode::Push,
+            Self::Pull => HandoffMode::Pull,
         }
     }
 }

@@ -7,25 +7,32 @@ mod doctor;
 mod split;
 
 use serde_json::json;
-use split::{BESIDE_THE_WAY, LIMIT, REQUIRED, Reach, Split, answers, prompt, same, whole_answers};
+use split::{BESIDE_THE_WAY, LIMIT, REQUIRED, Reach, Split, Way, answers, prompt, same, whole_answers};
 use tidemill_tests::deployment::eventually;
 use tidemill_tests::two_hosts::{Host, Pair};
 
 /// Ways between two hosts, and whether they take RDMA packets.
 const TRANSPORTS: [(&str, bool); 2] = [("tcp", false), ("rdma", true)];
+/// The same, and who moves the bytes.
+const WAYS: [Way<'_>; 3] = [
+    Way { transport: "tcp", handoff: "push" },
+    Way { transport: "rdma", handoff: "push" },
+    Way { transport: "rdma", handoff: "pull" },
+];
 
 #[tokio::test]
 #[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
 async fn split_over_two_hosts_equals_whole() {
     let _pair = Pair::take();
     let expected = whole_answers().await;
-    for (transport, is_rdma) in TRANSPORTS {
+    for way in WAYS {
+        let (transport, is_rdma) = (way.transport, way.transport == "rdma");
         let before = Host::Second.rdma_packets_sent();
-        let split = Split::start(transport, Reach::FIRST_WIRE, REQUIRED, &[]);
+        let split = Split::start_by(way, Reach::FIRST_WIRE, REQUIRED, &[]);
         let (found, counted) = split.undisturbed(transport).await;
-        same(expected, &found, transport);
+        same(expected, &found, &format!("{way:?}"));
         let bytes = split.client.metric("tidemill_handoff_bytes_total", "").await;
-        assert!(0.0 < bytes, "{transport}: nothing was written\n{}", split.front.log());
+        assert!(0.0 < bytes, "{way:?}: nothing was handed over\n{}", split.front.log());
         assert_eq!(counted, [0.0; 3], "{transport}: {BESIDE_THE_WAY:?}\n{}", split.front.log());
         let speed = split
             .client
@@ -35,10 +42,12 @@ async fn split_over_two_hosts_equals_whole() {
         // The kernel's count beside our own: a packet carries at most 4096 bytes.
         let packets = Host::Second.rdma_packets_sent() - before;
         if is_rdma {
-            assert!(bytes / 4096.0 <= packets as f64, "{transport}: {packets} packets for {bytes} bytes");
+            assert!(bytes / 4096.0 <= packets as f64, "{way:?}: {packets} packets for {bytes} bytes");
         } else {
             assert_eq!(packets, 0, "{transport} sends no RDMA packet");
         }
+        let reads = split.decode.log().contains("from_peer=\"reads\"");
+        assert_eq!(reads, way.handoff == "pull", "{way:?}: who moves the bytes\n{}", split.decode.log());
         split.is_settled(transport).await;
     }
 }
@@ -182,8 +191,9 @@ async fn one_of_two_wires_that_is_cut_in_mid_transfer_leaves_the_handoffs_to_the
 async fn a_prefill_host_that_loses_its_power_in_mid_transfer_costs_no_answer_and_no_block() {
     let pair = Pair::take();
     let expected = whole_answers().await;
-    for (transport, _) in TRANSPORTS {
-        let mut split = Split::start(transport, Reach::FIRST_WIRE, &[], &[]);
+    for way in WAYS {
+        let transport = &format!("{way:?}");
+        let mut split = Split::start_by(way, Reach::FIRST_WIRE, &[], &[]);
         split.splits(transport).await;
         pair.worsen(&["rate", "20mbit"]);
         let client = split.client.clone();

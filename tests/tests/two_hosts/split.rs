@@ -18,6 +18,15 @@ pub(crate) struct Split {
     pub(crate) client: Client,
 }
 
+/// How a handoff goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Way<'a> {
+    /// As `--transport` calls it.
+    pub(crate) transport: &'a str,
+    /// As `--handoff` does.
+    pub(crate) handoff: &'a str,
+}
+
 /// By which addresses its parts reach one another.
 #[derive(Clone, Copy)]
 pub(crate) struct Reach {
@@ -40,11 +49,18 @@ impl Reach {
 impl Split {
     /// `required` is for all three, `faults` for the prefill worker.
     pub(crate) fn start(transport: &str, reach: Reach, required: &[&str], faults: &[&str]) -> Self {
+        Self::start_by(Way { transport, handoff: "push" }, reach, required, faults)
+    }
+
+    /// The same, and what workers let their peers do.
+    pub(crate) fn start_by(way: Way<'_>, reach: Reach, required: &[&str], faults: &[&str]) -> Self {
+        let Way { transport, handoff } = way;
         let worker = |host: Host, role: &str, more: &[&str]| {
-            let (listen, handoff) =
+            let (listen, address) =
                 (format!("{}:0", (reach.router)(host)), format!("{}:0", (reach.handoffs)(host)));
             let mut command = command(&["worker", "--role", role, "--name", role, "--listen", &listen]);
-            command.extend(["--handoff-listen", &handoff, "--transport", transport].map(str::to_owned));
+            command.extend(["--handoff-listen", &address, "--transport", transport].map(str::to_owned));
+            command.extend(["--handoff", handoff].map(str::to_owned));
             command.extend(ENGINE.iter().chain(required).chain(more).map(|word| (*word).to_owned()));
             command
         };

@@ -26,15 +26,25 @@ impl World<'_> {
     pub(super) fn check_credit(&self, id: ConnId, side: usize) {
         let receiver = self.conns[&id].ends[side].process;
         let Some(life) = self.workers[receiver.place].life.as_ref() else { return };
-        if life.instance != receiver.instance || self.options.mischief == Some(Mischief::CommitEarly) {
-            return; // Nobody is there to lend; or senders give back what they still use.
+        let gives_back_early = [Mischief::CommitEarly, Mischief::ReadEarly, Mischief::SkipDigest];
+        if life.instance != receiver.instance
+            || self.options.mischief.is_some_and(|it| gives_back_early.contains(&it))
+        {
+            return; // Nobody is there to lend; or what is still used was given back.
         }
         let is_filled = |handoff| life.core.reservation_state(handoff) == Some(ReservationState::Filling);
         let (mut bytes, mut handoffs) = (0, BTreeSet::new());
         for conn in self.conns.values().filter(|it| it.proof.takes_credit()) {
             for side in 0..2 {
                 let (to, from) = (&conn.ends[side], &conn.ends[1 - side]);
-                if to.process != receiver || !to.is_open || !from.is_open {
+                if to.process != receiver || !to.is_open {
+                    continue;
+                }
+                for read in to.reads.values().filter(|it| is_filled(it.handoff())) {
+                    bytes += read.bytes();
+                    handoffs.insert(read.handoff());
+                }
+                if !from.is_open {
                     continue;
                 }
                 for flight in from.flights.values().filter(|it| is_filled(it.range.handoff)) {

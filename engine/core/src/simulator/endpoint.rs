@@ -147,6 +147,7 @@ impl World<'_> {
         let peers: Vec<u64> = self.life(process).map_or(Vec::new(), |it| it.up.keys().copied().collect());
         for peer in peers {
             self.post(process, peer);
+            self.fetch(process, peer);
             if let Some((conn, side, _)) = self.link_of(process, peer) {
                 self.check_credit(conn, 1 - side);
             }
@@ -195,7 +196,8 @@ impl World<'_> {
             return;
         }
         self.end_access(conn, side);
-        self.life(process).expect("just seen").core.access_ended(peer, link);
+        let now = self.local_moment(process.place);
+        self.life(process).expect("just seen").core.access_ended(peer, link, now);
         self.act(process);
     }
 
@@ -241,7 +243,9 @@ impl World<'_> {
             })
         };
         let digests = order.targets.iter().enumerate().map(digest).collect();
+        let believes = self.plants(Mischief::SkipDigest) && order.owner.is_none();
         let life = self.life(process).expect("just seen");
+        let digests = life.committed.remove(&order.handoff).filter(|_| believes).unwrap_or(digests);
         life.core.digested(order.handoff, order.ticket, digests);
         self.act(process);
     }

@@ -36,6 +36,7 @@ pub(super) struct ActiveRequest {
 #[derive(Debug)]
 pub(super) struct OutgoingHandoff {
     pub(super) request: RequestId,
+    pub(super) peer: u64,
     pub(super) target: Target,
     pub(super) first_token: Option<TokenId>,
     /// The last word to the endpoint has been said.
@@ -148,10 +149,11 @@ impl World<'_> {
                 let submitted =
                     if in_place { scheduler.submit_in_place(request) } else { scheduler.submit(request) };
                 if submitted.is_ok() {
-                    let target = Target::Unknown;
-                    let outgoing = OutgoingHandoff { request: id, target, first_token: None, ended: false };
+                    let (peer, target) = (peer.instance, Target::Unknown);
+                    let outgoing =
+                        OutgoingHandoff { request: id, peer, target, first_token: None, ended: false };
                     life.outgoing.insert(handoff, outgoing);
-                    self.order(process, Order::Expect(handoff, peer.instance));
+                    self.order(process, Order::Expect(handoff, peer));
                 }
                 submitted
             }

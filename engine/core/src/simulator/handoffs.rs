@@ -1,6 +1,8 @@
 //! What the engine thread does about handoffs, on both sides.
 
-use tidemill_kvtransfer_proto::endpoint_core::{EndpointEvent, ReserveOrder, ReservedHandoff, TargetWrite};
+use tidemill_kvtransfer_proto::endpoint_core::{
+    EndpointEvent, QuietProof, ReserveOrder, ReservedHandoff, TargetWrite,
+};
 use tidemill_kvtransfer_proto::layout::Bridge;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, HandoffId, TokenCount};
 
@@ -65,6 +67,9 @@ impl World<'_> {
                 }
                 self.give_up(process, handoff);
                 self.order(process, Order::Abandon(handoff));
+                if self.plants(Mischief::FreeOffered) {
+                    self.sender_is_quiet(process, handoff, "it is not wanted any more");
+                }
             }
             EndpointEvent::SendFailed { handoff, error } => {
                 self.sender_is_quiet(process, handoff, &error.to_string());
@@ -77,7 +82,20 @@ impl World<'_> {
                 }
             }
             EndpointEvent::Released { handoff } => self.released(process, handoff),
-            EndpointEvent::PeerDown { .. } => {}
+            EndpointEvent::PeerDown { peer, .. } => self.free_offered(process, peer),
+        }
+    }
+
+    /// A planted bug: what a peer may read counts as free once the link to it is gone.
+    fn free_offered(&mut self, process: Process, peer: u64) {
+        if !self.plants(Mischief::FreeOffered) {
+            return;
+        }
+        let life = self.life(process).expect("it runs");
+        let offered: Vec<HandoffId> =
+            life.outgoing.iter().filter(|(_, it)| it.peer == peer).map(|(&handoff, _)| handoff).collect();
+        for handoff in offered {
+            self.sender_is_quiet(process, handoff, "its peer is gone");
         }
     }
 
@@ -221,7 +239,9 @@ impl World<'_> {
         let place = self.front.place_of(peer);
         if let Some(place) = place {
             let pair = (place.min(process.place), place.max(process.place));
-            self.summary.handoffs[self.proofs[&pair] as usize] += 1;
+            let proof = self.proofs[&pair];
+            let is_read = proof == QuietProof::AccessEnded && self.workers[process.place].pulls;
+            self.summary.handoffs[proof as usize + usize::from(is_read)] += 1;
             let is_converted = self.workers[place].shape != self.workers[process.place].shape;
             self.summary.converted += u64::from(is_converted);
         }

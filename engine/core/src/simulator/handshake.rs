@@ -108,6 +108,9 @@ impl World<'_> {
         let Some(life) = self.life(process) else { return };
         if life.up.get(&peer.instance).is_some_and(|(up, _, _)| *up == conn) {
             life.last_delivery.insert(peer.instance, local);
+            if let Message::Commit(commit) = &message {
+                life.committed.insert(commit.handoff, commit.digests.clone());
+            }
             life.core.hear(peer.instance, message, now);
             return self.act(process);
         }
@@ -282,6 +285,7 @@ impl Life {
             host: String::new(),
             memory_socket: String::new(),
             offer: Offer { shared_memory: true, rdma: false, tcp: true, on_failure: OnFailure::FallBack },
+            pulls: self.pulls,
             lease: Duration::from_micros(LEASE),
         }
     }

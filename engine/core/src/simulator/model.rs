@@ -126,6 +126,8 @@ pub(super) struct Piece {
     memory: Memory,
     offset: usize,
     len: usize,
+    /// Whether it is blocks of the worker itself.
+    is_in_region: bool,
 }
 
 impl Memory {
@@ -161,7 +163,7 @@ impl Memory {
     pub(super) fn piece(&self, block: BlockId, layers: Range<usize>) -> Piece {
         let layer_bytes = self.shape.layer_bytes();
         let offset = block.0 as usize * self.shape.block_bytes() + layers.start * layer_bytes;
-        Piece { memory: self.clone(), offset, len: layers.len() * layer_bytes }
+        Piece { memory: self.clone(), offset, len: layers.len() * layer_bytes, is_in_region: true }
     }
 
     /// Some layers of one block of another shape, made of what is here at those positions, in memory of their own.
@@ -180,7 +182,7 @@ impl Memory {
                 memory.store(index * to.layer_bytes() + slot * to.slot_bytes(), key, value);
             }
         }
-        Piece { memory, offset: 0, len }
+        Piece { memory, offset: 0, len, is_in_region: false }
     }
 
     fn numbers(&self, table: &[BlockId], layer: usize, position: usize) -> (u64, u64) {
@@ -232,7 +234,11 @@ impl WriteSource for Piece {
 
     fn range(&self, offset: usize, len: usize) -> Option<Self> {
         let inside = offset + len <= self.memory.bytes.borrow().len();
-        inside.then(|| Self { memory: self.memory.clone(), offset, len })
+        inside.then(|| Self { memory: self.memory.clone(), offset, len, is_in_region: self.is_in_region })
+    }
+
+    fn in_region(&self) -> Option<u64> {
+        self.is_in_region.then_some(self.offset as u64)
     }
 
     fn read(&self, at: usize, buffer: &mut [u8]) {

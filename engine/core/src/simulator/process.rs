@@ -22,6 +22,8 @@ use crate::scheduler::Scheduler;
 #[derive(Debug)]
 pub(super) struct Life {
     pub(super) instance: u64,
+    /// Whether no device of a peer may write to its memory.
+    pub(super) pulls: bool,
     pub(super) scheduler: Scheduler,
     pub(super) core: EndpointCore<Piece>,
     pub(super) memory: Memory,
@@ -43,6 +45,8 @@ pub(super) struct Life {
     pub(super) last_delivery: BTreeMap<u64, u64>,
     pub(super) peers: BTreeMap<u64, Peer>,
     pub(super) endpoint_turn_at: Option<u64>,
+    /// For a planted bug: digests that peers have sent.
+    pub(super) committed: BTreeMap<HandoffId, Vec<u64>>,
 }
 
 impl Life {
@@ -52,6 +56,7 @@ impl Life {
         shape: Shape,
         in_place: bool,
         credit: u64,
+        pulls: bool,
     ) -> Self {
         let blocks = scheduler.ledger().total.0;
         let rules = EndpointRules {
@@ -64,9 +69,11 @@ impl Life {
             patience: Duration::from_secs(3),
             stall: Duration::from_secs(2),
             credit,
+            pulls,
         };
         Self {
             instance,
+            pulls,
             scheduler,
             core: EndpointCore::new(rules),
             memory: Memory::new(shape, blocks),
@@ -83,6 +90,7 @@ impl Life {
             last_delivery: BTreeMap::new(),
             peers: BTreeMap::new(),
             endpoint_turn_at: None,
+            committed: BTreeMap::new(),
         }
     }
 
@@ -115,7 +123,8 @@ impl World<'_> {
         let instance = self.number();
         let worker = &mut self.workers[place];
         let scheduler = Scheduler::new(worker.limits, worker.blocks);
-        worker.life = Some(Life::new(instance, scheduler, worker.shape, self.in_place, self.credit));
+        worker.life =
+            Some(Life::new(instance, scheduler, worker.shape, self.in_place, self.credit, worker.pulls));
         let process = Process { place, instance };
         self.note(|| format!("worker {place} starts as {instance:x}"));
         self.after(1, Event::Status(process));

@@ -3,7 +3,8 @@
 //! - *Admission*: the receiver's thread lets each piece of a write in or not, in order.
 //! - *Process*: the sender copies into the receiver's memory, whoever looks.
 //! - *AccessEnded*: a device writes, over several queues without an order among them. What has left the sender lands
-//!   even when the sender is gone, until the receiver has ended its access.
+//!   even when the sender is gone, until the receiver has ended its access. Where the receiver lets nobody write, its own
+//!   device reads (`reads`).
 
 use std::collections::BTreeMap;
 
@@ -12,8 +13,10 @@ use tidemill_kvtransfer_proto::message::Message;
 use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, WriteFault, WriteId};
 use tidemill_kvtransfer_proto::units::{BlockId, HandoffId};
 
+use super::captions::short;
 use super::model::{Memory, Piece};
 use super::process::Life;
+use super::reads::Read;
 use super::world::{Event, Node, Process, World};
 use super::{Fault, Mischief};
 
@@ -38,12 +41,14 @@ pub(super) struct End {
     /// No write of this side arrives any more, and nobody is told.
     is_data_mute: bool,
     /// No device of the other side can write here any more.
-    access_ended: bool,
-    memory: Memory,
+    pub(super) access_ended: bool,
+    pub(super) memory: Memory,
     /// Writes of this side that may still land.
     pub(super) flights: BTreeMap<WriteId, Flight>,
+    /// Reads of this side that may still land.
+    pub(super) reads: BTreeMap<WriteId, Read>,
     last_arrival: u64,
-    queues: [u64; QUEUES],
+    pub(super) queues: [u64; QUEUES],
     latest_landed: Option<WriteId>,
 }
 
@@ -73,6 +78,7 @@ impl World<'_> {
             access_ended: false,
             memory: self.workers[process.place].life.as_ref().expect("it is up").memory.clone(),
             flights: BTreeMap::new(),
+            reads: BTreeMap::new(),
             last_arrival: 0,
             queues: [0; QUEUES],
             latest_landed: None,
@@ -143,6 +149,7 @@ impl World<'_> {
             return ids.into_iter().map(severed).collect();
         }
         // The queue pair is flushed in its own time.
+        self.flush_reads(id, side);
         for id in ids {
             let delay = self.micros(10, 2_000);
             self.after(delay, Event::Completed { process, completion: severed(id) });
@@ -173,7 +180,8 @@ impl World<'_> {
         let Some(life) = self.life(process) else { return };
         let Some(&(id, side, _)) = life.up.get(&peer) else { return };
         let depth = self.queue_depth;
-        let mut room = depth.saturating_sub(self.conns[&id].ends[side].flights.len());
+        let end = &self.conns[&id].ends[side];
+        let mut room = depth.saturating_sub(end.flights.len() + end.reads.len());
         let mut posted = Vec::new();
         let mut was_full = false;
         let now = self.local_moment(process.place);
@@ -398,7 +406,7 @@ impl World<'_> {
     }
 
     /// The nodes of a connection: this side's and the other's.
-    fn nodes(&self, id: ConnId, side: usize) -> Option<(Node, Node)> {
+    pub(super) fn nodes(&self, id: ConnId, side: usize) -> Option<(Node, Node)> {
         let conn = self.conns.get(&id)?;
         let node = |side: usize| Node::Worker(conn.ends[side].process.place);
         Some((node(side), node(1 - side)))
@@ -429,32 +437,5 @@ impl Flight {
     }
 }
 
-/// A message in a word or two.
-fn short(message: &Message) -> String {
-    match message {
-        Message::Hello(_) => "hello".to_owned(),
-        Message::Welcome(_) => "welcome".to_owned(),
-        Message::Refuse(refuse) => format!("refuse: {}", refuse.reason),
-        Message::Attach(_) => "attach".to_owned(),
-        Message::Ready(ready) => format!("ready, busy with {:?}", ready.busy),
-        Message::Reserve(reserve) => {
-            let blocks: Vec<u32> = reserve.targets.iter().map(|it| it.block.0).collect();
-            format!("reserve {} blocks {blocks:?}", reserve.handoff)
-        }
-        Message::Decline { handoff, reason } => format!("decline {handoff}: {reason}"),
-        Message::Commit(commit) => format!("commit {}", commit.handoff),
-        Message::Adopted { handoff } => format!("adopted {handoff}"),
-        Message::Refused { handoff, reason } => format!("refused {handoff}: {reason}"),
-        Message::Cancel { handoff } => format!("cancel {handoff}"),
-        Message::Quiet { handoff, reason } => format!("quiet {handoff}: {reason}"),
-        Message::Heartbeat { seq } => format!("heartbeat {seq}"),
-        Message::Paths(paths) => format!("{} paths", paths.ends.len()),
-        Message::PathDown { path } => format!("path {path} is down"),
-        Message::Ask { handoff, ask } => format!("ask {handoff}: {} of {} B", ask.ended, ask.wanted),
-        Message::Grant { handoff, bytes } => format!("grant {handoff} {bytes} B"),
-        Message::Bye { busy } => format!("bye, busy with {busy:?}"),
-    }
-}
-
 /// Queues of a device's connection.
-const QUEUES: usize = 3;
+pub(super) const QUEUES: usize = 3;

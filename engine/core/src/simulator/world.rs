@@ -58,6 +58,8 @@ pub(super) enum Event {
     Closed { conn: ConnId, to: usize },
     Lands { conn: ConnId, from: usize, id: WriteId },
     Echo { conn: ConnId, from: usize, id: WriteId },
+    Looks { conn: ConnId, reader: usize, id: WriteId },
+    Brings { conn: ConnId, reader: usize, id: WriteId },
     Completed { process: Process, completion: Completion },
     AccessEnded { process: Process, conn: ConnId, side: usize, peer: u64, link: LinkId },
     ProcessGone { process: Process, peer: u64 },
@@ -70,6 +72,8 @@ pub(super) struct Worker {
     pub(super) role: Role,
     pub(super) limits: Limits,
     pub(super) shape: Shape,
+    /// Whether no device of a peer may write to its memory.
+    pub(super) pulls: bool,
     pub(super) blocks: BlockCount,
     pub(super) life: Option<Life>,
     /// Nothing runs there until then.
@@ -115,6 +119,9 @@ impl<'a> World<'a> {
         let short_queues = options.faults.contains(Fault::FullQueue) && chance.happens(400);
         let roles = roles(&mut chance);
         let shapes = shapes(&mut chance, roles.len());
+        // What is read is not converted. Drawn aside, so that schedules from before there were reads stay as they were.
+        let mut aside = Chance::new(seed ^ 0x71de_3111_9011_0001);
+        let can_pull = shapes.windows(2).all(|pair| pair[0] == pair[1]);
         let workers: Vec<Worker> = roles
             .into_iter()
             .zip(shapes)
@@ -124,6 +131,7 @@ impl<'a> World<'a> {
                     role,
                     limits: limits(&mut chance, shape, short_queues),
                     shape,
+                    pulls: can_pull && aside.happens(500),
                     blocks: room.blocks_to_hold(shape.block_len),
                     life: None,
                     stands_until: 0,
@@ -216,6 +224,8 @@ impl<'a> World<'a> {
             Event::Closed { conn, to } => self.closed(conn, to),
             Event::Lands { conn, from, id } => self.lands(conn, from, id),
             Event::Echo { conn, from, id } => self.echo(conn, from, id),
+            Event::Looks { conn, reader, id } => self.looks(conn, reader, id),
+            Event::Brings { conn, reader, id } => self.brings(conn, reader, id),
             Event::Completed { process, completion } => self.completed(process, completion),
             Event::AccessEnded { process, conn, side, peer, link } => {
                 self.access_ended(process, conn, side, peer, link);
@@ -254,6 +264,9 @@ impl<'a> World<'a> {
             | Event::ToFront { .. }
             | Event::FrontTimer
             | Event::Echo { .. }
+            // Devices need nobody.
+            | Event::Looks { .. }
+            | Event::Brings { .. }
             | Event::Chaos(_) => return None,
         };
         let until = self.workers[place].stands_until;

@@ -9,7 +9,8 @@ use crate::credit::Ask;
 use crate::digest::Coverage;
 use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{
-    Attach, Commit, Hello, Offer, OnFailure, Paths, Ready, Refuse, Reserve, TransportKind, Welcome,
+    Attach, Commit, Hello, Offer, Offered, OnFailure, Paths, Piece, Ready, Refuse, Reserve, TransportKind,
+    Welcome,
 };
 use crate::path::PathEnd;
 use crate::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
@@ -34,6 +35,7 @@ fn hello() -> Hello {
         host: "boot/1000".into(),
         memory_socket: "tidemill".into(),
         offer: Offer { shared_memory: true, rdma: true, tcp: false, on_failure: OnFailure::Fail },
+        pulls: true,
         lease: Duration::from_millis(500),
     }
 }
@@ -97,6 +99,13 @@ fn messages() -> Vec<Message> {
         Message::PathDown { path: 0 },
         Message::Ask { handoff, ask: Ask { ended: 0, wanted: u64::MAX } },
         Message::Grant { handoff, bytes: 1 << 40 },
+        Message::Offer(Offered {
+            handoff,
+            before: 1 << 33,
+            pieces: vec![Piece { source: 0, target: 1 << 41, len: u32::MAX, stamp: u64::MAX }; 3],
+        }),
+        Message::Offer(Offered { handoff, before: 0, pieces: vec![] }),
+        Message::Fetched { handoff, pieces: u64::MAX },
         Message::Bye { busy: vec![handoff] },
     ]
 }
@@ -157,7 +166,7 @@ fn bad_frames_are_refused() {
     let rows = [
         ("another protocol",             with(0, b"GE"),                             CodecError::Mark),
         ("its first byte is enough",     b"G".to_vec(),                              CodecError::Mark),
-        ("another version",              with(2, &[9, 0]),                           CodecError::Version { theirs: 9, ours: 2 }),
+        ("another version",              with(2, &[9, 0]),                           CodecError::Version { theirs: 9, ours: 3 }),
         ("longer than allowed",          with(4, &[0xff; 4]),                        CodecError::TooLong { length: 0xffff_ffff }),
         ("an empty body",                body(&[]),                                  malformed("no message that this version knows")),
         ("heads beyond the model's",     frame(&Message::Hello(bad_layout)),         malformed("layout")),
@@ -207,6 +216,7 @@ fn weight(message: &Message) -> usize {
         Message::Decline { reason, .. } | Message::Refused { reason, .. } | Message::Quiet { reason, .. } => {
             reason.capacity()
         }
+        Message::Offer(it) => it.pieces.capacity() * size_of::<Piece>(),
         Message::Bye { busy } => busy.capacity() * size_of::<HandoffId>(),
         Message::Paths(it) => {
             it.failure.as_ref().map_or(0, String::capacity) + it.ends.capacity() * size_of::<PathEnd>()
@@ -217,6 +227,7 @@ fn weight(message: &Message) -> usize {
         | Message::PathDown { .. }
         | Message::Ask { .. }
         | Message::Grant { .. }
+        | Message::Fetched { .. }
         | Message::Heartbeat { .. } => 0,
     }
 }

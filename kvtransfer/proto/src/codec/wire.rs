@@ -4,6 +4,7 @@
 
 mod credit;
 mod layout;
+mod offers;
 mod paths;
 
 use std::time::Duration;
@@ -17,7 +18,7 @@ use self::layout::Layout;
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Envelope {
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20")]
     body: Option<Body>,
 }
 
@@ -59,6 +60,10 @@ enum Body {
     Ask(credit::Ask),
     #[prost(message, tag = "18")]
     Grant(credit::Grant),
+    #[prost(message, tag = "19")]
+    Offer(offers::Offered),
+    #[prost(message, tag = "20")]
+    Fetched(offers::Fetched),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -89,6 +94,8 @@ struct Hello {
     lease_ms: u64,
     #[prost(bool, tag = "13")]
     offers_rdma: bool,
+    #[prost(bool, tag = "14")]
+    pulls: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -205,6 +212,10 @@ impl From<Message> for Envelope {
             Message::PathDown { path } => Body::PathDown(path),
             Message::Ask { handoff, ask } => Body::Ask(credit::Ask::new(handoff, ask)),
             Message::Grant { handoff, bytes } => Body::Grant(credit::Grant { handoff: handoff.0, bytes }),
+            Message::Offer(it) => Body::Offer(it.into()),
+            Message::Fetched { handoff, pieces } => {
+                Body::Fetched(offers::Fetched { handoff: handoff.0, pieces })
+            }
             Message::Bye { busy } => Body::Bye(Bye { busy: busy.into_iter().map(|it| it.0).collect() }),
         };
         Self { body: Some(body) }
@@ -243,6 +254,8 @@ impl TryFrom<Envelope> for Message {
             Body::PathDown(path) => Self::PathDown { path },
             Body::Ask(it) => it.into(),
             Body::Grant(it) => Self::Grant { handoff: HandoffId(it.handoff), bytes: it.bytes },
+            Body::Offer(it) => it.try_into()?,
+            Body::Fetched(it) => Self::Fetched { handoff: HandoffId(it.handoff), pieces: it.pieces },
             Body::Bye(it) => Self::Bye { busy: it.busy.into_iter().map(HandoffId).collect() },
         })
     }
@@ -264,6 +277,7 @@ impl From<message::Hello> for Hello {
             requires_best: it.offer.on_failure == OnFailure::Fail,
             lease_ms: u64::try_from(it.lease.as_millis()).unwrap_or(u64::MAX),
             offers_rdma: it.offer.rdma,
+            pulls: it.pulls,
         }
     }
 }
@@ -287,6 +301,7 @@ impl TryFrom<Hello> for message::Hello {
                 tcp: it.offers_tcp,
                 on_failure: if it.requires_best { OnFailure::Fail } else { OnFailure::FallBack },
             },
+            pulls: it.pulls,
             lease: Duration::from_millis(it.lease_ms),
         })
     }

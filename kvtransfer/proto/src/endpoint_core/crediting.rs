@@ -45,6 +45,9 @@ impl<S: WriteSource> EndpointCore<S> {
         if self.incoming.get(&handoff).is_some_and(|it| it.peer != peer) {
             return self.log(peer, handoff, "it asked for somebody else's credit");
         }
+        if self.incoming.get(&handoff).is_some_and(|it| it.pull.is_some()) {
+            return self.log(peer, handoff, "it asked for leave to write what is read");
+        }
         match self.credit.ask(handoff, ask) {
             Ok(()) => self.grant(),
             Err(fault) => self.link_lost(peer, &format!("the peer broke the protocol: {fault}"), now),
@@ -52,8 +55,11 @@ impl<S: WriteSource> EndpointCore<S> {
     }
 
     /// Gives leave to those whose turn it is.
-    fn grant(&mut self) {
+    pub(super) fn grant(&mut self) {
         while let Some(grant) = self.credit.next_grant() {
+            if self.takes_grant(grant.handoff, grant.bytes) {
+                continue; // It is for a read of this side.
+            }
             self.send(grant.peer, Message::Grant { handoff: grant.handoff, bytes: grant.bytes });
         }
     }

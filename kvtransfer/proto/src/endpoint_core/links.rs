@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::prefilling::Outgoing;
 use super::writing::WriteSource;
 use super::{EndpointAction, EndpointCore, EndpointEvent, LinkId, LinkUp, QuietProof};
 use crate::digest::BlockShape;
@@ -25,6 +26,8 @@ pub(super) struct PeerState {
 pub(super) struct LinkState {
     pub(super) id: LinkId,
     pub(super) proof: QuietProof,
+    /// Whether the peer reads what this side has for it.
+    pub(super) is_read_by_peer: bool,
     pub(super) layout: Arc<KvLayout>,
     /// Of the peer's blocks.
     pub(super) shape: BlockShape,
@@ -36,12 +39,14 @@ pub(super) struct LinkState {
     next_beat: Moment,
     beat_every: Duration,
     beats: u64,
-    /// Posted writes that have not ended.
+    /// Posted writes and reads that have not ended.
     pub(super) under_way: u32,
     /// When one of them ended, or the first was posted.
     pub(super) progress: Moment,
     /// Handoffs that have writes to post, oldest first.
     pub(super) posting: VecDeque<HandoffId>,
+    /// Handoffs that have reads to post, in the order in which they got leave.
+    pub(super) fetching: VecDeque<HandoffId>,
     pub(super) ended: Ended,
 }
 
@@ -90,12 +95,15 @@ impl<S: WriteSource> EndpointCore<S> {
         let id = LinkId(self.next_link);
         self.next_link += 1;
         let shape = BlockShape::of(&hello.layout);
+        let is_read_by_peer = hello.pulls && proof == QuietProof::AccessEnded;
+        let bridge = self.rules.layout.bridge(&hello.layout);
         let link = LinkState {
             id,
             proof,
+            is_read_by_peer,
             shape,
             blocks: hello.region_bytes / shape.block as u64,
-            bridge: self.rules.layout.bridge(&hello.layout),
+            bridge: if is_read_by_peer { bridge.and_then(as_they_are) } else { bridge },
             layout: Arc::new(hello.layout),
             last_heard: now,
             next_beat: now,
@@ -104,6 +112,7 @@ impl<S: WriteSource> EndpointCore<S> {
             under_way: 0,
             progress: now,
             posting: VecDeque::new(),
+            fetching: VecDeque::new(),
             ended: Ended::default(),
         };
         self.peers.insert(peer, PeerState { name: hello.name, link: Some(link) });
@@ -159,6 +168,8 @@ impl<S: WriteSource> EndpointCore<S> {
             }
             Message::Ask { handoff, ask } => self.hear_ask(peer, handoff, ask, now),
             Message::Grant { handoff, bytes } => self.hear_grant(peer, handoff, bytes),
+            Message::Offer(offered) => self.hear_offer(peer, offered, now),
+            Message::Fetched { handoff, pieces } => self.hear_fetched(peer, handoff, pieces, now),
             // Paths are the driver's; that the peer spoke has been noted.
             Message::Heartbeat { .. } | Message::PathDown { .. } => {}
             Message::Bye { busy } => {
@@ -200,9 +211,10 @@ impl<S: WriteSource> EndpointCore<S> {
         self.prove_quiet(peer, |incoming| incoming.proof() != Some(QuietProof::AccessEnded));
     }
 
-    /// No device of the peer can write over what was that link any more.
-    pub fn access_ended(&mut self, peer: u64, link: LinkId) {
+    /// No device of the peer can write or read over what was that link any more.
+    pub fn access_ended(&mut self, peer: u64, link: LinkId, now: Moment) {
         self.prove_quiet(peer, |incoming| incoming.link() == Some(link));
+        self.end_offers(peer, link, now);
     }
 
     /// Heartbeats, leases and everything else that happens because time passes.
@@ -217,7 +229,7 @@ impl<S: WriteSource> EndpointCore<S> {
             if lease < silence {
                 self.link_lost(peer, &format!("nothing was heard for {silence:?}"), now);
             } else if 0 < link.under_way && stall < standstill {
-                self.link_lost(peer, &format!("no write has completed for {standstill:?}"), now);
+                self.link_lost(peer, &format!("no transfer has completed for {standstill:?}"), now);
             } else if is_idle {
                 self.link_lost(peer, "the peer has leave to write and writes nothing", now);
             } else if link.next_beat <= now {
@@ -273,7 +285,8 @@ impl<S: WriteSource> EndpointCore<S> {
 
     /// Handoffs to that peer of which this side cannot promise that it no longer touches their blocks.
     fn busy_with(&self, peer: u64) -> Vec<HandoffId> {
-        let busy = self.outgoing.iter().filter(|(_, it)| it.peer == peer && it.sender.is_busy());
+        let touches = |it: &Outgoing<S>| it.peer == peer && it.sender.is_busy() && it.offers.is_none();
+        let busy = self.outgoing.iter().filter(|(_, it)| touches(it));
         busy.map(|(&handoff, _)| handoff).collect()
     }
 }
@@ -293,6 +306,18 @@ impl Ended {
 
     pub(super) fn contains(&self, handoff: HandoffId) -> bool {
         self.set.contains(&handoff)
+    }
+}
+
+/// The bridge to a peer that reads blocks as they lie here: nobody converts them on their way.
+fn as_they_are(bridge: Bridge) -> Result<Bridge, LayoutMismatch> {
+    match bridge {
+        Bridge::Identical => Ok(bridge),
+        Bridge::Convert { .. } => Err(LayoutMismatch {
+            field: "handoff",
+            ours: "blocks of another layout".to_owned(),
+            theirs: "pulls them as they are".to_owned(),
+        }),
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::fetching::Offers;
 use super::links::LinkState;
 use super::writing::WriteSource;
 use super::{
@@ -38,6 +39,8 @@ pub(super) struct Outgoing<S> {
     pub(super) is_posting: bool,
     /// Leave to post them, where that is needed.
     pub(super) credit: Option<CreditLine>,
+    /// What the peer may read, where it reads.
+    pub(super) offers: Option<Offers>,
     /// Of what was posted so far, one for each target.
     pub(super) digests: Vec<u64>,
     pub(super) stats: HandoffStats,
@@ -145,7 +148,9 @@ impl<S: WriteSource> EndpointCore<S> {
             }
         };
         let in_place = self.reaches_in_place(peer);
-        let takes_credit = self.link(peer).is_some_and(|link| link.proof.takes_credit());
+        let link = self.link(peer);
+        let offers = link.filter(|link| link.is_read_by_peer).map(|link| Offers::over(link.id));
+        let takes_credit = offers.is_none() && link.is_some_and(|link| link.proof.takes_credit());
         let message::Reserve { tokens, first_block, cached, targets, coverage, .. } = reserve;
         let outgoing = Outgoing {
             peer,
@@ -159,6 +164,7 @@ impl<S: WriteSource> EndpointCore<S> {
             pending: VecDeque::new(),
             is_posting: false,
             credit: takes_credit.then(CreditLine::default),
+            offers,
             digests: vec![0; targets.len()],
             stats: HandoffStats::default(),
             finished: None,

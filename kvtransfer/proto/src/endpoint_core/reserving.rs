@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::fetching::Pull;
 use super::writing::WriteSource;
 use super::{
     DigestOrder, DigestTicket, EndpointCore, EndpointEvent, LinkId, QuietProof, ReserveOrder, check_shape,
@@ -18,11 +19,13 @@ use crate::units::{HandoffId, Moment};
 #[derive(Clone, Debug)]
 pub(super) struct Incoming {
     pub(super) peer: u64,
-    reservation: Reservation,
+    pub(super) reservation: Reservation,
     /// What is to be said to the peer as soon as it is connected.
     announcement: Option<message::Reserve>,
     /// The link over which it was said and writes come.
     via: Option<(LinkId, QuietProof)>,
+    /// What this side reads, where it reads.
+    pub(super) pull: Option<Pull>,
     /// Digests in the making, and what they should be.
     verification: Option<(DigestTicket, Vec<u64>)>,
     /// Whether the peer says that it computed in the blocks, and can have done so.
@@ -91,6 +94,7 @@ impl<S: WriteSource> EndpointCore<S> {
             reservation,
             announcement,
             via: None,
+            pull: None,
             verification: None,
             in_place: false,
             deadline: now.plus(order.within.min(LATEST)),
@@ -113,12 +117,15 @@ impl<S: WriteSource> EndpointCore<S> {
         let Some(peer) = self.incoming.get(&handoff).map(|it| it.peer) else { return };
         let Some(link) = self.link(peer) else { return };
         let via = Some((link.id, link.proof));
+        let pulls = self.rules.pulls && link.proof == QuietProof::AccessEnded;
         let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
         let Some(announcement) = incoming.announcement.take() else { return };
         incoming.via = via;
+        incoming.pull = pulls.then(Pull::default);
         self.open_credit(handoff);
         self.send(peer, Message::Reserve(announcement));
-        self.apply_to_reservation(handoff, ReservationEvent::Announced);
+        let event = if pulls { ReservationEvent::AnnouncedToRead } else { ReservationEvent::Announced };
+        self.apply_to_reservation(handoff, event);
     }
 
     /// Announces what had to wait for this peer.
@@ -230,11 +237,11 @@ impl<S: WriteSource> EndpointCore<S> {
         self.incoming.iter().filter(|(_, it)| it.peer == peer).map(|(&handoff, _)| handoff).collect()
     }
 
-    fn apply_to_reservation(&mut self, handoff: HandoffId, event: ReservationEvent) {
+    pub(super) fn apply_to_reservation(&mut self, handoff: HandoffId, event: ReservationEvent) {
         let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
         let peer = incoming.peer;
-        // Whoever commits has written everything.
-        let is_written = matches!(event, ReservationEvent::Commit(_));
+        // Whoever commits has written everything, or knows that it was read.
+        let is_written = matches!(event, ReservationEvent::Commit(_)) && incoming.reservation.reads() == 0;
         let mut actions = incoming.reservation.apply(event);
         // From the moment that it is not `Filling` its admission lets nothing land.
         let is_admitted = incoming.proof() == Some(QuietProof::Admission);
@@ -242,6 +249,11 @@ impl<S: WriteSource> EndpointCore<S> {
             actions.extend(incoming.reservation.apply(ReservationEvent::QuietProven));
         }
         let still_fills = incoming.is_filling() && !is_written;
+        if !incoming.is_filling()
+            && let Some(dropped) = incoming.pull.as_mut().map(Pull::drop_pending).filter(|it| 0 < *it)
+        {
+            actions.extend(incoming.reservation.apply(ReservationEvent::Read { pieces: dropped }));
+        }
         for action in actions {
             match action {
                 ReservationAction::Send(message) => self.send(peer, message),
@@ -254,6 +266,7 @@ impl<S: WriteSource> EndpointCore<S> {
                     self.tell(EndpointEvent::ReserveFailed { handoff, error });
                 }
                 ReservationAction::TellReleased => {
+                    self.say_fetched(handoff);
                     self.incoming.remove(&handoff);
                     self.tell(EndpointEvent::Released { handoff });
                 }

@@ -29,6 +29,9 @@ impl WriteSource for Zeros {
     fn range(&self, offset: usize, len: usize) -> Option<Self> {
         Some(Self { offset, len })
     }
+    fn in_region(&self) -> Option<u64> {
+        Some(self.offset as u64)
+    }
     fn read(&self, _: usize, buffer: &mut [u8]) {
         buffer.fill(0);
     }
@@ -144,6 +147,7 @@ impl Scene {
             patience: Duration::from_secs(3),
             stall: STALL,
             credit: 1 << 20,
+            pulls: false,
         };
         let mut scene = Self { core: EndpointCore::new(rules), proof, now: Moment::default(), written: 0 };
         scene.happens("up");
@@ -183,8 +187,8 @@ impl Scene {
             "cancel" => core.cancel(HANDOFF),
             "lost" => core.link_lost(PEER, "why", now),
             "gone" => core.process_gone(PEER, now),
-            "access" => core.access_ended(PEER, LinkId(0)),
-            "access-2" => core.access_ended(PEER, LinkId(1)),
+            "access" => core.access_ended(PEER, LinkId(0), now),
+            "access-2" => core.access_ended(PEER, LinkId(1), now),
             "quiet" => core.hear(PEER, quiet(), now),
             "decline" => {
                 core.hear(PEER, Message::Decline { handoff: HANDOFF, reason: "why".to_owned() }, now)
@@ -271,6 +275,7 @@ fn hello() -> Hello {
         host: String::new(),
         memory_socket: String::new(),
         offer: Offer { shared_memory: true, rdma: false, tcp: true, on_failure: OnFailure::FallBack },
+        pulls: false,
         lease: Duration::from_millis(500),
     }
 }

@@ -1,9 +1,10 @@
 //! Writes, from the engine's order to their completion.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use super::fetching::Fetched;
 use super::prefilling::Outgoing;
-use super::{EndpointCore, PostedWrite};
+use super::{Direction, EndpointCore, PostedWrite};
 use crate::coalesce::{Runs, Span};
 use crate::digest::{BlockDigests, BlockShape};
 use crate::sender::SenderEvent;
@@ -24,6 +25,8 @@ pub trait WriteSource: Clone {
     }
     /// Another range of the same memory; `None` when it is not inside.
     fn range(&self, offset: usize, len: usize) -> Option<Self>;
+    /// Offset of the first byte in this side's region, which peers can read; `None` when it is other memory.
+    fn in_region(&self) -> Option<u64>;
     /// Copies bytes out, starting `at` bytes into the range.
     fn read(&self, at: usize, buffer: &mut [u8]);
 }
@@ -57,10 +60,26 @@ impl<S: WriteSource> EndpointCore<S> {
             return self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason }, now);
         };
         let count = u32::try_from(ranges.len()).expect("a reservation is bounded by its frame");
+        let offer = match &mut outgoing.offers {
+            None => None,
+            Some(offers) => match offers.take(handoff, &ranges) {
+                Some(offer) => Some(offer),
+                None => {
+                    self.log(0, handoff, "it offered what the peer cannot read");
+                    let reason = "this side offered what is not in its region".to_owned();
+                    return self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason }, now);
+                }
+            },
+        };
         outgoing.stats.writes += u64::from(count);
         outgoing.stats.bytes += ranges.iter().map(|(_, range)| u64::from(range.len)).sum::<u64>();
         if let Some(credit) = &mut outgoing.credit {
             credit.push(ranges.iter().map(|(_, range)| range.len.into()));
+        }
+        if let Some(offer) = offer {
+            outgoing.add_digests(handoff, &ranges);
+            self.apply_to_sender(handoff, SenderEvent::Pushed { writes: count }, now);
+            return self.send_offer(handoff, &offer);
         }
         outgoing.pending.extend(ranges);
         self.apply_to_sender(handoff, SenderEvent::Pushed { writes: count }, now);
@@ -108,7 +127,8 @@ impl<S: WriteSource> EndpointCore<S> {
                         }
                         link.under_way += 1;
                         let len = u64::from(range.len);
-                        writes.insert(id, PostedWrite { peer, link: link.id, handoff, len });
+                        let direction = Direction::Write;
+                        writes.insert(id, PostedWrite { peer, link: link.id, handoff, len, direction });
                         if let Some(credit) = &mut outgoing.credit {
                             credit.post(len);
                         }
@@ -129,18 +149,27 @@ impl<S: WriteSource> EndpointCore<S> {
         }
     }
 
-    /// Posted writes have ended, on a link that is up or one that was severed.
+    /// Posted writes and reads have ended, on a link that is up or one that was severed.
     pub fn completed(&mut self, done: &[Completion], now: Moment) {
         let mut settled: Vec<Settled> = Vec::new();
+        let mut read: BTreeMap<HandoffId, Fetched> = BTreeMap::new();
         for completion in done {
             let Some(write) = self.writes.remove(&completion.id) else { continue };
             if let Some(link) = self.link_mut(write.peer).filter(|link| link.id == write.link) {
                 link.under_way -= 1;
                 link.progress = now;
-                if completion.outcome == Err(WriteFault::Severed) {
-                    // First, so that the handoffs learn of the loss and not of a write that failed.
-                    self.link_lost(write.peer, "the connection was closed", now);
+                // First, so that the handoffs learn of the loss and not of a transfer that failed.
+                match completion.outcome {
+                    Err(WriteFault::Severed) => self.link_lost(write.peer, "the connection was closed", now),
+                    Err(fault) if write.direction == Direction::Read => {
+                        self.link_lost(write.peer, &format!("a read was turned down: {fault}"), now);
+                    }
+                    Ok(()) | Err(_) => {}
                 }
+            }
+            if write.direction == Direction::Read {
+                read.entry(write.handoff).or_default().add(write.len);
+                continue;
             }
             let (handoff, outcome) = (write.handoff, completion.outcome);
             match settled.last_mut() {
@@ -151,6 +180,9 @@ impl<S: WriteSource> EndpointCore<S> {
                 }
                 _ => settled.push(Settled { handoff, outcome, writes: 1, bytes: write.len }),
             }
+        }
+        for (handoff, fetched) in read {
+            self.fetched(handoff, fetched, now);
         }
         let mut ended = BTreeSet::new();
         for Settled { handoff, outcome, writes, bytes } in settled {

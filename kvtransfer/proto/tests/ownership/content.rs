@@ -26,6 +26,10 @@ impl WriteSource for Content {
         Some(*self)
     }
 
+    fn in_region(&self) -> Option<u64> {
+        Some(self.0 * BLOCK as u64)
+    }
+
     fn read(&self, at: usize, buffer: &mut [u8]) {
         fill(self.0, at, buffer);
     }

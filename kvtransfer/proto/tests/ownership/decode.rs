@@ -7,13 +7,13 @@ use tidemill_kvtransfer_proto::endpoint_core::{
     DigestOrder, EndpointAction, EndpointCore, EndpointEvent, LinkId, ReserveOrder,
 };
 use tidemill_kvtransfer_proto::message::Message;
-use tidemill_kvtransfer_proto::transport::{RemoteRange, WriteFault};
+use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, WriteFault, WriteId};
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
 
 use crate::content::Content;
 use crate::moves::Move;
 use crate::settings::rules;
-use crate::world::{Checked, Config, Link, NOW, PREFILL, Planted, TOKENS, Wire, World};
+use crate::world::{BLOCK, Checked, Config, Link, NOW, PREFILL, Planted, TOKENS, World};
 
 /// From the engine to its endpoint.
 #[derive(Clone, Debug)]
@@ -29,6 +29,14 @@ enum Order {
 enum News {
     Committed,
     Released,
+}
+
+/// A read that was posted and has not ended.
+#[derive(Clone, Copy, Debug)]
+struct Fetch {
+    link: LinkId,
+    source: RemoteRange,
+    target: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -49,7 +57,11 @@ pub(crate) struct Decode {
     // The endpoint's.
     pub(crate) core: EndpointCore<Content>,
     hashing: VecDeque<DigestOrder>,
+    /// Reads that have not ended.
+    reading: VecDeque<(WriteId, Fetch)>,
     pub(crate) link: Link,
+    /// The link that is up or was last.
+    pub(crate) link_id: LinkId,
     /// A link that was severed while the peer's device could still write.
     to_be_revoked: VecDeque<LinkId>,
     has_seen_the_end: bool,
@@ -70,7 +82,9 @@ impl Decode {
             news: VecDeque::new(),
             core: EndpointCore::new(rules(config)),
             hashing: VecDeque::new(),
+            reading: VecDeque::new(),
             link: Link::Down,
+            link_id: LinkId(0),
             to_be_revoked: VecDeque::new(),
             has_seen_the_end: false,
         }
@@ -134,6 +148,10 @@ impl World {
         if !decode.to_be_revoked.is_empty() {
             moves.push(Move::DecodeEndpointEndsAccess);
         }
+        if decode.core.has_reads_from(PREFILL) {
+            moves.push(Move::DecodeEndpointFetches);
+        }
+        moves.extend((0..decode.reading.len()).map(Move::DecodeEndpointReads));
         if self.prefill.is_none() && !decode.has_seen_the_end && self.config.wire.is_mapped() {
             moves.push(Move::DecodeEndpointSeesTheEnd);
         }
@@ -186,12 +204,14 @@ impl World {
             Move::DecodeEndpointEndsAccess => {
                 let link = self.decode.to_be_revoked.pop_front().expect("there is one");
                 self.end_access(link);
-                self.decode.core.access_ended(PREFILL, link);
+                self.decode.core.access_ended(PREFILL, link, NOW);
             }
             Move::DecodeEndpointSeesTheEnd => {
                 self.decode.has_seen_the_end = true;
                 self.decode.core.process_gone(PREFILL, NOW);
             }
+            Move::DecodeEndpointFetches => self.decode_endpoint_fetches(),
+            Move::DecodeEndpointReads(index) => self.decode_endpoint_reads(index)?,
             Move::DecodeEndpointReachesNobody => self.decode.core.unreachable(PREFILL, "r"),
             _ => return Ok(false),
         }
@@ -264,6 +284,42 @@ impl World {
         }
     }
 
+    /// One read leaves.
+    fn decode_endpoint_fetches(&mut self) {
+        let mut taken = None;
+        let take = |id, source, target| match taken {
+            None => {
+                taken = Some((id, source, target));
+                Post::Accepted
+            }
+            Some(_) => Post::QueueFull,
+        };
+        self.decode.core.fetch(PREFILL, take, NOW);
+        let Some((id, source, target)) = taken else { return };
+        let link = self.decode.link_id;
+        self.decode.reading.push_back((id, Fetch { link, source, target }));
+        if self.config.planted == Some(Planted::SettleWhenFetched) {
+            self.decode.core.completed(&[Completion { id, outcome: Ok(()) }], NOW);
+        }
+    }
+
+    /// One read comes to its end: what the prefill worker has there lands, if it can still be read.
+    fn decode_endpoint_reads(&mut self, index: usize) -> Checked {
+        let (id, Fetch { link, source, target }) = self.decode.reading.remove(index).expect("just listed");
+        let handoff = source.handoff;
+        let mut outcome = Err(WriteFault::Severed);
+        if let Some(prefill) = self.prefill.as_ref().filter(|_| self.readable_from <= link) {
+            if !prefill.holds(handoff) {
+                return Err(format!("handoff {handoff} reads a block that prefill does not hold"));
+            }
+            let (number, block) = (source.offset / BLOCK as u64, target / BLOCK as u64);
+            self.store(handoff, number, BlockId(block as u32))?;
+            outcome = Ok(());
+        }
+        self.decode.core.completed(&[Completion { id, outcome }], NOW);
+        Ok(())
+    }
+
     /// Carries out what the endpoint wants.
     pub(crate) fn decode_acts(&mut self) {
         while let Some(action) = self.decode.core.next_action() {
@@ -274,9 +330,13 @@ impl World {
                 EndpointAction::Send { .. } | EndpointAction::Log { .. } => {}
                 EndpointAction::Sever { link, .. } => {
                     self.decode.link = Link::Down;
-                    if self.config.wire == Wire::Device {
+                    if self.config.wire.has_devices() {
                         self.decode.to_be_revoked.push_back(link);
                     }
+                    // Its own queue is flushed: nothing that it reads lands any more.
+                    let severed = |(id, _)| Completion { id, outcome: Err(WriteFault::Severed) };
+                    let done: Vec<Completion> = self.decode.reading.drain(..).map(severed).collect();
+                    self.decode.core.completed(&done, NOW);
                 }
                 EndpointAction::TakeDigests(order) => self.decode.hashing.push_back(order),
                 EndpointAction::Tell(event) => {

@@ -172,6 +172,9 @@ fn planted_mistakes_are_found() {
         ("the connection comes back and says nobody is busy", Planted::NobodyIsBusy,     Wire::InPlace,  breaks,   foreign),
         ("a device is taken for quiet that can still write", Planted::AccessIsLeft,      Wire::Device,   breaks,   foreign),
         ("a cancel is taken for quiet, a device",           Planted::FreeOnCancel,       Wire::Device,   cancels,  foreign),
+        ("blocks that are read are free when the engine stops", Planted::FreeOffered,    Wire::Read,     cancels,  "prefill does not hold"),
+        ("… or when the connection is gone",                Planted::FreeOfferedOnLoss,  Wire::Read,     breaks,   "prefill does not hold"),
+        ("reads count as done when they are posted",        Planted::SettleWhenFetched,  Wire::Read,     cancels,  "prefill does not hold"),
     ];
     for (name, planted, wire, config, expected) in rows {
         let broken = search(Config { wire, planted: Some(planted), ..config }).expect_err(name);

@@ -17,12 +17,15 @@ pub(crate) enum Move {
     DecodeEndpointEndsAccess,
     DecodeEndpointSeesTheEnd,
     DecodeEndpointReachesNobody,
+    DecodeEndpointFetches,
+    DecodeEndpointReads(usize),
     PrefillEndpointObeys,
     PrefillEndpointHears(usize),
     PrefillEndpointPosts,
     PrefillEndpointWrites(usize),
     PrefillEndpointTakesDigests,
     PrefillEndpointNoticesLoss,
+    PrefillEndpointEndsAccess,
     PrefillEngineHears,
     PrefillEngineStores(HandoffId),
     PrefillEngineFinishes(HandoffId),
@@ -61,13 +64,16 @@ impl Move {
             | Self::DecodeEndpointNoticesLoss
             | Self::DecodeEndpointEndsAccess
             | Self::DecodeEndpointSeesTheEnd
-            | Self::DecodeEndpointReachesNobody => (true, false),
+            | Self::DecodeEndpointReachesNobody
+            | Self::DecodeEndpointFetches
+            | Self::DecodeEndpointReads(_) => (true, false),
             Self::PrefillEndpointObeys
             | Self::PrefillEndpointHears(_)
             | Self::PrefillEndpointPosts
             | Self::PrefillEndpointWrites(_)
             | Self::PrefillEndpointTakesDigests
             | Self::PrefillEndpointNoticesLoss
+            | Self::PrefillEndpointEndsAccess
             | Self::PrefillEngineHears
             | Self::PrefillEngineStores(_)
             | Self::PrefillEngineFinishes(_)

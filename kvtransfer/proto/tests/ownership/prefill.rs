@@ -1,6 +1,6 @@
 //! The prefill worker: an engine that computes, and its endpoint.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use tidemill_kvtransfer_proto::endpoint_core::{
@@ -62,6 +62,10 @@ pub(crate) struct Prefill {
     pub(crate) link: Link,
     /// The link that is up or was last.
     pub(crate) link_id: LinkId,
+    /// A link that was severed while the peer's device could still read.
+    to_be_revoked: VecDeque<LinkId>,
+    /// Handoffs whose blocks are not free.
+    held: BTreeSet<HandoffId>,
 }
 
 impl Prefill {
@@ -76,12 +80,19 @@ impl Prefill {
             hashing: VecDeque::new(),
             link: Link::Down,
             link_id: LinkId(0),
+            to_be_revoked: VecDeque::new(),
+            held: BTreeSet::new(),
         }
     }
 
     /// Its writes that are under way.
     pub(crate) fn flights(self) -> impl Iterator<Item = Flight> {
         self.posted.into_iter().map(|(_, flight)| flight)
+    }
+
+    /// Whether the blocks of a handoff are not free.
+    pub(crate) fn holds(&self, handoff: HandoffId) -> bool {
+        self.held.contains(&handoff)
     }
 
     /// Nothing is computed and no handoff is left, once those that wait for their peer have waited for long enough.
@@ -130,6 +141,9 @@ impl World {
         if prefill.link == Link::Broken {
             moves.push(Move::PrefillEndpointNoticesLoss);
         }
+        if !prefill.to_be_revoked.is_empty() {
+            moves.push(Move::PrefillEndpointEndsAccess);
+        }
     }
 
     fn prefill(&mut self) -> &mut Prefill {
@@ -168,7 +182,18 @@ impl World {
                 let digests = self.digests(&order);
                 self.prefill().core.digested(order.handoff, order.ticket, digests);
             }
-            Move::PrefillEndpointNoticesLoss => self.prefill().core.link_lost(DECODE, "r", NOW),
+            Move::PrefillEndpointNoticesLoss => {
+                self.prefill().core.link_lost(DECODE, "r", NOW);
+                if self.config.planted == Some(Planted::FreeOfferedOnLoss) {
+                    let link = self.prefill().link_id;
+                    self.prefill().core.access_ended(DECODE, link, NOW);
+                }
+            }
+            Move::PrefillEndpointEndsAccess => {
+                let link = self.prefill().to_be_revoked.pop_front().expect("there is one");
+                self.readable_from = LinkId(link.0 + 1);
+                self.prefill().core.access_ended(DECODE, link, NOW);
+            }
             other => unreachable!("{other:?} is nobody's"),
         }
         self.prefill_acts();
@@ -179,6 +204,7 @@ impl World {
         let (handoff, news) = self.prefill().news.pop_front().expect("there is news");
         match news {
             News::Reserved(targets) => {
+                self.prefill().held.insert(handoff);
                 let work = Work { targets, done: 0, should_stop: false };
                 self.prefill().work.insert(handoff, work);
             }
@@ -211,6 +237,9 @@ impl World {
         }
         if stores_on && work.done < work.targets.len() {
             self.prefill().late = Some((handoff, work.done, work.targets[work.done]));
+        }
+        if self.config.planted == Some(Planted::FreeOffered) {
+            self.prefill().held.remove(&handoff);
         }
         self.prefill().orders.push_back((handoff, Order::Abandon));
     }
@@ -261,6 +290,7 @@ impl World {
             Wire::Device if !self.may_write(&flight) => Err(WriteFault::Severed),
             // Memory does not break with the connection, and what a device has sent is on its way.
             Wire::Device | Wire::Copied | Wire::InPlace => Ok(()),
+            Wire::Read => unreachable!("nobody writes"),
         };
         if outcome.is_ok() {
             self.land(&flight)?;
@@ -291,7 +321,7 @@ impl World {
                         self.to_decode.push_back(message);
                     }
                 }
-                EndpointAction::Sever { .. } => self.prefill_severs(),
+                EndpointAction::Sever { link, .. } => self.prefill_severs(link),
                 EndpointAction::TakeDigests(order) => self.prefill().hashing.push_back(order),
                 EndpointAction::Tell(EndpointEvent::Reserved(reserved)) => {
                     let news = News::Reserved(reserved.targets);
@@ -300,14 +330,22 @@ impl World {
                 EndpointAction::Tell(EndpointEvent::CancelWanted { handoff }) => {
                     self.prefill().news.push_back((handoff, News::CancelWanted));
                 }
+                EndpointAction::Tell(
+                    EndpointEvent::Delivered { handoff, .. } | EndpointEvent::SendFailed { handoff, .. },
+                ) => {
+                    self.prefill().held.remove(&handoff);
+                }
                 EndpointAction::Tell(_) | EndpointAction::Log { .. } => {}
             }
         }
     }
 
     /// Nothing more leaves. What has left by a device may still arrive; the rest does not.
-    fn prefill_severs(&mut self) {
+    fn prefill_severs(&mut self, link: LinkId) {
         self.prefill().link = Link::Down;
+        if self.config.wire == Wire::Read {
+            self.prefill().to_be_revoked.push_back(link);
+        }
         let posted = std::mem::take(&mut self.prefill().posted);
         let mut done = Vec::new();
         for (id, flight) in posted {

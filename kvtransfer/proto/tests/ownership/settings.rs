@@ -6,9 +6,9 @@ use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::endpoint_core::EndpointRules;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{Hello, Offer, OnFailure, PROTOCOL};
-use tidemill_kvtransfer_proto::units::BlockLen;
+use tidemill_kvtransfer_proto::units::{BlockLen, HandoffId};
 
-use crate::world::{BLOCK, Config, TOKENS, Wire};
+use crate::world::{BLOCK, Config, TOKENS, Wire, content};
 
 pub(crate) fn rules(config: &Config) -> EndpointRules {
     let never = Duration::from_secs(1_000_000);
@@ -22,20 +22,28 @@ pub(crate) fn rules(config: &Config) -> EndpointRules {
         patience: never,
         stall: never,
         credit: 1 << 20,
+        pulls: config.wire == Wire::Read,
     }
 }
 
-pub(crate) fn hello(instance: u64, blocks: u32) -> Hello {
+pub(crate) fn hello(instance: u64, config: &Config) -> Hello {
+    // What is read lies at a place of its own for each number.
+    let blocks = if config.wire == Wire::Read {
+        content(HandoffId(config.handoffs + 1), 0)
+    } else {
+        config.blocks.into()
+    };
     Hello {
         protocol: PROTOCOL,
         instance,
         name: String::new(),
         layout: layout(),
-        region_bytes: u64::from(blocks) * BLOCK as u64,
+        region_bytes: blocks * BLOCK as u64,
         listen_port: 1,
         host: String::new(),
         memory_socket: String::new(),
         offer: Offer { shared_memory: true, rdma: true, tcp: true, on_failure: OnFailure::FallBack },
+        pulls: config.wire == Wire::Read,
         lease: Duration::from_secs(1_000_000),
     }
 }

@@ -51,10 +51,17 @@ pub(crate) enum Wire {
     Admitted,
     /// A device writes, in any order; what has left arrives, or does not, until the decode endpoint has ended its access.
     Device,
+    /// The decode worker's device reads, in any order, until the prefill endpoint has ended its access.
+    Read,
 }
 
 impl Wire {
-    pub(crate) const ALL: [Self; 4] = [Self::InPlace, Self::Copied, Self::Admitted, Self::Device];
+    pub(crate) const ALL: [Self; 5] = [Self::InPlace, Self::Copied, Self::Admitted, Self::Device, Self::Read];
+
+    /// Whether devices of both sides reach the other's memory.
+    pub(crate) fn has_devices(self) -> bool {
+        self.proof() == QuietProof::AccessEnded
+    }
 
     /// Whether the prefill worker has the decode worker's memory mapped, and so cannot die unseen.
     pub(crate) fn is_mapped(self) -> bool {
@@ -70,7 +77,7 @@ impl Wire {
         match self {
             Self::InPlace | Self::Copied => QuietProof::Process,
             Self::Admitted => QuietProof::Admission,
-            Self::Device => QuietProof::AccessEnded,
+            Self::Device | Self::Read => QuietProof::AccessEnded,
         }
     }
 }
@@ -101,6 +108,9 @@ pub(crate) enum Planted {
     NobodyAsks,
     NobodyIsBusy,
     AccessIsLeft,
+    FreeOffered,
+    FreeOfferedOnLoss,
+    SettleWhenFetched,
 }
 
 /// A connection as one side sees it.
@@ -125,6 +135,8 @@ pub(crate) struct World {
     pub(crate) in_network: VecDeque<Flight>,
     /// The first link by which a device can still write.
     open_from: LinkId,
+    /// The first link by which the decode worker's device can still read.
+    pub(crate) readable_from: LinkId,
     pub(crate) decode: Decode,
     /// `None` when it is dead.
     pub(crate) prefill: Option<Prefill>,
@@ -151,6 +163,7 @@ impl World {
             to_decode: VecDeque::new(),
             in_network: VecDeque::new(),
             open_from: LinkId(0),
+            readable_from: LinkId(0),
             decode: Decode::new(&config),
             prefill: Some(Prefill::new(&config)),
             decode_key: None,
@@ -229,8 +242,9 @@ impl World {
     pub(crate) fn key(&mut self) -> u128 {
         let decode = *self.decode_key.get_or_insert_with(|| digest(&self.decode));
         let prefill = *self.prefill_key.get_or_insert_with(|| digest(&self.prefill));
-        let Self { faults, memory, to_prefill, to_decode, in_network, open_from, .. } = self;
-        digest(&(decode, prefill, faults, memory, to_prefill, to_decode, in_network, open_from))
+        let Self { faults, memory, to_prefill, to_decode, in_network, open_from, readable_from, .. } = self;
+        let open = (open_from, readable_from);
+        digest(&(decode, prefill, faults, memory, to_prefill, to_decode, in_network, open))
     }
 
     /// What was under way is lost.
@@ -253,7 +267,7 @@ impl World {
         }
         let decode = &mut self.decode;
         let up = |instance, busy| LinkUp {
-            hello: hello(instance, self.config.blocks),
+            hello: hello(instance, &self.config),
             proof: self.config.wire.proof(),
             busy,
         };
@@ -262,6 +276,7 @@ impl World {
         prefill.link = Link::Up;
         let link = decode.core.link_up(PREFILL, up(PREFILL, busy), NOW);
         decode.link = Link::Up;
+        decode.link_id = link;
         assert_eq!(link, prefill.link_id, "each side counts its connections");
         self.decode_acts();
         self.prefill_acts();

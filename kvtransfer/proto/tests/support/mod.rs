@@ -22,6 +22,9 @@ impl WriteSource for Zeros {
     fn range(&self, offset: usize, len: usize) -> Option<Self> {
         Some(Self { offset, len })
     }
+    fn in_region(&self) -> Option<u64> {
+        Some(self.offset as u64)
+    }
     fn read(&self, _: usize, buffer: &mut [u8]) {
         buffer.fill(0);
     }
