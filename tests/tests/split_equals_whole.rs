@@ -56,7 +56,11 @@ async fn family_is_equal(model: &str) {
         let fallbacks = deployment.client.metric("tidemill_fallbacks_total", "").await;
         assert!(fallbacks == 0.0, "{model}, {split}: {fallbacks} fallbacks\n{}", deployment.log());
         let guesses = deployment.client.metric("vllm:spec_decode_num_draft_tokens_total", "").await;
-        assert_eq!(guesses > 0.0, flags.contains(&GUESSES), "{model}, {split}: {guesses} guesses");
+        assert_eq!(
+            guesses > 0.0,
+            flags.contains(&"--speculative-config"),
+            "{model}, {split}: {guesses} guesses"
+        );
         eventually(&format!("{model}, {split}: the ledger closes"), LIMIT, || deployment.client.is_idle())
             .await;
     }
