@@ -5,6 +5,7 @@
 static const emulator::Kernel* kernel_list = nullptr;
 
 #include "../activation.cu"
+#include "../attention.cu"
 #include "../convert.cu"
 #include "../embedding.cu"
 #include "../normalize.cu"

@@ -1,7 +1,8 @@
 //! Which kernel runs for an operation, on how many blocks of how many threads.
 
 use super::{
-    ConvertBlocks, Embed, Launch, Parameters, RmsNorm, RopeAndWrite, Sample, SiluMul, ZeroTail, launch::WARP,
+    Attention, ConvertBlocks, Embed, Launch, Parameters, RmsNorm, RopeAndWrite, Sample, SiluMul, ZeroTail,
+    launch::WARP,
 };
 use crate::matrix::WeightDtype;
 
@@ -29,6 +30,26 @@ pub fn rope_and_write(dtype: WeightDtype, rows: u32, parameters: &RopeAndWrite) 
     let kernel = of_type(dtype, ["rope_and_write_f32", "rope_and_write_f16", "rope_and_write_bf16"]);
     let heads = parameters.query_heads + 2 * parameters.shape.kv_heads();
     Launch::new("rotary", kernel, [rows, heads.div_ceil(THREADS / WARP), 1], THREADS, parameters)
+}
+
+/// Attention of `rows` rows: one launch, and a second one that joins what the first left where there are several splits.
+///
+/// # Panics
+///
+/// When heads have more than 256 elements or no multiple of 8, or query heads are no whole groups.
+pub fn attention(rows: u32, parameters: &Attention) -> (Launch, Option<Launch>) {
+    let (head_size, kv_heads) = (parameters.shape.head_size(), parameters.shape.kv_heads());
+    assert!(head_size.is_multiple_of(8) && head_size <= 256, "attention: heads of {head_size} elements");
+    assert!(parameters.query_heads.is_multiple_of(kv_heads), "attention: whole groups of query heads");
+    let (kernel, at_once) = match head_size {
+        ..=64 => ("attention_64", 4),
+        65..=128 => ("attention_128", 4),
+        _ => ("attention_256", 2),
+    };
+    let groups = kv_heads * (parameters.query_heads / kv_heads).div_ceil(at_once);
+    let launch = |kernel, grid| Launch::new("attention", kernel, grid, 128, parameters);
+    let join = (1 < parameters.splits).then(|| launch("attention_join", [rows, parameters.query_heads, 1]));
+    (launch(kernel, [rows, groups, parameters.splits]), join)
 }
 
 /// A token for each of `rows` rows.

@@ -4,6 +4,7 @@
 
 use super::{DeviceAddress, Parameters};
 use crate::kv::{KvBlockShape, KvDtype};
+use crate::matrix::WeightDtype;
 use bytemuck::NoUninit;
 
 /// `out[row] = table[tokens[row]]`
@@ -110,6 +111,47 @@ pub struct RopeAndWrite {
     pub kv_stride: u32,
 }
 
+/// Attention of each row to the keys of its sequence up to its own.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct Attention {
+    /// `[rows][query_heads][head_size]`
+    pub out: DeviceAddress,
+    /// `[rows][query_stride]`
+    pub query: DeviceAddress,
+    /// Addresses of blocks, `[sequences][blocks_per_sequence]`, from position 0 on.
+    pub blocks: DeviceAddress,
+    /// u32, `[rows]`
+    pub positions: DeviceAddress,
+    /// u32, `[rows]`: which row of `blocks`.
+    pub sequences: DeviceAddress,
+    /// f32, `[rows][query_heads][splits][head_size + 2]`: memory to work in; null where there is one split.
+    pub partials: DeviceAddress,
+    /// Shape of the blocks; heads of a multiple of 8 elements, at most 256.
+    pub shape: KvShape,
+    /// Type of query and result.
+    pub dtype: ElementType,
+    /// The layer that is read.
+    pub layer: u32,
+    /// From one sequence's blocks to the next's.
+    pub blocks_per_sequence: u32,
+    /// Heads of the query.
+    pub query_heads: u32,
+    /// From one row of the query to the next.
+    pub query_stride: u32,
+    /// A row sees at most this many keys, its own included; zero: all.
+    pub window: u32,
+    /// At least [`splits`](Self::splits) of the longest sequence.
+    pub splits: u32,
+    /// See [`scale`](Self::scale).
+    pub scale: f32,
+}
+
+/// The type of elements in the words of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, NoUninit)]
+#[repr(transparent)]
+pub struct ElementType(u32);
+
 /// How a row's token is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, NoUninit)]
 #[repr(C)]
@@ -198,9 +240,32 @@ impl Parameters for Embed {}
 impl Parameters for RmsNorm {}
 impl Parameters for SiluMul {}
 impl Parameters for RopeAndWrite {}
+impl Parameters for Attention {}
 impl Parameters for Sample {}
 impl Parameters for ConvertBlocks {}
 impl Parameters for ZeroTail {}
+
+impl Attention {
+    /// Parts into which the keys of a sequence of this many tokens are cut: `kSplitKeys` in `attention.cu`.
+    pub const fn splits(tokens: u32) -> u32 {
+        tokens.div_ceil(512)
+    }
+
+    /// What a kernel takes for a factor of `q · k`: its weights are powers of two.
+    pub const fn scale(factor: f32) -> f32 {
+        factor * std::f32::consts::LOG2_E
+    }
+}
+
+impl From<WeightDtype> for ElementType {
+    fn from(dtype: WeightDtype) -> Self {
+        Self(match dtype {
+            WeightDtype::F32 => 0,
+            WeightDtype::F16 => 1,
+            WeightDtype::Bf16 => 2,
+        })
+    }
+}
 
 impl Sample {
     /// A logit of the row is no number or infinite.
@@ -234,6 +299,10 @@ impl KvShape {
             scale_token_stride: narrow(shape.scale_token_stride),
             scale_head_stride: narrow(shape.scale_head_stride),
         }
+    }
+
+    pub(super) const fn head_size(&self) -> u32 {
+        self.head_size
     }
 
     pub(super) const fn kv_heads(&self) -> u32 {

@@ -3,6 +3,8 @@
 use super::support;
 use tidemill_kernels::cuda::{Driver, emulator::Order, fake::Fake};
 
+#[path = "attention.rs"]
+mod attention;
 #[path = "convert.rs"]
 mod convert;
 #[path = "rotary.rs"]

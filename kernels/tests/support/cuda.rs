@@ -106,6 +106,10 @@ impl<'a> DeviceBlocks<'a> {
         self.memory.driver.fill(self.memory.address, self.memory.bytes, value).expect("the device has it");
     }
 
+    pub fn addresses(&self) -> Vec<DeviceAddress> {
+        self.table.read::<u64>().into_iter().map(DeviceAddress).collect()
+    }
+
     /// Address of the table.
     pub fn table(&self) -> DeviceAddress {
         self.table.address
