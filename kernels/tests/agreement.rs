@@ -179,6 +179,28 @@ fn the_greatest_steps_do_not_saturate() {
     }
 }
 
+/// Weights that come quantised may have the step -128, which none that is quantised here has.
+#[test]
+fn the_least_step_is_multiplied_as_others_are() {
+    let (rows, inputs, outputs) = (5, 4096, 17);
+    let step = |row: usize, input: usize| if (row + input).is_multiple_of(3) { -128i8 } else { 127 };
+    let matrix = PackedMatrix::of_steps_on(1, outputs, inputs, Quantization::Int8, &|row, steps, scales| {
+        steps.iter_mut().enumerate().for_each(|(input, out)| *out = step(row, input));
+        scales.fill(0.5);
+    });
+    for sign in [1.0, -1.0] {
+        let x = vec![sign; rows * inputs];
+        let sum = |row: usize| (0..inputs).map(|input| 127 * i32::from(step(row, input))).sum::<i32>();
+        let output = |row: usize| sign * sum(row) as f32 * 0.5 * (1.0 / 127.0);
+        let expected: Vec<f32> = (0..rows).flat_map(|_| (0..outputs).map(output)).collect();
+        for cpu in cpus(1) {
+            let mut actual = vec![f32::NAN; rows * outputs];
+            cpu.matmul(&mut actual, &x, &matrix, None);
+            assert_same_bits(&actual, &expected, &format!("{sign} on {}", cpu.describe()));
+        }
+    }
+}
+
 /// How much of the product of random numbers quantisation keeps: a bound for each kind.
 #[test]
 fn quantized_products_are_near_those_of_f32() {

@@ -13,11 +13,13 @@
 //! Quantised weights are `step * scale`: int8 with one scale per output, int4 with one per group of inputs.
 
 mod pack;
+mod rows;
 
 use crate::aligned::AlignedBuffer;
 use bytemuck::AnyBitPattern;
 use half::{bf16, f16};
-use pack::{Panels, pack, widen_row};
+use pack::{PanelSizes, Panels, pack, widen_row};
+pub use rows::{RowSteps, RowValues};
 use std::{fmt, iter, str::FromStr};
 
 /// Outputs per panel.
@@ -141,40 +143,48 @@ impl PackedMatrix {
         source: MatrixSource<'_>,
     ) -> Self {
         source.assert_holds(outputs, inputs);
+        let mut matrix = Self::empty(format, outputs, inputs);
+        let threads = if source.bytes.len() < SHARED_FROM { 1 } else { threads };
+        let panel_bytes = PANEL * inputs * source.dtype.bytes();
+        matrix.fill_on(threads, &|first, panels| {
+            pack(panels, &source.bytes[first * panel_bytes..], inputs, source.dtype, format);
+        });
+        matrix
+    }
+
+    /// A matrix of zeros.
+    fn empty(format: WeightFormat, outputs: usize, inputs: usize) -> Self {
         let count = outputs.div_ceil(PANEL);
-        let (panel_bytes, scale_bytes) = (format.panel_bytes(inputs), format.scale_bytes(inputs));
-        let corrections = if format.has_corrections() { PANEL } else { 0 };
-        let mut matrix = Self {
+        let sizes = format.panel_sizes(inputs);
+        Self {
             outputs,
             inputs,
             format,
-            panels: AlignedBuffer::zeroed(count * panel_bytes),
-            scales: AlignedBuffer::zeroed(count * scale_bytes),
-            corrections: AlignedBuffer::zeroed(count * corrections * size_of::<i32>()),
+            panels: AlignedBuffer::zeroed(count * sizes.panel),
+            scales: AlignedBuffer::zeroed(count * sizes.scales),
+            corrections: AlignedBuffer::zeroed(count * sizes.corrections * size_of::<i32>()),
+        }
+    }
+
+    /// Shares the panels out among threads; `fill` gets the number of the first of its panels.
+    fn fill_on(&mut self, threads: usize, fill: &(dyn Fn(usize, Panels<'_>) + Sync)) {
+        let share = self.outputs.div_ceil(PANEL).div_ceil(threads.max(1));
+        let sizes = self.format.panel_sizes(self.inputs);
+        let all = Panels {
+            panels: self.panels.as_mut_slice(),
+            scales: self.scales.as_mut_slice(),
+            corrections: self.corrections.as_mut_slice(),
         };
-        let threads = if source.bytes.len() < SHARED_FROM { 1 } else { threads.max(1) };
-        let share = count.div_ceil(threads);
-        // At least one, for matrices without inputs, scales or corrections.
-        let part = |per_panel: usize| (share * per_panel).max(1);
-        let mut scales = matrix.scales.as_mut_slice().chunks_mut(part(scale_bytes));
-        let mut corrections = matrix.corrections.as_mut_slice().chunks_mut(part(corrections));
-        let panels = matrix.panels.as_mut_slice().chunks_mut(part(panel_bytes));
-        let rows = source.bytes.chunks(part(PANEL * inputs * source.dtype.bytes()));
-        let mut shares = panels.zip(rows).map(|(panels, rows)| {
-            let scales = scales.next().unwrap_or_default();
-            let corrections = corrections.next().unwrap_or_default();
-            (Panels { panels, scales, corrections }, rows)
-        });
+        let mut shares = all.split(share, sizes).enumerate();
         std::thread::scope(|scope| {
             let own = shares.next();
-            for (panels, rows) in shares {
-                scope.spawn(move || pack(panels, rows, inputs, source.dtype, format));
+            for (index, panels) in shares {
+                scope.spawn(move || fill(index * share, panels));
             }
-            if let Some((panels, rows)) = own {
-                pack(panels, rows, inputs, source.dtype, format);
+            if let Some((_, panels)) = own {
+                fill(0, panels);
             }
         });
-        matrix
     }
 
     /// Rows of the source: length of an output row.
@@ -332,6 +342,14 @@ impl WeightFormat {
             Self::Quantized(Quantization::Int4 { group }) => {
                 PANEL * inputs.div_ceil(group) * size_of::<bf16>()
             }
+        }
+    }
+
+    const fn panel_sizes(self, inputs: usize) -> PanelSizes {
+        PanelSizes {
+            panel: self.panel_bytes(inputs),
+            scales: self.scale_bytes(inputs),
+            corrections: if self.has_corrections() { PANEL } else { 0 },
         }
     }
 

@@ -15,6 +15,29 @@ pub(super) struct Panels<'a> {
     pub(super) corrections: &'a mut [i32],
 }
 
+/// What one panel takes of each; the corrections in numbers, all else in bytes.
+#[derive(Clone, Copy)]
+pub(super) struct PanelSizes {
+    pub(super) panel: usize,
+    pub(super) scales: usize,
+    pub(super) corrections: usize,
+}
+
+impl<'a> Panels<'a> {
+    /// Pieces of `count` panels each; the last may have fewer.
+    pub(super) fn split(self, count: usize, sizes: PanelSizes) -> impl Iterator<Item = Self> {
+        // At least one, for matrices without inputs, scales or corrections.
+        let part = |per_panel: usize| (count * per_panel).max(1);
+        let mut scales = self.scales.chunks_mut(part(sizes.scales));
+        let mut corrections = self.corrections.chunks_mut(part(sizes.corrections));
+        self.panels.chunks_mut(part(sizes.panel)).map(move |panels| Panels {
+            panels,
+            scales: scales.next().unwrap_or_default(),
+            corrections: corrections.next().unwrap_or_default(),
+        })
+    }
+}
+
 /// Packs the rows of some panels, whose last one may not be full.
 pub(super) fn pack(to: Panels<'_>, rows: &[u8], inputs: usize, dtype: WeightDtype, format: WeightFormat) {
     let Panels { panels, scales, corrections } = to;
@@ -53,6 +76,61 @@ pub(super) fn pack(to: Panels<'_>, rows: &[u8], inputs: usize, dtype: WeightDtyp
             }
         }
     }
+}
+
+/// Packs steps of one panel as they are, `rows` by row, with the scales of each row's groups.
+pub(super) fn pack_steps(
+    to: Panels<'_>,
+    steps: &[i8],
+    row_scales: &[f32],
+    inputs: usize,
+    quantization: Quantization,
+) {
+    let Panels { panels, scales, corrections } = to;
+    match quantization {
+        Quantization::Int8 => {
+            bytemuck::cast_slice_mut::<u8, f32>(scales)[..row_scales.len()].copy_from_slice(row_scales);
+            for (steps, correction) in steps.chunks_exact(inputs).zip(corrections) {
+                *correction = correction_of(bytemuck::cast_slice(steps));
+            }
+            transpose::<4>(panels, bytemuck::cast_slice(steps), inputs);
+        }
+        Quantization::Int4 { group } => {
+            let (groups, padded) = (inputs.div_ceil(group), inputs.next_multiple_of(group));
+            let scales = bytemuck::cast_slice_mut::<u8, u16>(scales);
+            let mut cells = vec![0; steps.len() / inputs * padded / 2];
+            let mut row = vec![0; padded];
+            let rows = steps.chunks_exact(inputs).zip(row_scales.chunks_exact(groups));
+            for (output, ((steps, row_scales), cells)) in
+                rows.zip(cells.chunks_exact_mut(padded / 2)).enumerate()
+            {
+                assert!(steps.iter().all(|step| (-8..8).contains(step)), "steps of int4 are from -8 to 7");
+                row[..inputs].copy_from_slice(steps);
+                pack_halves(cells, &row);
+                for (index, scale) in row_scales.iter().enumerate() {
+                    scales[index * PANEL + output] = bf16::from_f32(*scale).to_bits();
+                }
+            }
+            transpose::<4>(panels, &cells, padded / 2);
+        }
+    }
+}
+
+/// Steps of int4 as halves of bytes: four bytes hold eight inputs, the first four in their low halves.
+fn pack_halves(cells: &mut [u8], steps: &[i8]) {
+    for (cell, steps) in cells.chunks_exact_mut(4).zip(steps.chunks_exact(8)) {
+        for (lane, byte) in cell.iter_mut().enumerate() {
+            let halves = [steps[lane], steps[lane + 4]].map(|step| (step + 8).cast_unsigned());
+            *byte = halves[0] | halves[1] << 4;
+        }
+    }
+}
+
+/// What instructions that take inputs from 0 to 255 have counted too much.
+fn correction_of(steps: &[u8]) -> i32 {
+    // Wraps around for rows beyond 131072 inputs, which products refuse.
+    let sum = steps.iter().fold(0i32, |sum, &step| sum.wrapping_add(i32::from(step.cast_signed())));
+    sum.wrapping_mul(-128)
 }
 
 /// Copies rows of `row_bytes` bytes into a panel of cells of `CELL` bytes: `[cell][output]`. What of the last cell a row
@@ -120,9 +198,7 @@ impl Int8Quantizer {
         for (((row, steps), scale), correction) in outputs {
             widen_row(&mut self.values, row, dtype);
             *scale = encode_int8(&self.values, steps);
-            // Wraps around for rows beyond 131072 inputs, which products refuse.
-            let sum = steps.iter().fold(0i32, |sum, &step| sum.wrapping_add(i32::from(step.cast_signed())));
-            *correction = sum.wrapping_mul(-128);
+            *correction = correction_of(steps);
         }
         &self.steps[..count * inputs]
     }
@@ -154,7 +230,7 @@ impl Int4Quantizer {
         self.values.len() / 2
     }
 
-    /// The quantised rows of one panel, row by row: four bytes hold eight inputs, the first four in their low halves.
+    /// The quantised rows of one panel, row by row.
     fn quantize(&mut self, rows: &[u8], dtype: WeightDtype, scales: &mut [u16]) -> &[u8] {
         let row_bytes = self.row_bytes();
         let mut count = 0;
@@ -165,12 +241,7 @@ impl Int4Quantizer {
             for (index, (values, cells)) in groups.enumerate() {
                 let scale = quantize_int4(values, &mut self.steps);
                 scales[index * PANEL + output] = scale.to_bits();
-                for (cell, steps) in cells.chunks_exact_mut(4).zip(self.steps.chunks_exact(8)) {
-                    for (lane, byte) in cell.iter_mut().enumerate() {
-                        let halves = [steps[lane], steps[lane + 4]].map(|step| (step + 8).cast_unsigned());
-                        *byte = halves[0] | halves[1] << 4;
-                    }
-                }
+                pack_halves(cells, &self.steps);
             }
             count += 1;
         }
