@@ -24,6 +24,8 @@ use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 pub enum ModelSource {
     /// A Hugging Face folder.
     Folder(PathBuf),
+    /// A GGUF file, which has everything in it.
+    Gguf(PathBuf),
     /// Files compiled into the binary.
     Embedded(&'static [EmbeddedFile]),
 }
@@ -40,7 +42,7 @@ pub struct EmbeddedFile {
 /// How the weights come to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LoadFormat {
-    /// Read from the model's safetensors.
+    /// Read from the model's files: safetensors or GGUF.
     #[default]
     Safetensors,
     /// Made from a seed, in the shape of the model's config: to measure speed without a download.

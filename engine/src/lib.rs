@@ -11,6 +11,7 @@ mod draft_model;
 mod driver;
 pub mod engine;
 mod fault;
+pub mod gguf;
 pub mod handle;
 pub mod memory;
 pub mod models;

@@ -1,13 +1,13 @@
 //! The model that guesses for another: its files, and that it has the same tokens.
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use indicatif::MultiProgress;
 use tidemill_engine::handle::ModelSource;
-use tidemill_engine::models::ModelFiles;
+use tidemill_engine::models::{GgufModel, ModelFiles};
 
 use crate::flags::{EngineFlags, ModelFlags};
 use crate::model_source::{self, ResolvedModel};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, tokenizer_json};
 
 /// Finds the files of the draft model that the flags name, if they name one, and fetches them if they are not here.
 /// Refuses a model whose tokens are not those of `model`: its guesses would be right by accident only.
@@ -39,17 +39,18 @@ pub(crate) fn resolve(
 
 /// `None` where there is none, as in a worker's folder of nothing but weights.
 fn tokenizer(source: &ModelSource) -> anyhow::Result<Option<Tokenizer>> {
+    if let ModelSource::Gguf(path) = source {
+        let model = GgufModel::open(path)?;
+        let json = tokenizer_json(&model.file).map_err(|error| model.error(error))?;
+        return Ok(Some(Tokenizer::from_json(json.to_string().as_bytes())?));
+    }
     let json = ModelFiles::of(source).read_if_present(TOKENIZER)?;
     json.map(|json| Ok(Tokenizer::from_json(&json)?)).transpose()
 }
 
-/// The path of a draft model's folder, for the command line of a worker.
-pub(crate) fn folder(source: &ModelSource) -> anyhow::Result<String> {
-    let ModelSource::Folder(folder) = source else { anyhow::bail!("a draft model has a folder") };
-    let folder = folder.canonicalize()?.into_os_string().into_string();
-    let folder = folder.ok();
-    ensure!(folder.is_some(), "the draft model's path is not UTF-8");
-    Ok(folder.unwrap_or_default())
+/// The path of a draft model, for the command line of a worker.
+pub(crate) fn path(source: &ModelSource) -> anyhow::Result<String> {
+    model_source::path(source)?.context("a draft model has a folder or a file")
 }
 
 const TOKENIZER: &str = "tokenizer.json";
@@ -67,10 +68,13 @@ mod tests {
     fn who_may_guess() {
         let folder = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name);
         let fixture = |name: &str| folder("tests/fixtures/models").join(name);
+        let quantized = |name: &str| folder("tests/fixtures/quantized").join(name).join("model.gguf");
         #[rustfmt::skip]
         let rows = [
             ("a model of the same tokenizer", fixture("llama2"),              Ok(())),
             ("the model itself",              fixture("qwen3"),               Ok(())),
+            ("a file of the same tokenizer",  quantized("gguf-q4_0"),         Ok(())),
+            ("a file of another one",         quantized("gguf-plain"),        Err("has another tokenizer than")),
             ("a model of another one",        folder("models/demo/weights"),  Err("has another tokenizer than")),
             ("a folder without a model",      folder("docs"),                 Err("no config.json")),
             ("a folder that is not there",    folder("nothing/of/the/kind"),  Err("neither a folder")),
@@ -100,6 +104,6 @@ mod tests {
     }
 
     fn folder_of(source: &ModelSource) -> std::path::PathBuf {
-        super::folder(source).unwrap().into()
+        std::path::PathBuf::from(path(source).unwrap()).canonicalize().unwrap()
     }
 }

@@ -1,18 +1,21 @@
-//! From MODEL on the command line to files: a folder, a model of the Hugging Face hub, or the demo model.
+//! From MODEL on the command line to files: a folder, a GGUF file, a model of the Hugging Face hub, or the demo model.
 //!
 //! The hub's own client does the downloading and keeps its own cache (`HF_HOME`), so that models are shared with other
-//! programs. Only what is served is fetched: configuration, tokenizer, chat template and safetensors.
+//! programs. Only what is served is fetched: configuration, tokenizer, chat template and safetensors, or one GGUF file.
+
+mod gguf_choice;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::Progress;
-use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tidemill_engine::handle::{EmbeddedFile, ModelSource};
 
 use crate::flags::ModelFlags;
+use gguf_choice::{choose, is_gguf, shown};
 
 /// A model whose files are here.
 #[derive(Clone, Debug)]
@@ -27,11 +30,24 @@ pub(crate) struct ResolvedModel {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ModelSourceError {
     /// A path that is none.
-    #[error("`{0}` is neither a folder with a config.json nor a model id of the form owner/name")]
+    #[error(
+        "`{0}` is neither a folder with a config.json nor a GGUF file nor a model id of the form owner/name or \
+         owner/name:file.gguf"
+    )]
     Nothing(String),
     /// A folder without a model in it.
-    #[error("{0} has no config.json: give the folder of a model in the Hugging Face format")]
+    #[error("{0} has no config.json: give the folder of a model in the Hugging Face format, or a GGUF file")]
     NoModel(PathBuf),
+    /// Something that cannot be looked at.
+    #[error("cannot read {}", path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    /// Several GGUF files, or none of those that are there.
+    #[error("{place} has no single GGUF file {wanted}: name one of {found}")]
+    WhichGguf { place: String, wanted: String, found: String },
     /// The hub does not know it.
     #[error(
         "the hub has no model `{id}` at revision `{revision}`: check the spelling, or set HF_TOKEN if it is private"
@@ -54,6 +70,9 @@ pub(crate) enum ModelSourceError {
     /// It has no weights in the format that is read.
     #[error("`{id}` has no *.safetensors files; convert it, or choose another revision")]
     NoWeights { id: String },
+    /// It has GGUF files, of which one has to be named.
+    #[error("`{id}` has GGUF files: name one, as in {id}:{first}; there are {found}")]
+    OnlyGguf { id: String, first: String, found: String },
     /// Anything else that went wrong on the way.
     #[error("cannot download `{id}`: {reason}; a model that is in the cache is served with --offline")]
     Download { id: String, reason: String },
@@ -70,17 +89,59 @@ pub(crate) fn resolve(flags: &ModelFlags, bars: &MultiProgress) -> Result<Resolv
     };
     let path = Path::new(name);
     if path.is_dir() {
-        if !path.join(CONFIG).is_file() {
-            return Err(ModelSourceError::NoModel(path.to_owned()));
-        }
-        return Ok(ResolvedModel { source: ModelSource::Folder(path.to_owned()), name: name.to_owned() });
+        return Ok(ResolvedModel { source: in_folder(path)?, name: name.to_owned() });
     }
-    if !is_hub_id(name) {
+    if path.is_file() {
+        return Ok(ResolvedModel { source: ModelSource::Gguf(path.to_owned()), name: name.to_owned() });
+    }
+    let (id, file) = name.split_once(':').map_or((name, None), |(id, file)| (id, Some(file)));
+    if !is_hub_id(id) || file.is_some_and(str::is_empty) {
         return Err(ModelSourceError::Nothing(name.to_owned()));
     }
     let hub = Hub::from_environment(flags.offline);
-    let folder = hub.folder(name, &flags.revision, bars)?;
-    Ok(ResolvedModel { source: ModelSource::Folder(folder), name: name.to_owned() })
+    let source = match file {
+        None => ModelSource::Folder(hub.folder(id, &flags.revision, bars)?),
+        Some(wanted) => ModelSource::Gguf(hub.gguf(id, wanted, &flags.revision, bars)?),
+    };
+    Ok(ResolvedModel { source, name: name.to_owned() })
+}
+
+/// The path of a model for the command line of a worker; `None` for the one in the binary.
+pub(crate) fn path(source: &ModelSource) -> anyhow::Result<Option<String>> {
+    let path = match source {
+        ModelSource::Folder(folder) => folder.canonicalize()?,
+        // Not the file that a link in the hub's cache leads to: its name says nothing.
+        ModelSource::Gguf(file) => std::path::absolute(file)?,
+        ModelSource::Embedded(_) => return Ok(None),
+    };
+    let path = path.into_os_string().into_string();
+    path.map(Some).map_err(|_| anyhow::anyhow!("the model's path is not UTF-8"))
+}
+
+/// The model in a folder: in the format of transformers, or the one GGUF file.
+fn in_folder(folder: &Path) -> Result<ModelSource, ModelSourceError> {
+    if folder.join(CONFIG).is_file() {
+        return Ok(ModelSource::Folder(folder.to_owned()));
+    }
+    let files: Vec<String> = names_in(folder)?.into_iter().filter(|name| is_gguf(name)).collect();
+    match &files[..] {
+        [] => Err(ModelSourceError::NoModel(folder.to_owned())),
+        [only] => Ok(ModelSource::Gguf(folder.join(only))),
+        _ => {
+            let (place, found) = (folder.display().to_string(), shown(&files));
+            Err(ModelSourceError::WhichGguf { place, wanted: String::new(), found })
+        }
+    }
+}
+
+fn names_in(folder: &Path) -> Result<Vec<String>, ModelSourceError> {
+    let error = |source| ModelSourceError::Read { path: folder.to_owned(), source };
+    let entries = std::fs::read_dir(folder).map_err(error)?;
+    let name = |entry: std::io::Result<std::fs::DirEntry>| Ok(entry.map_err(error)?.file_name());
+    let names: Vec<_> = entries.map(name).collect::<Result<_, _>>()?;
+    let mut names: Vec<String> = names.into_iter().filter_map(|name| name.into_string().ok()).collect();
+    names.sort();
+    Ok(names)
 }
 
 /// The hub and its cache.
@@ -121,18 +182,11 @@ impl Hub {
             })?;
             return Ok(parent(&config));
         }
-        let explain = |error: &ApiError| explain(id, revision, error);
-        let mut builder =
-            ApiBuilder::from_cache(self.cache.clone()).with_progress(false).with_token(self.token.clone());
-        if let Some(endpoint) = &self.endpoint {
-            builder = builder.with_endpoint(endpoint.clone());
-        }
-        let api = builder.build().map_err(|error| explain(&error))?.repo(repo);
-        let files = api.info().map_err(|error| explain(&error))?.siblings;
-        let mut wanted: Vec<String> =
-            files.into_iter().map(|file| file.rfilename).filter(|name| is_needed(name)).collect();
+        let api = self.api(repo).map_err(|error| explain(id, revision, &error))?;
+        let files = files_of(&api).map_err(|error| explain(id, revision, &error))?;
+        let mut wanted: Vec<String> = files.iter().filter(|name| is_needed(name)).cloned().collect();
         if !wanted.iter().any(|name| name.ends_with(".safetensors")) {
-            return Err(ModelSourceError::NoWeights { id: id.to_owned() });
+            return Err(no_weights(id, files));
         }
         // The configuration comes last, so that a folder that has it has everything else too.
         wanted.sort_by_key(|name| (name == CONFIG, name.clone()));
@@ -140,12 +194,72 @@ impl Hub {
         for name in wanted {
             last = match cached.get(&name) {
                 Some(path) => path,
-                None => api
-                    .download_with_progress(&name, Bar::new(id, &name, bars))
-                    .map_err(|error| explain(&error))?,
+                None => download(&api, id, &name, bars).map_err(|error| explain(id, revision, &error))?,
             };
         }
         Ok(parent(&last))
+    }
+
+    /// A GGUF file of a model, by its name or by what its weights are quantised to.
+    fn gguf(
+        &self,
+        id: &str,
+        wanted: &str,
+        revision: &str,
+        bars: &MultiProgress,
+    ) -> Result<PathBuf, ModelSourceError> {
+        let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned());
+        let cached = self.cache.repo(repo.clone());
+        let unclear = |files: Vec<String>| ModelSourceError::WhichGguf {
+            place: format!("`{id}`"),
+            wanted: format!("`{wanted}`"),
+            found: shown(&files),
+        };
+        if self.offline {
+            let offline = || ModelSourceError::Offline {
+                id: format!("{id}:{wanted}"),
+                cache: self.cache.path().clone(),
+            };
+            let references = self.cache.path().join(repo.folder_name()).join("refs");
+            let commit = std::fs::read_to_string(references.join(revision)).map_err(|_| offline())?;
+            let snapshot = cached.pointer_path(commit.trim());
+            let name = choose(&names_in(&snapshot)?, wanted).map_err(|_| offline())?;
+            return Ok(snapshot.join(name));
+        }
+        let api = self.api(repo).map_err(|error| explain(id, revision, &error))?;
+        let files = files_of(&api).map_err(|error| explain(id, revision, &error))?;
+        let name = choose(&files, wanted).map_err(unclear)?;
+        match cached.get(&name) {
+            Some(path) => Ok(path),
+            None => download(&api, id, &name, bars).map_err(|error| explain(id, revision, &error)),
+        }
+    }
+
+    fn api(&self, repo: Repo) -> Result<ApiRepo, ApiError> {
+        let mut builder =
+            ApiBuilder::from_cache(self.cache.clone()).with_progress(false).with_token(self.token.clone());
+        if let Some(endpoint) = &self.endpoint {
+            builder = builder.with_endpoint(endpoint.clone());
+        }
+        Ok(builder.build()?.repo(repo))
+    }
+}
+
+fn files_of(api: &ApiRepo) -> Result<Vec<String>, ApiError> {
+    Ok(api.info()?.siblings.into_iter().map(|file| file.rfilename).collect())
+}
+
+fn download(api: &ApiRepo, id: &str, name: &str, bars: &MultiProgress) -> Result<PathBuf, ApiError> {
+    api.download_with_progress(name, Bar::new(id, name, bars))
+}
+
+fn no_weights(id: &str, files: Vec<String>) -> ModelSourceError {
+    let files: Vec<String> = files.into_iter().filter(|name| is_gguf(name)).collect();
+    match files.first() {
+        None => ModelSourceError::NoWeights { id: id.to_owned() },
+        Some(first) => {
+            ModelSourceError::OnlyGguf { id: id.to_owned(), first: first.clone(), found: shown(&files) }
+        }
     }
 }
 
@@ -266,6 +380,8 @@ mod tests {
             ("config.json", "{}"),
             ("model.safetensors", "weights"),
             ("tokenizer.json", "{}"),
+            ("m-Q4_K_M.gguf", "not wanted"),
+            ("m-Q8_0.gguf", "GGUF"),
             ("onnx/model.safetensors", "not wanted"),
             ("README.md", "not wanted"),
         ]);
@@ -296,11 +412,54 @@ mod tests {
         folder(&hub(false), "o/m").expect("nothing but the list of files is asked for again");
         assert_eq!(requests.lock().expect("whole").len(), before + 1);
 
+        let gguf = |hub: &Hub, wanted: &str| hub.gguf("o/m", wanted, "main", &bars);
+        assert!(matches!(gguf(&hub(true), "Q8_0"), Err(ModelSourceError::Offline { .. })));
+        let error = gguf(&hub(false), "Q2_K").expect_err("there is none").to_string();
+        assert!(
+            error.contains("`o/m` has no single GGUF file `Q2_K`: name one of m-Q4_K_M.gguf, m-Q8_0.gguf"),
+            "{error}"
+        );
+        let file = gguf(&hub(false), "q8_0").expect("the hub has it");
+        assert!(file.ends_with("m-Q8_0.gguf"), "{}", file.display());
+        for wanted in ["Q8_0", "m-Q8_0.gguf"] {
+            assert_eq!(gguf(&hub(true), wanted).expect("it is in the cache"), file);
+        }
+        assert!(matches!(gguf(&hub(true), "Q4_K_M"), Err(ModelSourceError::Offline { .. })));
+
         assert!(matches!(folder(&hub(false), "o/missing"), Err(ModelSourceError::Unknown { .. })));
         assert!(matches!(folder(&hub(false), "o/gated"), Err(ModelSourceError::Gated { .. })));
         assert!(matches!(folder(&hub(false), "o/private"), Err(ModelSourceError::Hidden { .. })));
         let nobody = Hub { endpoint: Some("http://127.0.0.1:9".into()), ..hub(false) };
         assert!(matches!(folder(&nobody, "o/other"), Err(ModelSourceError::Download { .. })));
+    }
+
+    #[test]
+    fn a_folder_may_have_one_gguf_file() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let write = |name: &str| std::fs::write(folder.path().join(name), "GGUF").expect("it can be written");
+        assert!(matches!(in_folder(folder.path()), Err(ModelSourceError::NoModel(_))));
+        write("notes.txt");
+        write("one.gguf");
+        assert!(
+            matches!(in_folder(folder.path()), Ok(ModelSource::Gguf(path)) if path.ends_with("one.gguf"))
+        );
+        write("Two.GGUF");
+        let error = in_folder(folder.path()).expect_err("there are two").to_string();
+        assert!(error.contains("name one of Two.GGUF, one.gguf"), "{error}");
+        write(CONFIG);
+        assert!(matches!(in_folder(folder.path()), Ok(ModelSource::Folder(_))));
+    }
+
+    #[test]
+    fn a_model_of_gguf_files_says_how_to_name_one() {
+        let files = BTreeMap::from([("README.md", ""), ("m-Q4_0.gguf", "GGUF")]);
+        let (endpoint, _) = serve_hub(files);
+        let home = tempfile::tempdir().expect("a temporary folder");
+        let cache = Cache::new(home.path().to_owned());
+        let hub = Hub { cache, endpoint: Some(endpoint), token: None, offline: false };
+        let bars = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden());
+        let error = hub.folder("o/m", "main", &bars).expect_err("there are no safetensors").to_string();
+        assert!(error.contains("name one, as in o/m:m-Q4_0.gguf"), "{error}");
     }
 
     #[test]

@@ -89,14 +89,10 @@ fn plan(
         && let Some(source) = draft_model
     {
         // It has been found and fetched: no worker looks again.
-        config.draft_model = Some(DraftName { model: draft_model::folder(source)?, revision: None });
+        config.draft_model = Some(DraftName { model: draft_model::path(source)?, revision: None });
     }
     arguments.extend(engine.to_arguments());
-    if let ModelSource::Folder(folder) = &model.source {
-        let folder = folder.canonicalize()?;
-        let folder = folder.into_os_string().into_string();
-        arguments.push(folder.map_err(|_| anyhow::anyhow!("the model's path is not UTF-8"))?);
-    }
+    arguments.extend(model_source::path(&model.source)?);
     Ok(WorkerPlan { name, role: role.role(), arguments })
 }
 

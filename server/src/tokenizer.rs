@@ -3,11 +3,13 @@
 //! The library knows tokens as strings; clients want bytes, because a token may be a part of a character. How the
 //! bytes are written in a vocabulary depends on the decoder, so that is found out once, here.
 
+mod gguf;
 mod stop_text;
 mod text_decoder;
 
 use tidemill_engine_core::request::TokenId;
 
+pub(crate) use gguf::{tokenizer_config, tokenizer_json};
 pub(crate) use stop_text::{Found, StopText};
 pub(crate) use text_decoder::TextDecoder;
 

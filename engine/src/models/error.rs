@@ -5,6 +5,8 @@
 
 use std::io;
 
+use crate::gguf::GgufError;
+
 /// A model that was not loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -75,8 +77,25 @@ pub enum ModelError {
         #[source]
         source: safetensors::SafeTensorError,
     },
+    /// A GGUF file cannot be understood, or asks for what is not supported.
+    #[error("{file} cannot be read as GGUF")]
+    Gguf {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        #[source]
+        source: GgufError,
+    },
+    /// A part of a quantised tensor is missing or not what the configuration says.
+    #[error("tensor `{tensor}` cannot be unpacked: {reason}")]
+    Packed {
+        /// The part.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The configuration asks for tensors that no file holds.
-    #[error("{file} lacks {count} tensors that config.json asks for: {names}")]
+    #[error("{file} lacks {count} tensors that its configuration asks for: {names}")]
     MissingTensors {
         /// The file, or the index of the files.
         file: String,
@@ -86,7 +105,7 @@ pub enum ModelError {
         names: String,
     },
     /// The files hold tensors that the configuration has no place for: the answers would be wrong without them.
-    #[error("{file} holds {count} tensors that config.json has no place for: {names}")]
+    #[error("{file} holds {count} tensors that its configuration has no place for: {names}")]
     UnexpectedTensors {
         /// The file, or the index of the files.
         file: String,
@@ -96,7 +115,7 @@ pub enum ModelError {
         names: String,
     },
     /// A tensor's shape is not what the configuration says.
-    #[error("tensor `{tensor}`: config.json asks for shape {expected:?}, found {found:?}")]
+    #[error("tensor `{tensor}`: the configuration asks for shape {expected:?}, found {found:?}")]
     WrongShape {
         /// The tensor.
         tensor: String,
@@ -106,12 +125,14 @@ pub enum ModelError {
         found: Vec<usize>,
     },
     /// A tensor is stored in a type that this engine does not read.
-    #[error("tensor `{tensor}` is stored as {found}; supported: BF16, F16, F32")]
+    #[error("tensor `{tensor}` is stored as {found}; supported: {supported}")]
     WrongDtype {
         /// The tensor.
         tensor: String,
         /// Type in the file.
         found: String,
+        /// What would be read.
+        supported: String,
     },
     /// The operations refuse the model's shape.
     #[error("this model's shape cannot be computed: {reason}")]

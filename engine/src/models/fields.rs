@@ -54,6 +54,11 @@ impl<'a> Fields<'a> {
         self.values.contains_key(name)
     }
 
+    /// The names of all fields.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.values.keys().map(String::as_str)
+    }
+
     /// The name of a field whose value is an object.
     pub(super) fn nested(&self) -> Option<&'a str> {
         self.values.iter().find(|(_, value)| value.is_object()).map(|(name, _)| name.as_str())

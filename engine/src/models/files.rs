@@ -30,10 +30,11 @@ enum Place<'a> {
 }
 
 impl<'a> ModelFiles<'a> {
-    /// The files of a model.
+    /// The files of a model; a GGUF file has none beside it.
     pub fn of(source: &'a ModelSource) -> Self {
         Self(match source {
             ModelSource::Folder(folder) => Place::Folder(folder),
+            ModelSource::Gguf(_) => Place::Embedded(&[]),
             ModelSource::Embedded(files) => Place::Embedded(files),
         })
     }

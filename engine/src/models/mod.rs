@@ -1,4 +1,4 @@
-//! Models: a Hugging Face folder becomes a shape, weights and defaults.
+//! Models: a Hugging Face folder or a GGUF file becomes a shape, weights and defaults.
 //!
 //! All families share one decoder skeleton ([`ModelSpec`] describes it); what tells them apart is data, in `families`.
 
@@ -7,6 +7,8 @@ mod families;
 mod fields;
 mod files;
 mod generation;
+mod gguf;
+mod packing;
 mod rope;
 mod spec;
 
@@ -21,6 +23,9 @@ pub use error::ModelError;
 pub(crate) use fields::parse as parse_json;
 pub use files::{FileBytes, ModelFiles};
 pub use generation::GenerationDefaults;
+pub use gguf::GgufModel;
+pub(crate) use gguf::ROPE_FACTORS;
+pub(crate) use packing::{Packing, Share};
 pub use rope::{RopeScaling, RopeSpec};
 pub use spec::ModelSpec;
 
@@ -76,7 +81,7 @@ impl Model {
     ) -> Result<Self, ModelError> {
         let spec = ModelSpec::read(source)?;
         let generation = GenerationDefaults::read(source)?;
-        let loaded = weights::load(&spec, ModelFiles::of(source), options, progress)?;
+        let loaded = weights::load(&spec, source, options, progress)?;
         let weights::Loaded { weights, fingerprint, dtype } = loaded;
         Ok(Self { spec, generation, weights, dtype, fingerprint })
     }
@@ -119,19 +124,22 @@ impl Model {
 }
 
 impl ModelSpec {
-    /// Reads a model's `config.json`.
+    /// Reads a model's `config.json`, or the metadata of its GGUF file.
     ///
     /// # Errors
     ///
     /// As for [`parse`](Self::parse), and when there is no such file.
     pub fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        if let ModelSource::Gguf(path) = source {
+            return GgufModel::open(path)?.spec();
+        }
         let files = ModelFiles::of(source);
         Self::parse(&files.label(CONFIG_FILE), &files.read(CONFIG_FILE)?)
     }
 }
 
 impl GenerationDefaults {
-    /// Reads a model's `generation_config.json`, which it need not have.
+    /// Reads a model's `generation_config.json`, which it need not have, and a GGUF file has not.
     ///
     /// # Errors
     ///

@@ -39,6 +39,11 @@ pub enum RopeScaling {
         /// The trained length in tokens.
         original_len: u32,
     },
+    /// Each frequency is divided by a number of its own: what files other than `config.json` say instead of `Llama3`.
+    Table {
+        /// One per pair of elements.
+        divisors: Vec<f32>,
+    },
     /// Blend by the number of turns, and a sharper softmax (Peng et al., "YaRN", 2023).
     Yarn {
         /// The divisor of low frequencies.
@@ -106,6 +111,7 @@ impl RopeSpec {
     fn scaled(&self, pair: usize, plain: f64, head_size: usize) -> f64 {
         match self.scaling {
             RopeScaling::None => plain,
+            RopeScaling::Table { ref divisors } => plain / f64::from(divisors[pair]),
             RopeScaling::Linear { factor } => plain / factor,
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
                 let turns = f64::from(original_len) * plain / (2.0 * PI);

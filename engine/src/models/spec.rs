@@ -14,6 +14,7 @@ use tidemill_kernels::matrix::WeightDtype;
 use super::error::ModelError;
 use super::families::{FAMILIES, Family, Switch, WindowRule, supported};
 use super::fields::{Fields, parse};
+use super::packing::Packing;
 use super::rope::RopeSpec;
 
 /// Shape of a decoder.
@@ -53,6 +54,8 @@ pub struct ModelSpec {
     pub qk_norm: bool,
     /// Whether the embedding is also the output head.
     pub tied_embeddings: bool,
+    /// How matrices are packed that come in fewer bits.
+    pub(crate) packing: Option<Packing>,
     /// Type that the weights are said to be stored in.
     pub dtype: WeightDtype,
     /// Tokens that end a text, by `config.json` alone.
@@ -93,6 +96,7 @@ impl ModelSpec {
             mlp_bias: switched(&config, family.mlp_bias)?,
             qk_norm: family.qk_norm,
             tied_embeddings: config.flag("tie_word_embeddings")?.unwrap_or(false),
+            packing: Packing::read(&config)?,
             dtype: declared_dtype(&config)?,
             eos_token_ids: config.tokens("eos_token_id")?,
         })
@@ -119,9 +123,6 @@ fn family_of(config: &Fields<'_>) -> Result<&'static Family, ModelError> {
 }
 
 fn refuse_unsupported(config: &Fields<'_>) -> Result<(), ModelError> {
-    if config.value("quantization_config").is_some() {
-        return Err(config.unsupported("quantization_config", "none: weights in BF16, F16 or F32"));
-    }
     match config.text("hidden_act")? {
         None | Some("silu" | "swish") => Ok(()),
         Some(_) => Err(config.unsupported("hidden_act", "silu")),

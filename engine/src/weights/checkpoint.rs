@@ -1,15 +1,17 @@
 //! Tensors in safetensors files: one file, or shards with an index.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use tidemill_kernels::matrix::WeightDtype;
 
-use super::tensors::{TensorSpec, is_ignored};
-use super::{Tensor, TensorSource};
-use crate::models::{FileBytes, ModelError, ModelFiles, ModelSpec, parse_json};
+use super::TensorSource;
+use super::packed::{self, PackedParts};
+use super::tensor::{PlainTensor, Tensor};
+use super::tensors::{TensorSpec, is_ignored, projection_of, weight};
+use crate::models::{FileBytes, ModelError, ModelFiles, ModelSpec, Packing, parse_json};
 
 /// The open files of a checkpoint.
 #[derive(Debug)]
@@ -27,6 +29,7 @@ pub(super) struct CheckpointFiles {
 pub(super) struct Checkpoint<'a> {
     label: &'a str,
     tensors: BTreeMap<String, TensorView<'a>>,
+    packing: Option<Packing>,
 }
 
 impl CheckpointFiles {
@@ -48,8 +51,8 @@ impl CheckpointFiles {
         Ok(Self { label, files, weight_map: Some(weight_map) })
     }
 
-    /// Reads the headers of all files.
-    pub(super) fn checkpoint(&self) -> Result<Checkpoint<'_>, ModelError> {
+    /// Reads the headers of all files, whose matrices may be packed.
+    pub(super) fn checkpoint(&self, packing: Option<Packing>) -> Result<Checkpoint<'_>, ModelError> {
         let mut tensors = BTreeMap::new();
         for (name, (label, bytes)) in &self.files {
             let file = SafeTensors::deserialize(bytes)
@@ -61,59 +64,81 @@ impl CheckpointFiles {
                 }
             }
         }
-        Ok(Checkpoint { label: &self.label, tensors })
+        Ok(Checkpoint { label: &self.label, tensors, packing })
     }
 }
 
-impl Checkpoint<'_> {
+impl<'a> Checkpoint<'a> {
     /// Checks that the files hold exactly the tensors that `spec` asks for, each of its shape and of a type that is read.
     pub(super) fn check(&self, spec: &ModelSpec, wanted: &[TensorSpec]) -> Result<(), ModelError> {
-        let missing =
-            wanted.iter().map(|tensor| &*tensor.name).filter(|name| !self.tensors.contains_key(*name));
-        if let Some((count, names)) = listed(missing) {
+        let (mut missing, mut known) = (Vec::new(), BTreeSet::new());
+        for TensorSpec { name, shape } in wanted {
+            if let Some((packing, parts)) = self.parts_of(name) {
+                packed::open(packing, &parts, shape)?;
+                known.extend(parts.names());
+            } else if let Some(view) = self.tensors.get(name) {
+                if view.shape() != shape {
+                    let (expected, found) = (shape.clone(), view.shape().into());
+                    return Err(ModelError::WrongShape { tensor: name.clone(), expected, found });
+                }
+                dtype(name, view)?;
+                known.insert(name.clone());
+            } else {
+                missing.push(&**name);
+            }
+        }
+        if let Some((count, names)) = listed(missing.into_iter()) {
             return Err(ModelError::MissingTensors { file: self.label.into(), count, names });
         }
-        let known: BTreeMap<&str, &[usize]> =
-            wanted.iter().map(|tensor| (&*tensor.name, &*tensor.shape)).collect();
         let names = self.tensors.keys().map(String::as_str);
-        let unexpected = names.filter(|name| !known.contains_key(name) && !is_ignored(spec, name));
+        let unexpected = names
+            .filter(|name| !known.contains(*name) && !is_ignored(spec, name) && !self.is_empty_bias(name));
         if let Some((count, names)) = listed(unexpected) {
             return Err(ModelError::UnexpectedTensors { file: self.label.into(), count, names });
-        }
-        for (name, shape) in known {
-            let view = &self.tensors[name];
-            if view.shape() != shape {
-                return Err(ModelError::WrongShape {
-                    tensor: name.into(),
-                    expected: shape.into(),
-                    found: view.shape().into(),
-                });
-            }
-            dtype(name, view)?;
         }
         Ok(())
     }
 
     /// Bytes of all tensors that will be read.
     pub(super) fn bytes(&self, wanted: &[TensorSpec]) -> u64 {
-        wanted.iter().map(|tensor| self.tensors[&tensor.name].data().len() as u64).sum()
+        let bytes = |name: &str| match self.parts_of(name) {
+            Some((_, parts)) => parts.bytes(),
+            None => self.tensors[name].data().len() as u64,
+        };
+        wanted.iter().map(|tensor| bytes(&tensor.name)).sum()
+    }
+
+    /// The parts of a matrix that is packed.
+    fn parts_of(&self, name: &str) -> Option<(Packing, PackedParts<'_, 'a>)> {
+        let packing = self.packing?;
+        let parts = PackedParts::find(packing, &self.tensors, projection_of(name)?)?;
+        Some((packing, parts))
+    }
+
+    /// Whether this is a bias of zeros, which tools for GPTQ add to projections that have none.
+    fn is_empty_bias(&self, name: &str) -> bool {
+        let is_packed =
+            || name.strip_suffix(".bias").is_some_and(|part| self.parts_of(&weight(part)).is_some());
+        is_packed() && self.tensors[name].data().iter().all(|byte| *byte == 0)
     }
 }
 
 impl TensorSource for Checkpoint<'_> {
-    fn tensor(&mut self, name: &str, _shape: &[usize]) -> Result<Tensor<'_>, ModelError> {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, ModelError> {
+        if let Some((packing, parts)) = self.parts_of(name) {
+            return packed::open(packing, &parts, shape).map(Tensor::Quantized);
+        }
         let view = &self.tensors[name];
-        Ok(Tensor { bytes: view.data().into(), dtype: dtype(name, view)? })
+        Ok(Tensor::Plain(PlainTensor { bytes: view.data().into(), dtype: dtype(name, view)? }))
     }
 }
 
 fn dtype(name: &str, view: &TensorView<'_>) -> Result<WeightDtype, ModelError> {
-    match view.dtype() {
-        Dtype::F32 => Ok(WeightDtype::F32),
-        Dtype::F16 => Ok(WeightDtype::F16),
-        Dtype::BF16 => Ok(WeightDtype::Bf16),
-        other => Err(ModelError::WrongDtype { tensor: name.into(), found: format!("{other:?}") }),
-    }
+    packed::dtype_of(view).ok_or_else(|| ModelError::WrongDtype {
+        tensor: name.into(),
+        found: format!("{:?}", view.dtype()),
+        supported: "BF16, F16, F32".into(),
+    })
 }
 
 fn read_weight_map(label: &str, index: &[u8]) -> Result<BTreeMap<String, String>, ModelError> {
@@ -137,7 +162,7 @@ fn read_weight_map(label: &str, index: &[u8]) -> Result<BTreeMap<String, String>
 }
 
 /// How many names there are and the first few of them; `None` when there is none.
-fn listed<'a>(names: impl Iterator<Item = &'a str>) -> Option<(usize, String)> {
+pub(super) fn listed<'a>(names: impl Iterator<Item = &'a str>) -> Option<(usize, String)> {
     let names: Vec<&str> = names.collect();
     let shown = names.iter().take(MOST_LISTED).copied().collect::<Vec<_>>().join(", ");
     let more = if MOST_LISTED < names.len() { ", …" } else { "" };

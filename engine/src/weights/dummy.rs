@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use tidemill_kernels::matrix::WeightDtype;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::{Tensor, TensorSource};
+use super::TensorSource;
+use super::tensor::{PlainTensor, Tensor};
 use crate::models::ModelError;
 
 /// Makes tensors from a seed.
@@ -39,7 +40,7 @@ impl TensorSource for Dummy {
                 scope.spawn(move || fill(bytes, dtype, spread, numbers));
             }
         });
-        Ok(Tensor { bytes: bytes.into(), dtype: self.dtype })
+        Ok(Tensor::Plain(PlainTensor { bytes: bytes.into(), dtype: self.dtype }))
     }
 }
 
@@ -101,7 +102,10 @@ mod tests {
             let made = |threads| {
                 let mut dummy = Dummy { seed: 5, dtype, threads };
                 let tensor = dummy.tensor("a.weight", &[1030, 517]).expect("dummies are always there");
-                tensor.bytes.into_owned()
+                match tensor {
+                    Tensor::Plain(plain) => plain.bytes.into_owned(),
+                    Tensor::Quantized(matrix) => panic!("{matrix:?}"),
+                }
             };
             assert_eq!(made(3), made(1), "{dtype:?}");
         }

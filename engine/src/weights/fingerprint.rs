@@ -4,7 +4,6 @@
 //! name, shape, type and bytes, and how weights are quantised. Above [`WHOLE_UP_TO`] bytes of weights only some stretches of each tensor are read, as a
 //! model must not be read from disk twice; a fine-tuned model differs nearly everywhere, so a few stretches tell it apart.
 
-use tidemill_kernels::matrix::WeightDtype;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::handle::Quantization;
@@ -30,10 +29,10 @@ impl Fingerprint {
         Self { hasher, whole: bytes < WHOLE_UP_TO }
     }
 
-    /// Adds one tensor.
-    pub(super) fn add(&mut self, name: &str, shape: &[usize], dtype: WeightDtype, bytes: &[u8]) {
+    /// Adds one tensor, or a part of one; `kind` tells how its bytes are read.
+    pub(super) fn add(&mut self, name: &str, shape: &[usize], kind: &str, bytes: &[u8]) {
         add_framed(&mut self.hasher, name.as_bytes());
-        add_framed(&mut self.hasher, format!("{dtype:?} {shape:?}").as_bytes());
+        add_framed(&mut self.hasher, format!("{kind} {shape:?}").as_bytes());
         if self.whole || bytes.len() <= STRETCHES * STRETCH {
             self.hasher.update(bytes);
             return;

@@ -6,18 +6,23 @@
 mod checkpoint;
 mod dummy;
 mod fingerprint;
+mod gguf;
+mod gguf_blocks;
+mod packed;
+mod packer;
+mod tensor;
 mod tensors;
 
-use std::borrow::Cow;
+use tidemill_kernels::matrix::{Embedding, PackedMatrix, WeightDtype};
 
-use tidemill_kernels::matrix::{Embedding, MatrixSource, PackedMatrix, WeightDtype};
-use tidemill_kernels::reference::widen_matrix;
-
-use crate::handle::{LoadFormat, LoadProgress, Quantization};
-use crate::models::{LoadOptions, ModelError, ModelFiles, ModelSpec};
+use crate::handle::{LoadFormat, LoadProgress, ModelSource};
+use crate::models::{GgufModel, LoadOptions, ModelError, ModelFiles, ModelSpec};
 use checkpoint::CheckpointFiles;
 use dummy::Dummy;
 use fingerprint::Fingerprint;
+use gguf::GgufTensors;
+use packer::Packer;
+use tensor::Tensor;
 use tensors::{
     DOWN, EMBEDDING, FINAL_NORM, GATE, HEAD, INPUT_NORM, KEY, KEY_NORM, MLP_NORM, OUTPUT, QUERY, QUERY_NORM,
     TensorSpec, UP, VALUE, bias, layer_prefix, weight,
@@ -94,29 +99,29 @@ trait TensorSource {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, ModelError>;
 }
 
-/// One tensor, row by row, little-endian.
-struct Tensor<'a> {
-    bytes: Cow<'a, [u8]>,
-    dtype: WeightDtype,
-}
-
 /// Reads or makes all weights of a decoder.
 pub(crate) fn load(
     spec: &ModelSpec,
-    files: ModelFiles<'_>,
+    model: &ModelSource,
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, ModelError> {
     let wanted = tensors::tensors(spec);
-    match options.format {
-        LoadFormat::Safetensors => {
-            let files = CheckpointFiles::open(files)?;
-            let mut checkpoint = files.checkpoint()?;
+    match (options.format, model) {
+        (LoadFormat::Safetensors, ModelSource::Gguf(path)) => {
+            let model = GgufModel::open(path)?;
+            let mut tensors = GgufTensors::check(&model, spec, &wanted)?;
+            let total = tensors.bytes(&wanted)?;
+            read_all(spec, &mut tensors, total, options, progress)
+        }
+        (LoadFormat::Safetensors, _) => {
+            let files = CheckpointFiles::open(ModelFiles::of(model))?;
+            let mut checkpoint = files.checkpoint(spec.packing)?;
             checkpoint.check(spec, &wanted)?;
             let total = checkpoint.bytes(&wanted);
             read_all(spec, &mut checkpoint, total, options, progress)
         }
-        LoadFormat::Dummy { seed } => {
+        (LoadFormat::Dummy { seed }, _) => {
             let elements: u64 = wanted.iter().map(TensorSpec::elements).sum();
             let total = elements * spec.dtype.bytes() as u64;
             let mut dummy = Dummy { seed, dtype: spec.dtype, threads: options.threads };
@@ -133,14 +138,8 @@ fn read_all(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, ModelError> {
     let fingerprint = Fingerprint::of(spec, options.quantization, total);
-    Loading { spec, source, fingerprint, options, progress, done: 0, total }.run()
-}
-
-/// The head has 8 bits where all else has 4: its errors are those of the logits.
-const fn head_quantization(quantization: Quantization) -> Quantization {
-    match quantization {
-        Quantization::Int8 | Quantization::Int4 { .. } => Quantization::Int8,
-    }
+    let packer = Packer::new(options.threads, options.quantization);
+    Loading { spec, source, fingerprint, packer, progress, done: 0, total }.run()
 }
 
 /// Takes the tensors one by one, and keeps account of them.
@@ -148,7 +147,7 @@ struct Loading<'a> {
     spec: &'a ModelSpec,
     source: &'a mut dyn TensorSource,
     fingerprint: Fingerprint,
-    options: LoadOptions,
+    packer: Packer,
     progress: &'a mut dyn FnMut(LoadProgress),
     done: u64,
     total: u64,
@@ -159,31 +158,20 @@ impl Loading<'_> {
         let spec = self.spec;
         let table = [spec.vocab_size, spec.hidden_size];
         self.report();
-        let embed = |source: MatrixSource<'_>| Embedding::new(table[0], table[1], source);
-        let pack_head = self.packer(table, self.options.quantization.map(head_quantization));
-        let (embedding, head, dtype) = match (spec.tied_embeddings, self.options.quantization) {
-            (true, None) => {
-                let pack = |source: MatrixSource<'_>| (pack_head(source), source.dtype);
-                let (head, dtype) = self.take(EMBEDDING, &table, pack)?;
-                (None, Some(head), dtype)
-            }
-            (true, Some(_)) => {
-                let pack = |source: MatrixSource<'_>| (embed(source), pack_head(source), source.dtype);
-                let (embedding, head, dtype) = self.take(EMBEDDING, &table, pack)?;
-                (Some(embedding), Some(head), dtype)
-            }
-            (false, _) => {
-                let pack = |source: MatrixSource<'_>| (embed(source), source.dtype);
-                let (embedding, dtype) = self.take(EMBEDDING, &table, pack)?;
-                (Some(embedding), None, dtype)
-            }
-        };
+        let (embedding, head, dtype) = self.take(EMBEDDING, &table, |packer, tensor| {
+            let dtype = packer.dtype(tensor);
+            let head = spec.tied_embeddings.then(|| packer.head(table, tensor));
+            let is_shared = spec.tied_embeddings && packer.shares_table(tensor);
+            let embedding = (!is_shared).then(|| packer.embedding(table, tensor));
+            (embedding, head, dtype)
+        })?;
         let layers = (0..spec.layers).map(|layer| self.layer(layer)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(FINAL_NORM, spec.hidden_size)?;
         let head = match head {
             Some(head) => head,
-            None => self.take(HEAD, &table, pack_head)?,
+            None => self.take(HEAD, &table, |packer, tensor| packer.head(table, tensor))?,
         };
+        self.packer.report();
         let weights = Weights { embedding, layers, final_norm, head };
         Ok(Loaded { weights, fingerprint: self.fingerprint.text(), dtype })
     }
@@ -221,37 +209,29 @@ impl Loading<'_> {
     }
 
     fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, ModelError> {
-        let pack = self.packer(shape, self.options.quantization);
-        self.take(name, &shape, pack)
-    }
-
-    /// Packs a matrix of `shape`.
-    fn packer(
-        &self,
-        [outputs, inputs]: [usize; 2],
-        quantization: Option<Quantization>,
-    ) -> impl Fn(MatrixSource<'_>) -> PackedMatrix + use<> {
-        let threads = self.options.threads;
-        move |source| match quantization {
-            None => PackedMatrix::pack_on(threads, outputs, inputs, source),
-            Some(quantization) => PackedMatrix::quantize_on(threads, outputs, inputs, source, quantization),
-        }
+        self.take(name, &shape, |packer, tensor| packer.matrix(shape, tensor))
     }
 
     fn vector(&mut self, name: &str, elements: usize) -> Result<Vec<f32>, ModelError> {
-        self.take(name, &[elements], widen_matrix)
+        self.take(name, &[elements], |_, tensor| match tensor {
+            Tensor::Plain(plain) => plain.widened(),
+            Tensor::Quantized(matrix) => unreachable!("a vector is no matrix: {matrix:?}"),
+        })
     }
 
     fn take<T>(
         &mut self,
         name: &str,
         shape: &[usize],
-        pack: impl FnOnce(MatrixSource<'_>) -> T,
+        pack: impl FnOnce(&mut Packer, &Tensor<'_>) -> T,
     ) -> Result<T, ModelError> {
         let tensor = self.source.tensor(name, shape)?;
-        self.fingerprint.add(name, shape, tensor.dtype, &tensor.bytes);
-        self.done += tensor.bytes.len() as u64;
-        let packed = pack(MatrixSource { bytes: &tensor.bytes, dtype: tensor.dtype });
+        for (kind, bytes) in tensor.parts() {
+            self.fingerprint.add(name, shape, &kind, bytes);
+            self.done += bytes.len() as u64;
+        }
+        let packed = pack(&mut self.packer, &tensor);
+        drop(tensor);
         self.report();
         Ok(packed)
     }

@@ -23,6 +23,12 @@ pub(super) fn layer_prefix(layer: usize) -> String {
     format!("model.layers.{layer}.")
 }
 
+/// The number of the layer that a tensor belongs to, and its name there.
+pub(super) fn layer_of(name: &str) -> Option<(usize, &str)> {
+    let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    Some((layer.parse().ok()?, part))
+}
+
 /// All tensors of a decoder, in the order in which they are loaded.
 pub(super) fn tensors(spec: &ModelSpec) -> Vec<TensorSpec> {
     let mut all = vec![matrix(EMBEDDING, spec.vocab_size, spec.hidden_size)];
@@ -50,6 +56,11 @@ pub(super) fn is_ignored(spec: &ModelSpec, name: &str) -> bool {
 /// Name of a projection's weights.
 pub(super) fn weight(part: &str) -> String {
     format!("{part}.weight")
+}
+
+/// The projection, or the head, whose weights have this name.
+pub(super) fn projection_of(name: &str) -> Option<&str> {
+    name.strip_suffix(".weight").filter(|part| part.ends_with("_proj") || *part == "lm_head")
 }
 
 /// Name of a projection's biases.

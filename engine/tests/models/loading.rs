@@ -70,7 +70,7 @@ fn broken_folders_are_told_what_is_wrong() {
         ("heads do not divide", "llama2", |f| set(f, "num_key_value_heads", json!(3)), &["`num_key_value_heads`", "a divisor of num_attention_heads, 4", "found 3"]),
         ("odd head size", "llama2", |f| set(f, "head_dim", json!(15)), &["`head_dim`", "even"]),
         ("unknown activation", "llama2", |f| set(f, "hidden_act", json!("gelu")), &["`hidden_act` is \"gelu\"", "supported: silu"]),
-        ("quantised", "llama2", |f| set(f, "quantization_config", json!({"quant_method": "awq"})), &["`quantization_config`", "awq", "not supported"]),
+        ("quantised", "llama2", |f| set(f, "quantization_config", json!({"quant_method": "fp8"})), &["`quantization_config.quant_method`", "fp8", "not supported"]),
         ("unknown rope", "llama3", |f| set(f, "rope_scaling", json!({"rope_type": "longrope"})), &["`rope_scaling.rope_type` is \"longrope\"", "default, linear, llama3, yarn"]),
         ("rope without its field", "llama3", |f| set(f, "rope_scaling", json!({"rope_type": "llama3", "factor": 8.0})), &["field `rope_scaling.low_freq_factor` is missing"]),
         ("partial rotation", "llama2", |f| set(f, "partial_rotary_factor", json!(0.5)), &["`partial_rotary_factor` is 0.5"]),
@@ -80,8 +80,8 @@ fn broken_folders_are_told_what_is_wrong() {
         ("a file cut short", "llama2", |f| cut(&f.join("model.safetensors")), &["model.safetensors is not a valid safetensors file"]),
         ("a missing shard", "llama-sharded", |f| fs::remove_file(f.join("model-00002-of-00003.safetensors")).unwrap(), &["model-00002-of-00003.safetensors"]),
         ("missing tensors", "llama2", |f| set(f, "num_hidden_layers", json!(3)), &["lacks 9 tensors", "model.layers.2.input_layernorm.weight", "…"]),
-        ("tensors without a place", "llama-bias", |f| set(f, "mlp_bias", json!(false)), &["6 tensors that config.json has no place for", "model.layers.0.mlp.down_proj.bias"]),
-        ("another shape", "llama2", |f| set(f, "intermediate_size", json!(128)), &["tensor `model.layers.0.mlp.down_proj.weight`", "[64, 128]", "[64, 112]"]),
+        ("tensors without a place", "llama-bias", |f| set(f, "mlp_bias", json!(false)), &["6 tensors that its configuration has no place for", "model.layers.0.mlp.down_proj.bias"]),
+        ("another shape", "llama2", |f| set(f, "intermediate_size", json!(128)), &["tensor `model.layers.0.mlp.gate_proj.weight`", "[128, 64]", "[112, 64]"]),
     ];
     for (name, base, change, expected) in rows {
         let folder = changed(base, change);

@@ -2,6 +2,7 @@
 
 mod bench;
 mod blocks;
+mod formats;
 mod loading;
 mod parity;
 mod quantized;

@@ -15,7 +15,8 @@ use super::values::{
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelFlags {
-    /// A Hugging Face folder, or an id such as Qwen/Qwen3-0.6B; nothing serves the demo model
+    /// A Hugging Face folder, a GGUF file, or an id such as Qwen/Qwen3-0.6B or owner/name:file.gguf; nothing serves the
+    /// demo model
     #[arg(value_name = "MODEL")]
     positional: Option<String>,
     /// The same as MODEL

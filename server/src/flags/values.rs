@@ -55,8 +55,9 @@ pub(crate) enum AxisOrderName {
 /// Where weights come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LoadFormatName {
-    /// The model's safetensors
+    /// The model's files, be they safetensors or GGUF; also written auto or gguf
     #[default]
+    #[value(aliases = ["auto", "gguf"])]
     Safetensors,
     /// Random weights in the shape of the model's config, to measure speed without a download
     Dummy,

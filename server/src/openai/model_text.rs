@@ -1,15 +1,16 @@
 //! Everything about a model that has to do with text: the small files beside its weights.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use tidemill_engine::handle::ModelSource;
+use tidemill_engine::models::{GgufModel, ModelError};
 use tidemill_engine_core::request::TokenId;
 
 use crate::chat_template::{ChatTemplate, Clock, TemplateError};
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::{Tokenizer, TokenizerError, tokenizer_config, tokenizer_json};
 
 /// A model's text side.
 #[derive(Debug)]
@@ -66,6 +67,9 @@ pub(crate) enum ModelTextError {
     /// A file is not text.
     #[error("{0} is not UTF-8")]
     Utf8(&'static str),
+    /// The metadata of a GGUF file.
+    #[error(transparent)]
+    Gguf(#[from] ModelError),
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -77,6 +81,9 @@ pub(crate) enum ModelTextError {
 impl ModelText {
     /// Reads the files of `source`. Blocks while it does. `clock` is the time that templates show.
     pub(crate) fn load(source: &ModelSource, clock: Clock) -> Result<Self, ModelTextError> {
+        if let ModelSource::Gguf(path) = source {
+            return Self::of_gguf(path, clock);
+        }
         let tokenizer = read(source, TOKENIZER)?.ok_or(ModelTextError::Missing(TOKENIZER))?;
         let tokenizer = Arc::new(Tokenizer::from_json(&tokenizer)?);
         let tokenizer_config = object(source, "tokenizer_config.json")?;
@@ -100,6 +107,22 @@ impl ModelText {
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
         Ok(Self { tokenizer, template, eos_token_ids, defaults: GenerationDefaults::of(&generation_config) })
+    }
+}
+
+impl ModelText {
+    /// Everything is in the metadata; sampling is as a request says, since files say nothing about it.
+    fn of_gguf(path: &Path, clock: Clock) -> Result<Self, ModelTextError> {
+        let model = GgufModel::open(path)?;
+        let tokenizer = tokenizer_json(&model.file).map_err(|error| model.error(error))?;
+        let config = tokenizer_config(&model.file).map_err(|error| model.error(error))?;
+        let template = config.get("chat_template");
+        Ok(Self {
+            tokenizer: Arc::new(Tokenizer::from_json(tokenizer.to_string().as_bytes())?),
+            template: template.map(|template| ChatTemplate::new(template, &config, clock)).transpose()?,
+            eos_token_ids: model.eos_token_ids()?,
+            defaults: GenerationDefaults::default(),
+        })
     }
 }
 
@@ -137,6 +160,7 @@ fn read(source: &ModelSource, name: &str) -> Result<Option<Vec<u8>>, ModelTextEr
         ModelSource::Embedded(files) => {
             Ok(files.iter().find(|file| file.name == name).map(|file| file.bytes.to_vec()))
         }
+        ModelSource::Gguf(_) => Ok(None),
         ModelSource::Folder(folder) => {
             let path = folder.join(name);
             match std::fs::read(&path) {

@@ -1,0 +1,134 @@
+//! From tensors to packed matrices: which format of the kernels holds which, and an account of it for the log.
+
+use std::collections::BTreeMap;
+
+use tidemill_kernels::matrix::{Embedding, MatrixSource, PackedMatrix, WeightDtype};
+use tidemill_kernels::reference::widen_matrix;
+
+use super::tensor::{PlainTensor, QuantizedMatrix, Tensor};
+use crate::handle::Quantization;
+
+/// Packs matrices, and remembers what became of those that came in fewer bits.
+#[derive(Debug)]
+pub(super) struct Packer {
+    threads: usize,
+    quantization: Option<Quantization>,
+    /// How many there were that came as, became, and did or did not keep their steps.
+    account: BTreeMap<(String, String, Kept), usize>,
+}
+
+/// Whether steps are computed with as they came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kept {
+    AsTheyCame,
+    Rounded,
+}
+
+impl Packer {
+    pub(super) fn new(threads: usize, quantization: Option<Quantization>) -> Self {
+        Self { threads, quantization, account: BTreeMap::new() }
+    }
+
+    /// A matrix of a layer.
+    pub(super) fn matrix(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> PackedMatrix {
+        self.pack(shape, tensor, self.quantization)
+    }
+
+    /// The head.
+    pub(super) fn head(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> PackedMatrix {
+        self.pack(shape, tensor, self.quantization.map(head_quantization))
+    }
+
+    /// The embedding.
+    pub(super) fn embedding(&self, [rows, width]: [usize; 2], tensor: &Tensor<'_>) -> Embedding {
+        match tensor {
+            Tensor::Plain(plain) => Embedding::new(rows, width, plain.source()),
+            Tensor::Quantized(matrix) => matrix.embedding(rows),
+        }
+    }
+
+    /// Type of an embedding's elements, which stands for that of the model.
+    pub(super) const fn dtype(&self, tensor: &Tensor<'_>) -> WeightDtype {
+        match tensor {
+            Tensor::Plain(plain) => plain.dtype,
+            Tensor::Quantized(_) => WeightDtype::Bf16,
+        }
+    }
+
+    /// Whether a table that is also the head can be held once for both.
+    pub(super) const fn shares_table(&self, tensor: &Tensor<'_>) -> bool {
+        self.quantization.is_none() && matches!(tensor, Tensor::Plain(_))
+    }
+
+    /// Tells what became of the matrices that came in fewer bits.
+    pub(super) fn report(&self) {
+        for ((from, to, kept), matrices) in &self.account {
+            match kept {
+                Kept::AsTheyCame => {
+                    tracing::info!(matrices, from, to, "quantised weights are computed with as they come");
+                }
+                Kept::Rounded => tracing::warn!(
+                    matrices,
+                    from,
+                    to,
+                    "quantised weights are rounded again, to a format that can be computed with"
+                ),
+            }
+        }
+    }
+
+    fn pack(&mut self, shape: [usize; 2], tensor: &Tensor<'_>, wanted: Option<Quantization>) -> PackedMatrix {
+        let [outputs, inputs] = shape;
+        match (tensor, wanted) {
+            (Tensor::Plain(plain), None) => {
+                PackedMatrix::pack_on(self.threads, outputs, inputs, plain.source())
+            }
+            (Tensor::Plain(plain), Some(wanted)) => {
+                PackedMatrix::quantize_on(self.threads, outputs, inputs, plain.source(), wanted)
+            }
+            (Tensor::Quantized(matrix), wanted) => self.pack_quantized(shape, matrix, wanted),
+        }
+    }
+
+    fn pack_quantized(
+        &mut self,
+        [outputs, inputs]: [usize; 2],
+        matrix: &QuantizedMatrix<'_>,
+        wanted: Option<Quantization>,
+    ) -> PackedMatrix {
+        let format = wanted.or(matrix.exact).unwrap_or(OTHERWISE);
+        let kept = if matrix.exact == Some(format) { Kept::AsTheyCame } else { Kept::Rounded };
+        *self.account.entry((matrix.kind.clone(), format.to_string(), kept)).or_default() += 1;
+        match kept {
+            Kept::AsTheyCame => {
+                let steps =
+                    |row: usize, steps: &mut [i8], scales: &mut [f32]| matrix.steps(row, steps, scales);
+                PackedMatrix::of_steps_on(self.threads, outputs, inputs, format, &steps)
+            }
+            Kept::Rounded => {
+                let values = |row: usize, out: &mut [f32]| matrix.values(row, out);
+                PackedMatrix::quantize_rows_on(self.threads, outputs, inputs, format, &values)
+            }
+        }
+    }
+}
+
+impl PlainTensor<'_> {
+    pub(super) fn source(&self) -> MatrixSource<'_> {
+        MatrixSource { bytes: &self.bytes, dtype: self.dtype }
+    }
+
+    pub(super) fn widened(&self) -> Vec<f32> {
+        widen_matrix(self.source())
+    }
+}
+
+/// The head has 8 bits where all else has 4: its errors are those of the logits.
+const fn head_quantization(quantization: Quantization) -> Quantization {
+    match quantization {
+        Quantization::Int8 | Quantization::Int4 { .. } => Quantization::Int8,
+    }
+}
+
+/// What holds weights of few bits that no format holds as they are: eight of them hide the difference.
+const OTHERWISE: Quantization = Quantization::Int8;
