@@ -9,6 +9,7 @@ static const emulator::Kernel* kernel_list = nullptr;
 #include "../convert.cu"
 #include "../embedding.cu"
 #include "../normalize.cu"
+#include "../product.cu"
 #include "../rotary.cu"
 #include "../sampling.cu"
 

@@ -1,8 +1,8 @@
 //! Which kernel runs for an operation, on how many blocks of how many threads.
 
 use super::{
-    Attention, ConvertBlocks, Embed, Launch, Parameters, RmsNorm, RopeAndWrite, Sample, SiluMul, ZeroTail,
-    launch::WARP,
+    Attention, ConvertBlocks, Embed, Launch, Parameters, Product, RmsNorm, RopeAndWrite, Sample, SiluMul,
+    ZeroTail, launch::WARP,
 };
 use crate::matrix::WeightDtype;
 
@@ -50,6 +50,17 @@ pub fn attention(rows: u32, parameters: &Attention) -> (Launch, Option<Launch>) 
     let launch = |kernel, grid| Launch::new("attention", kernel, grid, 128, parameters);
     let join = (1 < parameters.splits).then(|| launch("attention_join", [rows, parameters.query_heads, 1]));
     (launch(kernel, [rows, groups, parameters.splits]), join)
+}
+
+/// The product of a few rows: the weights are read again for every eight of them.
+pub fn multiply(dtype: WeightDtype, parameters: &Product) -> Launch {
+    let (kernels, at_once) = match parameters.rows {
+        1 => (["multiply_row_f32", "multiply_row_f16", "multiply_row_bf16"], 1),
+        _ => (["multiply_rows_f32", "multiply_rows_f16", "multiply_rows_bf16"], 8),
+    };
+    let threads = 128;
+    let grid = [parameters.outputs.div_ceil(threads / WARP), parameters.rows.div_ceil(at_once), 1];
+    Launch::new("product", of_type(dtype, kernels), grid, threads, parameters)
 }
 
 /// A token for each of `rows` rows.

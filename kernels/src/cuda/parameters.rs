@@ -152,6 +152,28 @@ pub struct Attention {
 #[repr(transparent)]
 pub struct ElementType(u32);
 
+/// `out[row][output] = Σ_input x[row][input] * w[output][input] + bias[output]`, for few rows.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct Product {
+    /// `[rows][outputs]`
+    pub out: DeviceAddress,
+    /// `[rows][inputs]`
+    pub x: DeviceAddress,
+    /// `[outputs][inputs]`
+    pub w: DeviceAddress,
+    /// `[outputs]` or null.
+    pub bias: DeviceAddress,
+    /// Rows of `x` and `out`.
+    pub rows: u32,
+    /// Elements of a row of `x` and `w`.
+    pub inputs: u32,
+    /// Elements of a row of `out`.
+    pub outputs: u32,
+    /// 1: add to what `out` has; 0: replace it.
+    pub adds: u32,
+}
+
 /// How a row's token is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, NoUninit)]
 #[repr(C)]
@@ -241,6 +263,7 @@ impl Parameters for RmsNorm {}
 impl Parameters for SiluMul {}
 impl Parameters for RopeAndWrite {}
 impl Parameters for Attention {}
+impl Parameters for Product {}
 impl Parameters for Sample {}
 impl Parameters for ConvertBlocks {}
 impl Parameters for ZeroTail {}

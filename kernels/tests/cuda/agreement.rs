@@ -7,6 +7,8 @@ use tidemill_kernels::cuda::{Driver, emulator::Order, fake::Fake};
 mod attention;
 #[path = "convert.rs"]
 mod convert;
+#[path = "product.rs"]
+mod product;
 #[path = "rotary.rs"]
 mod rotary;
 #[path = "rows.rs"]

@@ -1,0 +1,93 @@
+//! Matrix products of few rows.
+
+use super::{
+    on_devices,
+    support::{
+        Numbers, WEIGHT_DTYPES, assert_close, assert_same_bits,
+        cuda::{Buffer, elements, floats, rounded, tolerance},
+    },
+};
+use tidemill_kernels::{
+    cuda::{DeviceAddress, Driver, Product, launches},
+    matrix::WeightDtype,
+    reference,
+};
+
+struct Case {
+    dtype: WeightDtype,
+    inputs: usize,
+    x: Vec<f32>,
+    w: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    /// What `out` has before, where the product is added to it.
+    before: Option<Vec<f32>>,
+}
+
+fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
+    let Case { dtype, inputs, x, w, bias, before } = case;
+    let (rows, outputs) = (x.len() / inputs, w.len() / inputs);
+    let [x, w] = [x, w].map(|values| elements(device, values, *dtype));
+    let bias = bias.as_ref().map(|bias| elements(device, bias, *dtype));
+    let out = match before {
+        Some(before) => elements(device, before, *dtype),
+        None => Buffer::empty(device, rows * outputs * dtype.bytes()),
+    };
+    let parameters = Product {
+        out: out.address(),
+        x: x.address(),
+        w: w.address(),
+        bias: bias.as_ref().map_or(DeviceAddress::NULL, Buffer::address),
+        rows: rows as u32,
+        inputs: *inputs as u32,
+        outputs: outputs as u32,
+        adds: u32::from(before.is_some()),
+    };
+    device.launch(&launches::multiply(*dtype, &parameters)).expect("kernels run");
+    floats(&out, *dtype)
+}
+
+#[test]
+fn few_rows() {
+    on_devices(|device| {
+        for dtype in WEIGHT_DTYPES {
+            for (rows, inputs, outputs) in
+                [(1, 1, 1), (1, 512, 33), (3, 7, 5), (8, 64, 4), (9, 296, 6), (17, 300, 3)]
+            {
+                for (has_bias, adds) in [(false, false), (true, false), (true, true)] {
+                    let mut numbers = Numbers::new(70);
+                    let mut values = |len| rounded(&numbers.vector(len), dtype);
+                    let case = Case {
+                        dtype,
+                        inputs,
+                        x: values(rows * inputs),
+                        w: values(outputs * inputs),
+                        bias: has_bias.then(|| values(outputs)),
+                        before: adds.then(|| values(rows * outputs)),
+                    };
+                    let mut expected = vec![f32::NAN; rows * outputs];
+                    reference::matmul(&mut expected, &case.x, &case.w, inputs, case.bias.as_deref());
+                    if let Some(before) = &case.before {
+                        reference::add(&mut expected, before);
+                    }
+                    let name = format!("{rows}x{inputs}x{outputs} {dtype:?}, bias: {has_bias}, adds: {adds}");
+                    assert_close(&multiply(device, &case), &expected, tolerance(dtype), &name);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_row_is_the_same_in_any_company() {
+    on_devices(|device| {
+        for (dtype, inputs) in WEIGHT_DTYPES.into_iter().flat_map(|dtype| [(dtype, 264), (dtype, 301)]) {
+            let (rows, outputs, mut numbers) = (11, 7, Numbers::new(71));
+            let [x, w] = [rows, outputs].map(|count| rounded(&numbers.vector(count * inputs), dtype));
+            let case =
+                |x: &[f32]| Case { dtype, inputs, x: x.to_vec(), w: w.clone(), bias: None, before: None };
+            let together = multiply(device, &case(&x));
+            let alone: Vec<f32> = x.chunks(inputs).flat_map(|row| multiply(device, &case(row))).collect();
+            assert_same_bits(&alone, &together, &format!("{dtype:?}, {inputs} inputs"));
+        }
+    });
+}
