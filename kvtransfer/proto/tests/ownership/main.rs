@@ -123,7 +123,8 @@ fn every_order_of_two_handoffs_keeps_blocks_apart() {
             if wire.takes_credit() && (config == three || config == all) {
                 continue;
             }
-            let most = if wire == Wire::Admitted { 1 - config.faults.breaks } else { u8::MAX };
+            let is_wide = matches!(wire, Wire::Admitted | Wire::Read);
+            let most = if is_wide { 1 - config.faults.breaks } else { u8::MAX };
             let cancels = config.faults.cancels.min(most);
             let config = Config { faults: Faults { cancels, ..config.faults }, ..config };
             let searched = search(Config { wire, ..config })
