@@ -25,10 +25,27 @@ struct Kept {
     total: f64,
 }
 
-/// The first of the greatest logits.
+/// The first of the greatest logits, of which none is no number.
+///
+/// In two passes that the compiler turns into vector instructions, since a vocabulary has up to some hundred thousand
+/// tokens and each guessed row goes through them.
 pub(super) fn greedy(logits: &[f32]) -> TokenId {
-    let first_greatest = |best: usize, token: usize| if logits[best] < logits[token] { token } else { best };
-    (0..logits.len()).reduce(first_greatest).expect("a vocabulary has tokens") as TokenId
+    let greatest = greatest(logits);
+    let holds_it = |piece: &[f32]| piece.iter().fold(false, |found, logit| found | (*logit == greatest));
+    let piece = logits.chunks(PIECE).position(holds_it).expect("a vocabulary has tokens");
+    let within = logits[piece * PIECE..].iter().position(|logit| *logit == greatest);
+    (piece * PIECE + within.expect("the piece holds it")) as TokenId
+}
+
+/// The greatest logit; minus infinity where there is none.
+pub(super) fn greatest(logits: &[f32]) -> f32 {
+    let greater = |a: f32, b: f32| if a < b { b } else { a };
+    let (pieces, rest) = logits.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for piece in pieces {
+        lanes = std::array::from_fn(|lane| greater(lanes[lane], piece[lane]));
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, greater)
 }
 
 impl Candidates {
@@ -54,7 +71,7 @@ impl Candidates {
     }
 
     fn weigh(&mut self, logits: &[f32], temperature: f32) {
-        let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let greatest = greatest(logits);
         // Subtracted before it is divided: no temperature can then overflow.
         let weight = |&logit: &f32| (f64::from(logit - greatest) / f64::from(temperature)).exp();
         self.weights.clear();
@@ -139,6 +156,12 @@ impl Candidates {
         self.sorted = target;
     }
 }
+
+/// Comparisons that go side by side.
+const LANES: usize = 32;
+
+/// Logits that are looked through at once.
+const PIECE: usize = 256;
 
 const FIRST_SORTED: usize = 64;
 const GROWTH: usize = 8;

@@ -122,13 +122,12 @@ impl Sampler {
 
 /// Minus infinity is fine: that token is ruled out.
 fn refuse_hopeless(logits: &[f32]) -> Result<(), SampleError> {
-    let mut some_left = false;
-    for &logit in logits {
-        if logit.is_nan() || logit == f32::INFINITY {
-            return Err(SampleError::NotFinite);
-        }
-        some_left |= f32::NEG_INFINITY < logit;
+    // Without a way out of the loop, so that it is one of vector instructions; false for what is no number too.
+    let all_below = logits.iter().fold(true, |all, logit| all & (*logit < f32::INFINITY));
+    if !all_below {
+        return Err(SampleError::NotFinite);
     }
+    let some_left = logits.iter().fold(false, |some, logit| some | (f32::NEG_INFINITY < *logit));
     if some_left { Ok(()) } else { Err(SampleError::NothingLeft) }
 }
 

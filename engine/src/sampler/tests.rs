@@ -214,3 +214,24 @@ fn hopeless_logits_are_errors() {
     assert_eq!(logprobs(&[1.0, f32::NAN], 0, 1), Err(SampleError::NotFinite));
     assert!(matches!(logprobs(&[1.0, 2.0], 7, 1), Err(SampleError::UnknownToken { token: 7, .. })));
 }
+
+#[test]
+fn the_first_of_the_greatest_is_found_wherever_it_is() {
+    for vocab_size in [1, 2, 31, 32, 33, 255, 256, 257, 1000] {
+        for place in
+            [0, 1, 30, 31, 32, 254, 255, 256, 511, 512, 999].into_iter().filter(|it| *it < vocab_size)
+        {
+            let mut logits: Vec<f32> = (0..vocab_size).map(|token| -1.0 - (token % 7) as f32).collect();
+            logits[place..].iter_mut().step_by(97).for_each(|logit| *logit = -0.5);
+            assert_eq!(super::choice::greedy(&logits) as usize, place, "of {vocab_size}");
+            logits[..place].fill(f32::NEG_INFINITY);
+            assert_eq!(
+                super::choice::greedy(&logits) as usize,
+                place,
+                "of {vocab_size}, behind those ruled out"
+            );
+        }
+    }
+    assert_eq!(super::choice::greedy(&[-1.0, -0.0, 0.0]), 1, "both zeros are alike");
+    assert_eq!(super::choice::greedy(&[f32::NEG_INFINITY; 40]), 0);
+}
