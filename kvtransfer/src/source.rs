@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
 
-use crate::shm::{Region, RegionWriter, Slab};
+use crate::shm::{Next, Region, RegionWriter, Slab};
 
 /// Memory that writes read from.
 #[derive(Clone, Debug)]
@@ -60,15 +60,14 @@ impl SourceRange {
         }
     }
 
-    /// Copies `len` bytes, starting `at` bytes into the range, to `offset` in a region. `next` is where
-    /// the copy after that will read: any address.
+    /// Copies `len` bytes, starting `at` bytes into the range, to `offset` in a region.
     pub(crate) fn copy_to(
         &self,
         at: usize,
         target: &RegionWriter<'_>,
         offset: usize,
         len: usize,
-        next: *const u8,
+        next: Next,
     ) {
         assert!(at + len <= self.len, "a read stays inside its source");
         match &self.memory {

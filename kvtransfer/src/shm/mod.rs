@@ -16,4 +16,5 @@ pub(crate) use process::Process;
 pub(crate) use region::RegionWriter;
 pub use region::{Access, Pages, Region};
 pub use slab::Slab;
+pub(crate) use streaming::Next;
 pub(crate) use transport::SharedMemoryTransport;

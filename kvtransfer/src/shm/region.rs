@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
 use super::mapping::Mapping;
-use super::streaming;
+use super::streaming::{self, Next};
 
 /// What a mapping may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +154,8 @@ impl Region {
     ///
     /// When the range is outside the region or the region is mapped for reading only.
     pub fn write(&self, offset: usize, source: &[u8]) {
-        self.writer().write(offset, source, source.as_ptr());
+        let next = self.nowhere(source.as_ptr());
+        self.writer().write(offset, source, next);
     }
 
     /// To copy many pieces in.
@@ -211,25 +212,30 @@ impl Region {
     ///
     /// When a range is outside its region or this region is mapped for reading only.
     pub fn copy_from(&self, offset: usize, source: &Self, source_offset: usize, len: usize) {
-        self.writer().copy_from(offset, source, source_offset, len, source.as_ptr());
+        let next = self.nowhere(source.as_ptr());
+        self.writer().copy_from(offset, source, source_offset, len, next);
+    }
+
+    /// After a copy that is alone.
+    fn nowhere(&self, source: *const u8) -> Next {
+        Next { source, target: self.as_ptr() }
     }
 }
 
 impl RegionWriter<'_> {
-    /// Copies `source` in, starting at `offset`. `next` is where the next copy will read, if there is one: any address.
+    /// Copies `source` in, starting at `offset`.
     ///
     /// # Panics
     ///
     /// When the range is outside the region.
-    pub(crate) fn write(&self, offset: usize, source: &[u8], next: *const u8) {
+    pub(crate) fn write(&self, offset: usize, source: &[u8], next: Next) {
         let target = self.region.mapping.range(offset, source.len());
         // SAFETY: `range` checked that the target is mapped for this many bytes, and `writer` that it may be stored
         // to; `source` is a slice and thus no part of a region. See `Region::read` for other processes.
         unsafe { streaming::copy(source.as_ptr(), target, source.len(), next) };
     }
 
-    /// Copies `len` bytes from `source` at `source_offset` to `offset`. The two may be the same region. `next` as in
-    /// [`write`](Self::write).
+    /// Copies `len` bytes from `source` at `source_offset` to `offset`. The two may be the same region.
     ///
     /// # Panics
     ///
@@ -240,7 +246,7 @@ impl RegionWriter<'_> {
         source: &Region,
         source_offset: usize,
         len: usize,
-        next: *const u8,
+        next: Next,
     ) {
         let source = source.mapping.range(source_offset, len).cast_const();
         let target = self.region.mapping.range(offset, len);

@@ -3,14 +3,23 @@
 //! A handoff is more than a cache holds, and nobody on this core reads what was written. An ordinary store first
 //! fetches the line that it is about to overwrite; a store past the cache does not, which saves a third of the
 //! traffic. `memcpy` stores like that only for pieces much longer than a block, see `docs/performance.md`.
+//!
+//! What remains are pages: each begins with a walk through the page tables at the source and at the target. A processor
+//! foresees neither, and stores wait for theirs. So both are asked for a page ahead, and those of the next copy too.
 
-/// Copies `len` bytes. Other threads are sure to see them only after [`settle`]. `next` is where the next copy will
-/// read, which is asked for in time; it may be any address.
+/// Where the next copy reads and writes, which is asked for in time. Both may be any address.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Next {
+    pub(crate) source: *const u8,
+    pub(crate) target: *const u8,
+}
+
+/// Copies `len` bytes. Other threads are sure to see them only after [`settle`].
 ///
 /// # Safety
 ///
 /// `source` is good for reads and `target` for writes of `len` bytes, and the two ranges do not overlap.
-pub(super) unsafe fn copy(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
+pub(super) unsafe fn copy(source: *const u8, target: *mut u8, len: usize, next: Next) {
     #[cfg(target_arch = "x86_64")]
     if LEAST <= len {
         // SAFETY: the caller's promise.
@@ -38,7 +47,7 @@ pub(super) fn settle() {
 /// As for [`copy`]; and `len` is at least one cache line.
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::multiple_unsafe_ops_per_block, reason = "eight moves of one line, under one condition")]
-unsafe fn copy_past_the_cache(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
+unsafe fn copy_past_the_cache(source: *const u8, target: *mut u8, len: usize, next: Next) {
     use std::arch::x86_64::{__m128i, _MM_HINT_NTA, _mm_loadu_si128, _mm_prefetch, _mm_stream_si128};
     let head = target.align_offset(LINE).min(len);
     // SAFETY: `head <= len`.
@@ -46,12 +55,19 @@ unsafe fn copy_past_the_cache(source: *const u8, target: *mut u8, len: usize, ne
     let lines = (len - head) / LINE;
     for line in 0..lines {
         let at = head + line * LINE;
-        let ahead = at + AHEAD;
-        let ahead = if ahead < len { source.wrapping_add(ahead) } else { next.wrapping_add(ahead - len) };
+        let ahead = at + PAGE;
+        let (later_source, later_target) = match ahead.checked_sub(len) {
+            None => (source.wrapping_add(ahead), target.wrapping_add(ahead).cast_const()),
+            Some(behind) => (next.source.wrapping_add(behind), next.target.wrapping_add(behind)),
+        };
+        if line.is_multiple_of(PAGE / LINE) {
+            // SAFETY: a hint, for any address. One line, for the sake of its page.
+            unsafe { _mm_prefetch::<_MM_HINT_NTA>(later_target.cast()) };
+        }
         // SAFETY: `at + LINE <= len`, so both addresses and the 64 bytes behind them are inside the ranges of the
         // caller; `target + at` is a multiple of 64. What is prefetched may be any address: it is only a hint.
         unsafe {
-            _mm_prefetch::<_MM_HINT_NTA>(ahead.cast());
+            _mm_prefetch::<_MM_HINT_NTA>(later_source.cast());
             let from: *const __m128i = source.add(at).cast();
             let to: *mut __m128i = target.add(at).cast();
             let [a, b, c, d] = [0, 1, 2, 3].map(|part| _mm_loadu_si128(from.add(part)));
@@ -71,9 +87,9 @@ unsafe fn copy_past_the_cache(source: *const u8, target: *mut u8, len: usize, ne
 /// Bytes of a cache line.
 #[cfg(target_arch = "x86_64")]
 const LINE: usize = 64;
-/// How far ahead of the copy the source is asked for.
+/// Bytes of a page, and how far ahead of the copy its places are asked for.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 1024;
+const PAGE: usize = 4096;
 /// Shorter copies are likely to be read again soon.
 #[cfg(target_arch = "x86_64")]
 const LEAST: usize = 4096;
@@ -88,8 +104,9 @@ mod tests {
         for len in [0, 1, 63, 64, 4095, 4096, 4097, 4096 + 63, 9999, 16_384] {
             for (from, to) in [(0, 0), (1, 0), (0, 1), (3, 17), (64, 63)] {
                 let mut target = vec![0xee; 20_000];
+                let next = Next { source: source.as_ptr(), target: std::ptr::null() };
                 // SAFETY: both ranges lie in their vectors, which are two.
-                unsafe { copy(source[from..].as_ptr(), target[to..].as_mut_ptr(), len, source.as_ptr()) };
+                unsafe { copy(source[from..].as_ptr(), target[to..].as_mut_ptr(), len, next) };
                 settle();
                 assert!(target[to..to + len] == source[from..from + len], "{len} bytes from {from} to {to}");
                 let outside = target[..to].iter().chain(&target[to + len..]);

@@ -7,6 +7,7 @@ use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
 use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, Transport, WriteFault, WriteId};
 
 use super::region::{Region, RegionWriter};
+use super::streaming::Next;
 use crate::source::SourceRange;
 
 /// The sending end. The receiver does not look at writes: the protocol alone keeps them out of blocks that were
@@ -15,6 +16,8 @@ use crate::source::SourceRange;
 pub(crate) struct SharedMemoryTransport {
     target: Arc<Region>,
     queue: VecDeque<Copy>,
+    /// Bytes of the queue, those included that were copied of the write in front.
+    queued: usize,
     severed: Vec<Completion>,
 }
 
@@ -29,7 +32,7 @@ struct Copy {
 impl SharedMemoryTransport {
     /// Writes go to `target`, the peer's arena.
     pub(crate) fn new(target: Arc<Region>) -> Self {
-        Self { target, queue: VecDeque::new(), severed: Vec::new() }
+        Self { target, queue: VecDeque::new(), queued: 0, severed: Vec::new() }
     }
 
     /// The peer's arena.
@@ -40,6 +43,7 @@ impl SharedMemoryTransport {
     /// Stops writing: every queued write completes as severed.
     pub(crate) fn sever(&mut self) {
         let queue = std::mem::take(&mut self.queue);
+        self.queued = 0;
         let outcome = Err(WriteFault::Severed);
         self.severed.extend(queue.into_iter().map(|copy| Completion { id: copy.id, outcome }));
     }
@@ -51,9 +55,12 @@ impl SharedMemoryTransport {
 
     /// Copies at most `budget` bytes of the write in front. `None` while it is not done, or where there is none.
     fn advance(&mut self, writer: &RegionWriter<'_>, budget: &mut usize) -> Option<Completion> {
-        let next = self.queue.get(1).map(|copy| copy.source.as_ptr());
+        let next = self.queue.get(1).or(self.queue.front())?;
+        // What the peer named is checked when it is its turn: this is only a hint.
+        let offset = usize::try_from(next.target.offset).unwrap_or(0);
+        let to = self.target.as_ptr().wrapping_add(offset).cast_const();
+        let next = Next { source: next.source.as_ptr(), target: to };
         let Copy { id, source, target, done } = self.queue.front_mut()?;
-        let next = next.unwrap_or(source.as_ptr());
         let inside =
             usize::try_from(target.offset).ok().filter(|&offset| self.target.contains(offset, source.len()));
         let outcome = match inside {
@@ -70,6 +77,7 @@ impl SharedMemoryTransport {
             }
         };
         let completion = Completion { id: *id, outcome };
+        self.queued -= source.len();
         self.queue.pop_front();
         Some(completion)
     }
@@ -80,9 +88,10 @@ impl Transport for SharedMemoryTransport {
 
     fn post_write(&mut self, id: WriteId, source: SourceRange, target: RemoteRange) -> Post {
         assert_eq!(source.len(), target.len as usize, "the whole of the source is written");
-        if self.queue.len() == QUEUE {
+        if BYTES_PER_POLL <= self.queued {
             return Post::QueueFull;
         }
+        self.queued += source.len();
         self.queue.push_back(Copy { id, source, target, done: 0 });
         Post::Accepted
     }
@@ -101,7 +110,6 @@ impl Transport for SharedMemoryTransport {
     }
 }
 
-/// Writes that may be queued.
-const QUEUE: usize = 4096;
-/// Half a millisecond of copying: what another peer may have to wait.
+/// Half a millisecond of copying: what another peer may have to wait. As much is queued and no more: what waits where
+/// writes are made can still become longer.
 const BYTES_PER_POLL: usize = 4 << 20;
