@@ -263,6 +263,10 @@ pub struct PeerLink {
     pub bytes_per_second: f64,
     /// Whether it is a worse way than the one that was intended.
     pub is_fallback: bool,
+    /// Whether this worker can hand prompts over to the peer, or why not although they are connected.
+    pub to_peer: Result<(), String>,
+    /// Whether the peer can to this worker.
+    pub from_peer: Result<(), String>,
 }
 
 /// Receives the events of one request. Called on the engine thread: it must not block.

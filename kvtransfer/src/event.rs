@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidemill_kvtransfer_proto::endpoint_core::Directions;
 pub use tidemill_kvtransfer_proto::endpoint_core::HandoffStats;
 use tidemill_kvtransfer_proto::error::TransferError;
 use tidemill_kvtransfer_proto::layout::{Bridge, KvLayout};
@@ -46,6 +47,8 @@ pub struct PeerLink {
     pub is_fallback: bool,
     /// Over how many queue pairs it is spread that work now; one for the other ways.
     pub paths: u32,
+    /// In which directions handoffs can go over it.
+    pub directions: Directions,
 }
 
 /// Decode side: blocks for the KV of a prompt.

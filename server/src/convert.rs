@@ -290,17 +290,22 @@ pub(crate) fn link_to_wire(link: &PeerLink) -> proto::PeerLink {
         error,
         measured_bytes_per_second: link.bytes_per_second,
         is_fallback: link.is_fallback,
+        to_peer_error: link.to_peer.clone().err().unwrap_or_default(),
+        from_peer_error: link.from_peer.clone().err().unwrap_or_default(),
     }
 }
 
 pub(crate) fn link_from_wire(wire: proto::PeerLink) -> PeerLink {
     let transport = if wire.transport.is_empty() { Err(wire.error) } else { Ok(wire.transport) };
+    let direction = |error: String| if error.is_empty() { Ok(()) } else { Err(error) };
     PeerLink {
         name: wire.name,
         instance: wire.instance,
         transport,
         bytes_per_second: wire.measured_bytes_per_second,
         is_fallback: wire.is_fallback,
+        to_peer: direction(wire.to_peer_error),
+        from_peer: direction(wire.from_peer_error),
     }
 }
 
@@ -546,6 +551,8 @@ mod tests {
                     transport: Ok("shm".into()),
                     bytes_per_second: 2.0,
                     is_fallback: true,
+                    to_peer: Err("dtype".into()),
+                    from_peer: Ok(()),
                 },
                 PeerLink {
                     name: "b".into(),
@@ -553,6 +560,8 @@ mod tests {
                     transport: Err("refused".into()),
                     bytes_per_second: 0.0,
                     is_fallback: false,
+                    to_peer: Ok(()),
+                    from_peer: Err("dtype".into()),
                 },
             ],
             samples: vec![Sample { name: "handoff_seconds".into(), value: 0.5 }],

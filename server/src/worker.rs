@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 
 use futures::Stream;
 use tidemill_engine::engine::EngineHandle;
-use tidemill_engine::handle::{EngineEvent, Peer, PeerLink};
+use tidemill_engine::handle::{EngineEvent, Peer, PeerLink, Role};
 use tidemill_engine_core::request::RequestId;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tonic::{Request, Response, Status};
@@ -68,6 +68,21 @@ impl WorkerService {
             Ok(transport) => {
                 let speed = format_args!("{:.1} GB/s", link.bytes_per_second / 1e9);
                 tracing::info!(%worker, %peer, %transport, speed, "linked for handoffs");
+                // What a worker's role never does needs nobody's attention.
+                let intended = match self.introduction.engine.role {
+                    Role::Prefill => &link.to_peer,
+                    Role::Decode => &link.from_peer,
+                    Role::Hybrid => &Ok(()),
+                };
+                match intended {
+                    Ok(()) => {}
+                    Err(error) if self.require_transport => {
+                        tracing::error!(%worker, %peer, %error, "no handoffs, and --require-transport is set");
+                    }
+                    Err(error) => {
+                        tracing::warn!(%worker, %peer, %error, "no handoffs: requests will not be split over this pair");
+                    }
+                }
             }
             Err(error) if self.require_transport => {
                 tracing::error!(%worker, %peer, %error, "no link, and --require-transport is set");

@@ -73,7 +73,7 @@ pub struct WorkerView {
 pub struct ClusterView {
     /// The workers; a [`WorkerIndex`] counts here.
     pub workers: Vec<WorkerView>,
-    /// Pairs of instances, in either order, that have a connection to hand KV caches over.
+    /// Pairs of instances of which the first can hand KV caches over to the second.
     pub links: BTreeSet<(u64, u64)>,
 }
 
@@ -187,10 +187,10 @@ pub fn route(view: &ClusterView, policy: RoutingPolicy, request: RouteRequest<'_
         Err(why) => return Route::None(why),
     };
     let of_role = |role| candidates.iter().filter(move |it| it.worker.role == role);
-    let has_decode = |prefill: &&Candidate<'_>| of_role(Role::Decode).any(|it| view.are_linked(prefill, it));
+    let has_decode = |prefill: &&Candidate<'_>| of_role(Role::Decode).any(|it| view.hands_over(prefill, it));
     let prefill = soonest(of_role(Role::Prefill).filter(has_decode), request.turn);
     let is_reached =
-        |it: &&Candidate<'_>| prefill.as_ref().is_none_or(|prefill| view.are_linked(prefill, it));
+        |it: &&Candidate<'_>| prefill.as_ref().is_none_or(|prefill| view.hands_over(prefill, it));
     let decode = nearest(of_role(Role::Decode).filter(is_reached), policy, request.turn);
     let hybrid = soonest(of_role(Role::Hybrid), request.turn);
     if let Some(hybrid) = hybrid {
@@ -220,9 +220,8 @@ pub fn route(view: &ClusterView, policy: RoutingPolicy, request: RouteRequest<'_
 }
 
 impl ClusterView {
-    fn are_linked(&self, one: &Candidate<'_>, other: &Candidate<'_>) -> bool {
-        let (one, other) = (one.worker.instance, other.worker.instance);
-        self.links.contains(&(one, other)) || self.links.contains(&(other, one))
+    fn hands_over(&self, from: &Candidate<'_>, to: &Candidate<'_>) -> bool {
+        self.links.contains(&(from.worker.instance, to.worker.instance))
     }
 }
 

@@ -19,6 +19,8 @@ pub(crate) fn meet(endpoint: &Endpoint, peers: Vec<Peer>) -> Vec<PeerLink> {
             instance: met.instance,
             bytes_per_second: met.outcome.as_ref().map_or(0.0, |link| link.bytes_per_second),
             is_fallback: met.outcome.as_ref().is_ok_and(|link| link.is_fallback),
+            to_peer: direction(met.outcome.as_ref().map(|link| link.directions.to_peer)),
+            from_peer: direction(met.outcome.as_ref().map(|link| link.directions.from_peer)),
             transport: met
                 .outcome
                 .map(|link| link.transport.name().to_owned())
@@ -35,6 +37,8 @@ pub(crate) fn refresh(endpoint: &Endpoint, links: &mut [PeerLink]) {
                 link.transport = Ok(now.transport.name().to_owned());
                 link.bytes_per_second = now.bytes_per_second;
                 link.is_fallback = now.is_fallback;
+                link.to_peer = direction::<()>(Ok(now.directions.to_peer));
+                link.from_peer = direction::<()>(Ok(now.directions.from_peer));
             }
             None if link.transport.is_ok() => {
                 link.transport = Err("the connection broke".to_owned());
@@ -44,6 +48,12 @@ pub(crate) fn refresh(endpoint: &Endpoint, links: &mut [PeerLink]) {
             None => {}
         }
     }
+}
+
+/// Of a link that is up, whether blocks of one side can be made of the other's; without a link there is more to say.
+fn direction<E>(found: Result<Result<(), &'static str>, E>) -> Result<(), String> {
+    let mismatch = |field| format!("{field} differs, and nothing bridges that");
+    found.map_or(Ok(()), |direction| direction.map_err(mismatch))
 }
 
 /// Twice what a handshake may take.

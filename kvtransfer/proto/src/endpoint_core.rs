@@ -88,6 +88,15 @@ pub struct EndpointRules {
     pub pulls: bool,
 }
 
+/// In which directions handoffs can go over a link: layouts may be bridged in one direction only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Directions {
+    /// From this side to the peer, or the field that does not fit.
+    pub to_peer: Result<(), &'static str>,
+    /// From the peer to this side.
+    pub from_peer: Result<(), &'static str>,
+}
+
 /// The outcome of a handshake.
 #[derive(Clone, Debug)]
 pub struct LinkUp {

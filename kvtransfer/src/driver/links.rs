@@ -49,9 +49,10 @@ impl Driver {
         peer.contact.is_up();
         let up = LinkUp { hello, proof: kind.quiet_proof(), busy };
         let id = self.core.link_up(instance, up, Moment(self.origin.elapsed()));
-        peer.link = Some(Link { id, connection, path, is_fresh: true, is_fallback, probe });
+        let directions = self.core.directions(instance).expect("the link is up");
+        peer.link = Some(Link { id, connection, path, is_fresh: true, is_fallback, directions, probe });
         let in_place = self.core.reaches_in_place(instance);
-        let link = PeerLink { transport: kind, bytes_per_second: 0.0, is_fallback, paths };
+        let link = PeerLink { transport: kind, bytes_per_second: 0.0, is_fallback, paths, directions };
         self.links.set(instance, Some(LinkEntry { link, in_place }));
         self.act();
         self.report_up(instance);

@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use tidemill_kvtransfer_proto::endpoint_core::LinkId;
+use tidemill_kvtransfer_proto::endpoint_core::{Directions, LinkId};
 use tidemill_kvtransfer_proto::handshake::Contact;
 use tidemill_kvtransfer_proto::message::{Hello, Ready, TransportKind};
 use tidemill_kvtransfer_proto::transport::Transport;
@@ -75,6 +75,8 @@ pub(super) struct Link {
     pub(super) is_fresh: bool,
     /// Whether it is a worse way than the one intended.
     pub(super) is_fallback: bool,
+    /// Where its layouts can be bridged.
+    pub(super) directions: Directions,
     pub(super) probe: Probe,
 }
 
@@ -167,7 +169,8 @@ impl Link {
     pub(super) fn report(&self) -> Option<PeerLink> {
         let Probe::Done(bytes_per_second) = self.probe else { return None };
         let (transport, paths) = (self.path.kind(), self.path.count());
-        Some(PeerLink { transport, bytes_per_second, is_fallback: self.is_fallback, paths })
+        let (is_fallback, directions) = (self.is_fallback, self.directions);
+        Some(PeerLink { transport, bytes_per_second, is_fallback, paths, directions })
     }
 }
 

@@ -86,7 +86,16 @@ fn each_pair_has_its_way_and_a_worse_one_is_counted_once() {
     let metrics = Metrics::new("m");
     let link = |transport: &str, bytes_per_second, is_fallback| {
         let transport = Ok(transport.to_owned());
-        vec![PeerLink { name: "d0".into(), instance: 7, transport, bytes_per_second, is_fallback }]
+        let (to_peer, from_peer) = (Ok(()), Ok(()));
+        vec![PeerLink {
+            name: "d0".into(),
+            instance: 7,
+            transport,
+            bytes_per_second,
+            is_fallback,
+            to_peer,
+            from_peer,
+        }]
     };
     let gone = vec![PeerLink { transport: Err("refused".into()), ..link("", 0.0, false)[0].clone() }];
     let (rdma, tcp) = (link("rdma", 2e9, false), link("tcp", 1e9, true));

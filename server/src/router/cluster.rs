@@ -172,9 +172,9 @@ impl Cluster {
             _ if self.draining.is_cancelled() => Serving::No { reason: "shutting down".into() },
             Some(_)
                 if self.require_links
-                    && let Some(pair) = links::unlinked_pair(&slots) =>
+                    && let Some(reason) = links::unlinked_pair(&slots) =>
             {
-                Serving::No { reason: format!("{pair} have no connection of the required kind") }
+                Serving::No { reason }
             }
             Some(max_model_len) => Serving::Yes { max_model_len },
             None => {

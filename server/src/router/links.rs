@@ -62,23 +62,43 @@ pub(super) fn strangers(slots: &[SlotState]) -> Vec<Stranger> {
         .collect()
 }
 
-/// All connections, as pairs of instances.
+/// Who can hand over to whom, as pairs of instances.
 pub(super) fn links(slots: &[SlotState]) -> BTreeSet<(u64, u64)> {
     let of = |live: &Live| {
         let links = live.links.iter().filter(|link| link.transport.is_ok());
-        links.map(|link| (live.instance(), link.instance)).collect::<Vec<_>>()
+        let directions = links.flat_map(|link| {
+            let to_peer = link.to_peer.is_ok().then_some((live.instance(), link.instance));
+            let from_peer = link.from_peer.is_ok().then_some((link.instance, live.instance()));
+            [to_peer, from_peer].into_iter().flatten()
+        });
+        directions.collect::<Vec<_>>()
     };
     introduced(slots).flat_map(of).collect()
 }
 
-/// A prefill and a decode worker that have met, but cannot hand over to each other. One that has just come back takes
-/// no requests yet and stops none.
+/// Why a prefill worker cannot hand over to a decode worker, although they have met: of the first such pair. One that has
+/// just come back takes no requests yet and stops none.
 pub(super) fn unlinked_pair(slots: &[SlotState]) -> Option<String> {
     let live: Vec<&Live> = introduced(slots).collect();
-    let pairs = live.iter().flat_map(|one| live.iter().map(move |other| (*one, *other)));
-    let (prefill, decode) =
-        pairs.into_iter().find(|(one, other)| make_a_pair(one, other) && !are_linked(one, other))?;
-    Some(format!("{} and {}", prefill.introduction.engine.name, decode.introduction.engine.name))
+    let mut pairs = live.iter().flat_map(|one| live.iter().map(move |other| (*one, *other)));
+    pairs.find_map(|(prefill, decode)| {
+        let why = why_not(prefill, decode).filter(|_| make_a_pair(prefill, decode))?;
+        let name = |live: &Live| live.introduction.engine.name.clone();
+        Some(format!("{} cannot hand over to {}: {why}", name(prefill), name(decode)))
+    })
+}
+
+/// What keeps one worker from handing over to another.
+fn why_not(from: &Live, to: &Live) -> Option<String> {
+    let between = [(from, to, true), (to, from, false)].into_iter().find_map(|(one, other, is_sender)| {
+        let link =
+            one.links.iter().find(|link| link.instance == other.instance() && link.transport.is_ok())?;
+        Some(if is_sender { &link.to_peer } else { &link.from_peer })
+    });
+    match between {
+        Some(direction) => direction.clone().err(),
+        None => Some("they have no connection of the required kind".to_owned()),
+    }
 }
 
 fn introduced(slots: &[SlotState]) -> impl Iterator<Item = &Live> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::prefilling::Outgoing;
 use super::writing::WriteSource;
-use super::{EndpointAction, EndpointCore, EndpointEvent, LinkId, LinkUp, QuietProof};
+use super::{Directions, EndpointAction, EndpointCore, EndpointEvent, LinkId, LinkUp, QuietProof};
 use crate::digest::BlockShape;
 use crate::layout::{Bridge, KvLayout, LayoutMismatch};
 use crate::message::Message;
@@ -126,6 +126,20 @@ impl<S: WriteSource> EndpointCore<S> {
         self.link(peer).is_some_and(|link| {
             self.rules.in_place && link.proof == QuietProof::Process && link.bridge == Ok(Bridge::Identical)
         })
+    }
+
+    /// Whether this side can hand over to the peer, and the peer to this side; otherwise the field of the layouts that
+    /// nothing bridges.
+    pub fn directions(&self, peer: u64) -> Option<Directions> {
+        let link = self.link(peer)?;
+        let back = link.layout.bridge(&self.rules.layout);
+        let is_read_here = self.rules.pulls && link.proof == QuietProof::AccessEnded;
+        let back = if is_read_here { back.and_then(as_they_are) } else { back };
+        let field = |bridge: &Result<Bridge, LayoutMismatch>| match bridge {
+            Ok(_) => Ok(()),
+            Err(mismatch) => Err(mismatch.field),
+        };
+        Some(Directions { to_peer: field(&link.bridge), from_peer: field(&back) })
     }
 
     /// Bytes came from the peer: it is alive, whatever they are.
