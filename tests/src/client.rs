@@ -23,6 +23,8 @@ pub struct Reply {
     pub status: u16,
     /// The body; for a stream the list of its events without `[DONE]`.
     pub body: Value,
+    /// The header `Retry-After` of a refusal.
+    pub retry_after: Option<String>,
 }
 
 impl Client {
@@ -53,13 +55,15 @@ impl Client {
             .headers()
             .get("content-type")
             .is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"));
+        let retry_after = response.headers().get("retry-after");
+        let retry_after = retry_after.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
         let text = response.text().await?;
         let body = if streamed {
             Value::Array(events(&text))
         } else {
             serde_json::from_str(&text).unwrap_or(Value::String(text))
         };
-        Ok(Reply { status, body })
+        Ok(Reply { status, body, retry_after })
     }
 
     /// Starts a stream and returns its events one by one, so that the test can leave in the middle.

@@ -3,6 +3,7 @@
 //! Workers are found as a person would find them, by their role in the process list, so that the tests also hold
 //! `serve` to that promise.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -109,17 +110,41 @@ impl Deployment {
         workers.chain([own]).map(|pid| resident(&pid)).sum()
     }
 
-    /// Ends it with SIGTERM and returns its exit code and the time it took.
-    pub fn terminate(mut self) -> (Option<i32>, Duration) {
-        let started = Instant::now();
-        let pid = Pid::from_child(&self.process);
-        kill_process(pid, Signal::TERM).expect("it is our child");
-        let status = self.process.wait().expect("it is our child");
-        (status.code(), started.elapsed())
+    /// Sends SIGTERM, which lets it finish what runs.
+    pub fn ask_to_end(&self) {
+        kill_process(Pid::from_child(&self.process), Signal::TERM).expect("it is our child");
+    }
+
+    /// Waits for its end and returns its exit code, or nothing if a signal ended it.
+    pub fn exit_code(mut self) -> Option<i32> {
+        self.process.wait().expect("it is our child").code()
     }
 }
 
 impl WorkerProcess {
+    /// The cores on which its thread that computes may run.
+    ///
+    /// # Panics
+    ///
+    /// When it has no such thread.
+    pub fn engine_cores(self) -> BTreeSet<usize> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.0.as_raw_nonzero())).expect("it lives");
+        let engine = threads.flatten().map(|thread| thread.path()).find(|thread| {
+            fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim_end() == "engine")
+        });
+        let status = engine.expect("a thread of that name").join("status");
+        let status = fs::read_to_string(status).expect("the thread lives");
+        let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        let number = |word: &str| word.trim().parse::<usize>().expect("a core's number");
+        let ranges = cores.expect("the kernel lists them").split(',');
+        ranges
+            .flat_map(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                number(first)..=number(last)
+            })
+            .collect()
+    }
+
     /// Lets it neither compute nor speak until [`wake`](Self::wake).
     pub fn freeze(self) {
         kill_process(self.0, Signal::STOP).expect("the worker lives and is ours");
