@@ -11,6 +11,8 @@
 //! 4. A step that preempts admits nobody: blocks taken from one for the sake of another must not go to a third.
 //! 5. The batch is the oldest sequences that run, as many as a step takes. There can be more after adoptions; the
 //!    latest of them wait for a place, so that a prompt in the batch is not crowded out by a stream of adoptions.
+//!    A queue in order of arrival is what fair means here: a request waits for those that came before it and for no
+//!    other, be it long or short. `long_prefill_threshold` lets short prompts pass the rest of a long one.
 //! 6. Drafts, which are guesses at the next tokens, get what is left when all of the above is planned: nobody waits, is
 //!    cut or loses a block for a guess. Without its drafts a plan is the one that would be made if there were none.
 

@@ -1,4 +1,5 @@
-//! Many prompts at one moment: what each step is made of, and after how many steps each first token is there.
+//! Many prompts at one moment, and long ones among a stream of short ones: what each step is made of, and after how many
+//! steps each first token is there.
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
@@ -42,6 +43,49 @@ fn fifty_prompts_at_once_stop_no_answer_and_wait_for_what_came_before_them_alone
     assert_eq!(arrived, (1..=u64::from(BURST)).collect::<Vec<_>>(), "in the order of arrival");
 }
 
+/// Short prompts come faster than they can be computed, without an end. A long one waits for those that came before it
+/// and for no other: what comes later is behind it, however short it is.
+#[test]
+fn a_long_prompt_is_not_starved_by_a_stream_of_short_ones() {
+    let mut scheduler = Scheduler::new(limits(), BlockCount(1000));
+    let mut next = 1;
+    let mut submit_shorts = |scheduler: &mut Scheduler| {
+        for _ in 0..BUDGET / SHORT + 2 {
+            // A full queue refuses, as it would with clients.
+            next += u32::from(scheduler.submit(request(next, SHORT, 1)).is_ok());
+        }
+        next - 1
+    };
+    submit_shorts(&mut scheduler);
+    step(&mut scheduler);
+    let shorts = submit_shorts(&mut scheduler);
+    scheduler.submit(request(LONG_ONE, LONG, 1)).unwrap();
+    let bound = (shorts * SHORT + LONG).div_ceil(BUDGET) + 1;
+    let mut steps = 1;
+    while !step(&mut scheduler).1.iter().any(|(request, _)| *request == u64::from(LONG_ONE)) {
+        submit_shorts(&mut scheduler);
+        steps += 1;
+        assert!(steps <= bound, "the long prompt has no token after {bound} steps");
+    }
+}
+
+/// While a long prompt is computed in chunks of a quarter of a step, a short one that comes has its first token in the
+/// very next step. The long one does not wait for them either: it gets its chunk in every step.
+#[test]
+fn short_prompts_are_not_starved_by_a_long_one() {
+    let chunk = BUDGET / 4;
+    let limits = Limits { long_prefill_threshold: Some(TokenCount(chunk)), ..limits() };
+    let mut scheduler = Scheduler::new(limits, BlockCount(1000));
+    scheduler.submit(request(LONG_ONE, LONG, 1)).unwrap();
+    let chunks = LONG.div_ceil(chunk);
+    for number in 1..=chunks {
+        scheduler.submit(request(number, SHORT, 1)).unwrap();
+        let told: Vec<u64> = step(&mut scheduler).1.into_iter().map(|(request, _)| request).collect();
+        assert!(told.contains(&u64::from(number)), "the short prompt {number} waits for the long one");
+        assert_eq!(told.contains(&u64::from(LONG_ONE)), number == chunks, "step {number} of the long prompt");
+    }
+}
+
 /// One step: how many tokens it computes, and who is told which token of its answer.
 fn step(scheduler: &mut Scheduler) -> (TokenCount, Vec<(u64, u32)>) {
     let plan = scheduler.plan();
@@ -81,6 +125,9 @@ fn request(number: u32, len: u32, answer: u32) -> Request {
 }
 
 const BURST: u32 = 50;
+const SHORT: u32 = 64;
+const LONG: u32 = 2000;
+const LONG_ONE: u32 = 100_000;
 const PROMPT: u32 = 1000;
 const ANSWER: u32 = 200;
 const BUDGET: u32 = 512;
