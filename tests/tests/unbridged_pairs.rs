@@ -11,8 +11,8 @@ async fn requests_are_not_split_over_them_from_the_first_one_on() {
     let model = fixtures::model("llama3");
     let deployment = Deployment::start(&[&[model.to_str().expect("UTF-8")], &CACHES[..]].concat());
     let body = json!({ "prompt": [5, 6, 7, 8], "max_tokens": 3, "ignore_eos": true });
-    let (status, answer) = deployment.client.post("/v1/completions", &body).await;
-    assert_eq!((status, &answer["usage"]["completion_tokens"]), (200, &json!(3)), "{answer}");
+    let reply = deployment.client.post("/v1/completions", &body).await;
+    assert_eq!((reply.status, &reply.body["usage"]["completion_tokens"]), (200, &json!(3)), "{reply:?}");
     let (_, metrics) = deployment.client.get("/metrics").await;
     for row in [
         "tidemill_fallbacks_total{reason=\"unlinked\"} 1",
