@@ -29,6 +29,8 @@ pub(crate) struct Pair {
     decode: Worker,
     blocks: u32,
     next: u64,
+    /// How long before the first token the prefill engine says that the prompt is computed, if it does.
+    pub(crate) announces: Option<Duration>,
 }
 
 struct Worker {
@@ -70,7 +72,7 @@ impl Pair {
         let peer = PeerAddress { name: "decode".into(), instance: 2, address: decode.endpoint.address() };
         let met = prefill.endpoint.meet(vec![peer], PATIENCE);
         met[0].outcome.as_ref().map_err(|error| anyhow::anyhow!("the workers do not meet: {error}"))?;
-        Ok(Self { layout, prefill, decode, blocks, next: 1 })
+        Ok(Self { layout, prefill, decode, blocks, next: 1, announces: None })
     }
 
     /// Bytes of a handoff of `blocks` blocks.
@@ -112,6 +114,13 @@ impl Pair {
                     source: Source::Region { offset: *block as usize * self.layout.block_bytes() + offset },
                 };
                 self.prefill.endpoint.push(handoff, sources.iter().enumerate().map(write).collect());
+            }
+        }
+        if let Some(before) = self.announces {
+            self.prefill.endpoint.computed(handoff);
+            let announced = Instant::now();
+            while announced.elapsed() < before {
+                std::hint::spin_loop();
             }
         }
         let finished = Instant::now();

@@ -292,6 +292,11 @@ impl Driver {
             }
         };
         let logits = runner.step(&Batch { sequences: &sequences }, &mut after_layers);
+        for work in plan.work.iter().filter(|work| work.samples) {
+            if let Some(Part::PrefillFor(handoff)) = requests.get(&work.request).map(|it| it.request.part) {
+                endpoint.computed(handoff);
+            }
+        }
         let mut results: Vec<StepResult> =
             plan.work.iter().map(|work| StepResult::new(work.request)).collect();
         logits.for_each(|row| {

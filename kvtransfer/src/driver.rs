@@ -10,6 +10,7 @@ mod links;
 mod lobby;
 mod peers;
 mod rdma;
+mod vigil;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{SocketAddr, TcpListener};
@@ -28,6 +29,7 @@ use tidemill_kvtransfer_proto::units::Moment;
 use self::lobby::{MemoryVisitor, Visitor};
 use self::peers::Peer;
 use self::rdma::Rdma;
+use self::vigil::Vigil;
 use crate::endpoint::{Command, EndpointConfig, EventSink, HandoffMode, LinkTable, TransportChoice};
 use crate::error::EndpointError;
 use crate::event::{HandoffEvent, Reserve};
@@ -46,6 +48,9 @@ pub(crate) struct Driver {
     core: EndpointCore<SourceRange>,
     events: EventSink,
     inbox: Receiver<Command>,
+    /// What was taken out of the inbox while this side stayed awake for it.
+    awaited: Option<Command>,
+    vigil: Vigil,
     wake: Arc<OwnedFd>,
     links: Arc<LinkTable>,
     address: SocketAddr,
@@ -117,6 +122,8 @@ impl Driver {
             core,
             events,
             inbox,
+            awaited: None,
+            vigil: Vigil::default(),
             wake,
             links,
             address,
@@ -151,6 +158,7 @@ impl Driver {
             rdma.place_thread();
         }
         while !self.is_stopping {
+            self.keep_vigil();
             let allowed = self.wait() + LONGEST_TURN;
             let before = std::mem::replace(&mut self.now, Instant::now());
             self.turn = Moment(self.now.saturating_duration_since(self.origin));
@@ -173,9 +181,16 @@ impl Driver {
         self.say_goodbye();
     }
 
+    /// Stays awake for the next order, if that is to come at once.
+    fn keep_vigil(&mut self) {
+        let Self { inbox, awaited, vigil, .. } = self;
+        *awaited = vigil.keep(|| inbox.try_recv().ok());
+    }
+
     /// Sleeps until something can be done, for as long as is returned at most, if the processor is to be had then.
     fn wait(&mut self) -> Duration {
-        let timeout = if self.has_work() { Duration::ZERO } else { self.until_next_clock() };
+        let timeout =
+            if self.has_work() || self.awaited.is_some() { Duration::ZERO } else { self.until_next_clock() };
         let timespec = Timespec::try_from(timeout).unwrap_or_default();
         let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
         let mut interest = |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags));
@@ -203,7 +218,7 @@ impl Driver {
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         }
         loop {
-            let command = match self.inbox.try_recv() {
+            let command = match self.awaited.take().map_or_else(|| self.inbox.try_recv(), Ok) {
                 Ok(command) => command,
                 Err(TryRecvError::Empty) => return,
                 Err(TryRecvError::Disconnected) => Command::Stop,
@@ -219,7 +234,14 @@ impl Driver {
                     self.core.expect(handoff, peer_instance, patience, now);
                 }
                 Command::Push(handoff, writes) => self.take_writes(handoff, writes),
-                Command::Finish(handoff, payload) => self.core.finish(handoff, payload, now),
+                Command::Computed(handoff) => {
+                    self.vigil.begin(Instant::now());
+                    self.core.computed(handoff);
+                }
+                Command::Finish(handoff, payload) => {
+                    self.vigil.end(Instant::now());
+                    self.core.finish(handoff, payload, now);
+                }
                 Command::Abandon(handoff, reason) => self.core.abandon(handoff, reason, now),
                 Command::Stop => {
                     self.is_stopping = true;

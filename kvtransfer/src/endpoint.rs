@@ -119,6 +119,7 @@ pub(crate) enum Command {
     Cancel(HandoffId),
     Expect { handoff: HandoffId, peer_instance: u64, patience: Duration },
     Push(HandoffId, Vec<PushWrite>),
+    Computed(HandoffId),
     Finish(HandoffId, Vec<u8>),
     Abandon(HandoffId, String),
     Stop,
@@ -233,6 +234,13 @@ impl Endpoint {
     /// are dropped.
     pub fn push(&self, handoff: HandoffId, writes: Vec<PushWrite>) {
         self.order(Command::Push(handoff, writes));
+    }
+
+    /// Prefill side: the whole prompt is in the cache, and [`finish`](Self::finish) follows as soon as the first token is
+    /// known. From here on the engine writes nothing more into the peer's blocks. What the commit needs beside its payload
+    /// is made ready meanwhile, and the thread stays awake for a moment. To say it is a favour, no duty.
+    pub fn computed(&self, handoff: HandoffId) {
+        self.order(Command::Computed(handoff));
     }
 
     /// Prefill side: the prompt is computed and everything was pushed. When all writes have completed, the peer

@@ -13,6 +13,7 @@
 //! simulator, and the search of every order in `tests/ownership`. What handshakes decide is in [`handshake`](crate::handshake), except for the one question that each
 //! must answer: what a side cannot yet promise to leave alone ([`EndpointCore::prepare_link`]).
 
+mod backlog;
 mod crediting;
 mod fetching;
 mod links;
@@ -384,7 +385,7 @@ impl<S: WriteSource> EndpointCore<S> {
         if self.incoming.get(&handoff).is_some_and(|it| it.verifies(ticket)) {
             self.compare(handoff, &digests);
         } else if self.outgoing.get(&handoff).is_some_and(|it| it.hashes(ticket)) {
-            self.commit_hashed(handoff, digests);
+            self.hashed(handoff, digests);
         }
     }
 }

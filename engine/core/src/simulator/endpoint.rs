@@ -26,6 +26,7 @@ pub(super) enum Order {
     Cancel(HandoffId),
     Expect(HandoffId, u64),
     Push(HandoffId, Vec<TargetWrite<Piece>>),
+    Computed(HandoffId),
     Finish(HandoffId, Vec<u8>),
     Abandon(HandoffId),
 }
@@ -78,6 +79,7 @@ impl World<'_> {
                 Order::Cancel(handoff) => core.cancel(handoff),
                 Order::Expect(handoff, peer) => core.expect(handoff, peer, RESERVATION_LIMIT, now),
                 Order::Push(handoff, writes) => core.push(handoff, writes, now),
+                Order::Computed(handoff) => core.computed(handoff),
                 Order::Finish(handoff, payload) => core.finish(handoff, payload, now),
                 Order::Abandon(handoff) => core.abandon(handoff, "given up".to_owned(), now),
             }

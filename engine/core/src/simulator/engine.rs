@@ -306,6 +306,7 @@ impl World<'_> {
         }
         let Step { plan, .. } = self.life(process).expect("it runs").step.take().expect("a step computes");
         self.push_computed(process, &plan);
+        self.tell_computed(process, &plan);
         let mut sampled = Vec::new();
         for Capture { work, table, memory, .. } in captures.iter().filter(|it| it.work.samples) {
             let end = (work.first.0 + work.count.0) as usize;

@@ -152,6 +152,16 @@ impl World<'_> {
         }
     }
 
+    /// The prompt is computed, though its first token is not known.
+    pub(super) fn tell_computed(&mut self, process: Process, plan: &StepPlan) {
+        for work in plan.work.iter().filter(|work| work.samples) {
+            let part = self.life(process).expect("it runs").requests.get(&work.request).map(|it| it.part);
+            if let Some(Part::PrefillFor(handoff)) = part {
+                self.order(process, Order::Computed(handoff));
+            }
+        }
+    }
+
     pub(super) fn push_layers(
         &mut self,
         process: Process,

@@ -248,12 +248,18 @@ impl<S: WriteSource> EndpointCore<S> {
                 self.link_lost(peer, "the peer has leave to write and writes nothing", now);
             } else if link.next_beat <= now {
                 link.next_beat = now.plus(link.beat_every);
-                link.beats += 1;
-                let message = Message::Heartbeat { seq: link.beats };
-                self.send(peer, message);
+                self.beat(peer);
             }
         }
         self.end_waiting(now);
+    }
+
+    /// Says that this side is there.
+    pub(super) fn beat(&mut self, peer: u64) {
+        let Some(link) = self.link_mut(peer) else { return };
+        link.beats += 1;
+        let seq = link.beats;
+        self.send(peer, Message::Heartbeat { seq });
     }
 
     /// When [`tick`](Self::tick) has something to do.

@@ -1,9 +1,10 @@
 //! This side as prefill side: from a peer's reservation to its word that it took over.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::backlog::Backlog;
 use super::fetching::Offers;
 use super::links::LinkState;
 use super::writing::WriteSource;
@@ -16,7 +17,6 @@ use crate::error::TransferError;
 use crate::layout::Bridge;
 use crate::message::{self, Commit, Message};
 use crate::sender::{Sender, SenderAction, SenderEvent};
-use crate::transport::RemoteRange;
 use crate::units::{BlockId, BlockRef, HandoffId, Moment, TokenCount};
 
 /// A handoff with this side as prefill side.
@@ -34,7 +34,7 @@ pub(super) struct Outgoing<S> {
     /// Whether the engine may compute in the peer's memory.
     in_place: bool,
     /// Writes that are not posted.
-    pub(super) pending: VecDeque<(S, RemoteRange)>,
+    pub(super) pending: Backlog<S>,
     /// Whether the link knows that there are some.
     pub(super) is_posting: bool,
     /// Leave to post them, where that is needed.
@@ -45,8 +45,19 @@ pub(super) struct Outgoing<S> {
     pub(super) digests: Vec<u64>,
     pub(super) stats: HandoffStats,
     finished: Option<Moment>,
-    /// Digests of what was computed in place, in the making, and the payload that goes along.
-    hashing: Option<(DigestTicket, Vec<u8>)>,
+    /// Digests of what was computed in place.
+    hashing: Hashing,
+    /// What goes along with the commit, while that waits for digests.
+    payload: Option<Vec<u8>>,
+}
+
+/// How far the digests are of what was computed in place.
+#[derive(Clone, Debug, Default)]
+enum Hashing {
+    #[default]
+    NotBegun,
+    Running(DigestTicket),
+    Done(Vec<u64>),
 }
 
 /// A handoff of which only one half is known.
@@ -75,7 +86,7 @@ impl<S> Outgoing<S> {
     }
 
     pub(super) fn hashes(&self, ticket: DigestTicket) -> bool {
-        self.hashing.as_ref().is_some_and(|(ours, _)| *ours == ticket)
+        matches!(self.hashing, Hashing::Running(ours) if ours == ticket)
     }
 }
 
@@ -161,14 +172,15 @@ impl<S: WriteSource> EndpointCore<S> {
             coverage,
             shape,
             in_place,
-            pending: VecDeque::new(),
+            pending: Backlog::default(),
             is_posting: false,
             credit: takes_credit.then(CreditLine::default),
             offers,
             digests: vec![0; targets.len()],
             stats: HandoffStats::default(),
             finished: None,
-            hashing: None,
+            hashing: Hashing::NotBegun,
+            payload: None,
         };
         self.outgoing.insert(handoff, outgoing);
         self.tell(EndpointEvent::Reserved(ReservedHandoff {
@@ -241,6 +253,17 @@ impl<S: WriteSource> EndpointCore<S> {
                     self.waiting.remove(&handoff);
                 }
             }
+        }
+    }
+
+    /// The engine has computed the whole prompt and will not touch the peer's blocks again; `finish` follows. What can be
+    /// done for the commit without its payload is done meanwhile.
+    pub fn computed(&mut self, handoff: HandoffId) {
+        let Some(outgoing) = self.outgoing.get(&handoff) else { return };
+        let peer = outgoing.peer;
+        if outgoing.sender.accepts_writes() && outgoing.computes_in_place() {
+            self.begin_hashing(handoff);
+            self.beat(peer);
         }
     }
 
@@ -326,6 +349,18 @@ impl<S: WriteSource> EndpointCore<S> {
             let digests = std::mem::take(&mut outgoing.digests);
             return self.send_commit(handoff, digests, payload);
         }
+        if let Hashing::Done(digests) = &mut outgoing.hashing {
+            let digests = std::mem::take(digests);
+            return self.send_commit(handoff, digests, payload);
+        }
+        outgoing.payload = Some(payload);
+        self.begin_hashing(handoff);
+    }
+
+    /// Has digests taken of what was computed in place, unless that was asked for before.
+    fn begin_hashing(&mut self, handoff: HandoffId) {
+        let Some(outgoing) = self.outgoing.get(&handoff) else { return };
+        let Hashing::NotBegun = outgoing.hashing else { return };
         let (peer, coverage, shape) = (outgoing.peer, outgoing.coverage, outgoing.shape);
         let targets = outgoing.targets.clone();
         let (owner, spots) = (Some(peer), coverage == Coverage::Sampled);
@@ -339,14 +374,15 @@ impl<S: WriteSource> EndpointCore<S> {
             spots,
         });
         if let Some(outgoing) = self.outgoing.get_mut(&handoff) {
-            outgoing.hashing = Some((ticket, payload));
+            outgoing.hashing = Hashing::Running(ticket);
         }
     }
 
-    pub(super) fn commit_hashed(&mut self, handoff: HandoffId, digests: Vec<u64>) {
+    pub(super) fn hashed(&mut self, handoff: HandoffId, digests: Vec<u64>) {
         let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return };
-        if let Some((_, payload)) = outgoing.hashing.take() {
-            self.send_commit(handoff, digests, payload);
+        match outgoing.payload.take() {
+            Some(payload) => self.send_commit(handoff, digests, payload),
+            None => outgoing.hashing = Hashing::Done(digests),
         }
     }
 

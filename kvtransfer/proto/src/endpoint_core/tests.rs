@@ -126,6 +126,54 @@ fn the_clock_rings_when_a_standstill_has_lasted_too_long() {
     assert_eq!(scene.core.next_tick(), Some(posted.plus(STALL)));
 }
 
+/// What was computed in place is hashed when the engine says that it is computed, or at the latest when it has finished.
+#[test]
+fn when_what_was_computed_in_place_is_hashed() {
+    use QuietProof::{Admission, Process};
+    #[rustfmt::skip]
+    let rows = [
+        // what is shown                                   way         what happens                        what is asked for or said
+        ("at the end, if nothing was said before",         Process,    "finish hashed",                    "hash commit"),
+        ("as soon as it is computed",                      Process,    "computed hashed finish",           "hash beat commit"),
+        ("… and only once",                                Process,    "computed computed finish hashed",  "hash beat beat commit"),
+        ("… though the end may come before the digests",   Process,    "computed finish hashed",           "hash beat commit"),
+        ("not after it was given up",                      Process,    "cancelled computed",               ""),
+        ("not if the peer's memory is out of reach",       Admission,  "computed finish",                  "commit"),
+    ];
+    for (name, proof, happenings, expected) in rows {
+        let mut scene = Scene::new(proof);
+        scene.is_asked();
+        let mut ordered = None;
+        let mut seen = Vec::new();
+        for word in happenings.split(' ') {
+            let (core, now) = (&mut scene.core, scene.now);
+            match word {
+                "computed" => core.computed(OTHER),
+                "finish" => core.finish(OTHER, vec![1], now),
+                "cancelled" => core.hear(PEER, Message::Cancel { handoff: OTHER }, now),
+                "hashed" => core.digested(OTHER, ordered.expect("digests were asked for"), vec![5, 6]),
+                other => panic!("`{other}` is no happening"),
+            }
+            while let Some(action) = core.next_action() {
+                match action {
+                    EndpointAction::TakeDigests(order) => {
+                        assert!(ordered.replace(order.ticket).is_none(), "{name}: once");
+                        seen.push("hash");
+                    }
+                    EndpointAction::Send { message: Message::Heartbeat { .. }, .. } => seen.push("beat"),
+                    EndpointAction::Send { message: Message::Commit(commit), .. } => {
+                        let digests = if proof == Process { vec![5, 6] } else { vec![0, 0] };
+                        assert_eq!((commit.digests, commit.payload), (digests, vec![1]), "{name}");
+                        seen.push("commit");
+                    }
+                    _ => {}
+                }
+            }
+        }
+        assert_eq!(seen.join(" "), expected, "{name}");
+    }
+}
+
 /// A core with one announced reservation, and the moment.
 struct Scene {
     core: EndpointCore<Zeros>,

@@ -59,7 +59,6 @@ impl<S: WriteSource> EndpointCore<S> {
             let reason = "this side pushed what it must not".to_owned();
             return self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason }, now);
         };
-        let count = u32::try_from(ranges.len()).expect("a reservation is bounded by its frame");
         let offer = match &mut outgoing.offers {
             None => None,
             Some(offers) => match offers.take(handoff, &ranges) {
@@ -71,17 +70,16 @@ impl<S: WriteSource> EndpointCore<S> {
                 }
             },
         };
-        outgoing.stats.writes += u64::from(count);
         outgoing.stats.bytes += ranges.iter().map(|(_, range)| u64::from(range.len)).sum::<u64>();
-        if let Some(credit) = &mut outgoing.credit {
-            credit.push(ranges.iter().map(|(_, range)| range.len.into()));
-        }
         if let Some(offer) = offer {
+            let count = u32::try_from(ranges.len()).expect("a reservation is bounded by its frame");
+            outgoing.stats.writes += u64::from(count);
             outgoing.add_digests(handoff, &ranges);
             self.apply_to_sender(handoff, SenderEvent::Pushed { writes: count }, now);
             return self.send_offer(handoff, &offer);
         }
-        outgoing.pending.extend(ranges);
+        let count = outgoing.add_pending(ranges);
+        outgoing.stats.writes += u64::from(count);
         self.apply_to_sender(handoff, SenderEvent::Pushed { writes: count }, now);
         self.queue_writes(handoff);
         self.ask_for_credit(handoff);
@@ -114,7 +112,7 @@ impl<S: WriteSource> EndpointCore<S> {
                 link.posting.pop_front();
                 continue;
             };
-            let mut accepted = Vec::with_capacity(outgoing.pending.len());
+            let mut accepted = Vec::with_capacity(outgoing.pending.len().min(USUAL_POST));
             while outgoing.may_post()
                 && let Some((source, range)) = outgoing.pending.pop_front()
             {
@@ -222,6 +220,20 @@ impl<S: WriteSource> Outgoing<S> {
         self.credit.as_ref().is_none_or(|credit| credit.covers(range.len.into()))
     }
 
+    /// Has writes wait to be posted. Returns by how many more wait.
+    fn add_pending(&mut self, ranges: Vec<(S, RemoteRange)>) -> u32 {
+        match &mut self.credit {
+            // Leave is asked for and given by whole writes.
+            Some(credit) => {
+                let count = u32::try_from(ranges.len()).expect("a reservation is bounded by its frame");
+                credit.push(ranges.iter().map(|(_, range)| range.len.into()));
+                self.pending.extend(ranges);
+                count
+            }
+            None => self.pending.join(ranges, self.shape.block as u64, LONGEST_WRITE),
+        }
+    }
+
     /// Checks writes and joins neighbours; `None` when one of them is not what it may be.
     fn ranges(&self, handoff: HandoffId, writes: &[TargetWrite<S>]) -> Option<Vec<(S, RemoteRange)>> {
         let BlockShape { block, granule } = self.shape;
@@ -296,3 +308,5 @@ impl<S: WriteSource> Outgoing<S> {
 
 /// Long enough to make the cost of posting vanish, short enough not to hold up another peer.
 const LONGEST_WRITE: u64 = 1 << 20;
+/// Writes that are posted together, as a rule.
+const USUAL_POST: usize = 256;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tidemill_kvtransfer_proto::endpoint_core::{
     DigestOrder, EndpointAction, EndpointCore, EndpointEvent, LinkId, TargetWrite,
 };
+use tidemill_kvtransfer_proto::message::Message;
 use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, WriteFault, WriteId};
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId};
 
@@ -19,6 +20,7 @@ use crate::world::{BLOCK, Checked, Config, DECODE, Link, NOW, Planted, Wire, Wor
 enum Order {
     Expect,
     Push(usize),
+    Computed,
     Finish,
     Abandon,
 }
@@ -222,7 +224,11 @@ impl World {
         let position = work.done;
         work.done += 1;
         let target = work.targets[position];
+        let is_last = work.done == work.targets.len();
         if self.config.wire == Wire::InPlace {
+            if is_last {
+                self.prefill().orders.push_back((handoff, Order::Computed));
+            }
             return self.store(handoff, content(handoff, position), target.block);
         }
         self.prefill().orders.push_back((handoff, Order::Push(position)));
@@ -254,6 +260,7 @@ impl World {
                 let target_index = position as u32;
                 core.push(handoff, vec![TargetWrite { target_index, offset: 0, source }], NOW);
             }
+            Order::Computed => core.computed(handoff),
             Order::Finish => core.finish(handoff, vec![1], NOW),
             Order::Abandon => core.abandon(handoff, "r".into(), NOW),
         }
@@ -316,6 +323,8 @@ impl World {
     pub(crate) fn prefill_acts(&mut self) {
         while let Some(action) = self.prefill.as_mut().and_then(|it| it.core.next_action()) {
             match action {
+                // A sign of life: it changes nothing on the other side.
+                EndpointAction::Send { message: Message::Heartbeat { .. }, .. } => {}
                 EndpointAction::Send { message, .. } => {
                     if self.prefill().link == Link::Up {
                         self.to_decode.push_back(message);
