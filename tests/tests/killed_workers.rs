@@ -111,7 +111,8 @@ async fn prefill_dies_at(stage: &str) {
         let quiet = tokio::spawn(quiet_again(deployment.client.clone(), killed));
         assert_eq!(requests.await.expect("no panic"), expected, "{transport}, {stage}\n{}", deployment.log());
         let case = format!("prefill killed {stage}, {transport}");
-        recovered(&deployment, killed, &lateness, &case).await;
+        let recoveries = recovered(&deployment, killed, &lateness, &case).await;
+        assert!(0.0 < recoveries, "{case}: no request was with the killed worker\n{}", deployment.log());
         let quiet = quiet.await.expect("no panic");
         eprintln!("{case}: decode's blocks were back after {quiet:?}");
         assert!(quiet < RECLAIMED + allowance(&lateness), "{case}: {quiet:?}\n{}", deployment.log());
