@@ -437,8 +437,8 @@ mod tests {
         let mut coarse = worker(1, "d");
         coarse.block_len = BlockLen::new(8).unwrap();
         coarse.cached = chain_hashes(&PROMPT, coarse.block_len).into_iter().collect();
-        let links = BTreeSet::from([(0, 2), (1, 0)]);
-        let view = ClusterView { workers: vec![worker(0, "p"), worker(2, "dc1"), coarse], links };
+        let links = BTreeSet::from([(0, 2), (0, 1)]);
+        let mut view = ClusterView { workers: vec![worker(0, "p"), worker(2, "dc1"), coarse], links };
         let request = RouteRequest { tokens: &PROMPT, excluded: &[], turn: 0 };
         let expected = Route::Split { prefill: WorkerIndex(0), decode: WorkerIndex(2) };
         assert_eq!(
@@ -446,5 +446,8 @@ mod tests {
             expected,
             "eight tokens are more than four"
         );
+        view.links = BTreeSet::from([(2, 0), (1, 0)]);
+        let expected = Route::Alone { worker: WorkerIndex(2), reason: AloneReason::Unlinked };
+        assert_eq!(route(&view, RoutingPolicy::default(), request), expected, "only decode could hand over");
     }
 }
