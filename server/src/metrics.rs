@@ -17,6 +17,7 @@ use std::time::Duration;
 use metrics::{Counter, Histogram, counter, gauge, histogram, with_local_recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tidemill_engine::handle::{Counters, CreditLoad, Ledger, Role, SpeculationSums};
+use tidemill_engine_core::journey::FALLBACKS;
 
 pub(crate) use request::{Outcome, RequestRecord};
 
@@ -83,6 +84,14 @@ impl Metrics {
         let handle = recorder.handle();
         let requests = with_local_recorder(&recorder, || {
             names::describe();
+            // A counter that appears with its first event is missed by whoever looks for a rise.
+            for reason in FALLBACKS.into_iter().chain([TRANSPORT_FALLBACK]) {
+                counter!(names::FALLBACKS, "reason" => reason).absolute(0);
+            }
+            for reason in REFUSALS {
+                counter!(names::REFUSALS, "reason" => reason).absolute(0);
+            }
+            drop(histogram!(names::RECOVERY));
             Requests::register(model)
         });
         let model = model.to_owned();
@@ -199,6 +208,10 @@ impl Metrics {
             (names::WAITING_HANDOFFS, waiting_handoffs),
         ] {
             gauge!(name, "worker" => worker.clone()).set(value as f64);
+        }
+        counter!(names::WORKER_RESTARTS, "worker" => worker.clone()).increment(0);
+        for (_, name) in names::SAMPLES {
+            drop(histogram!(*name, "model_name" => model.clone(), "engine" => worker.clone()));
         }
         gauge!(names::WORKER_UP, "worker" => worker, "role" => status.role.as_str()).set(1.0);
     }
@@ -321,6 +334,12 @@ fn speculation_difference(now: &SpeculationSums, before: &SpeculationSums) -> Sp
 
 /// The `engine` label of what the front end itself measures; vLLM's name for its first engine.
 const FRONT_END: &str = "0";
+
+/// Reason of a link that goes another way than the one intended.
+const TRANSPORT_FALLBACK: &str = "transport";
+
+/// Why the front end refuses a request before a worker sees it.
+const REFUSALS: [&str; 2] = ["unavailable", "busy"];
 
 /// Raw observations kept before they are folded: eight bytes each.
 const OBSERVATIONS_KEPT: u64 = 1 << 16;

@@ -90,7 +90,7 @@ pub enum Action {
     Emit(GenerationEvent),
     /// Log and count that something was done in a worse way than intended.
     Fallback {
-        /// Name in `tidemill_fallbacks_total`.
+        /// Name in `tidemill_fallbacks_total`, one of [`FALLBACKS`].
         reason: &'static str,
         /// What happened, for the log.
         detail: String,
@@ -217,6 +217,7 @@ impl Journey {
             }
             Route::Whole { worker, fallback } => {
                 if let Some(reason) = fallback {
+                    debug_assert!(FALLBACKS.contains(&reason), "{reason} is not listed");
                     actions.push(Action::Fallback { reason, detail: "one worker does it all".into() });
                 }
                 actions.push(Action::Start { side: Side::Alone, worker, peer: None });
@@ -410,6 +411,7 @@ impl Journey {
         detail: &str,
         actions: &mut Vec<Action>,
     ) {
+        debug_assert!(FALLBACKS.contains(&reason), "{reason} is not listed");
         actions.push(Action::Fallback { reason, detail: detail.to_owned() });
         self.stop_streams(culprit, actions);
         self.ahead.clear();
@@ -473,6 +475,23 @@ impl Journey {
 /// Workers, or pairs of them, that one request is tried on. A cluster that fails a request this often is broken in
 /// a way that further attempts would only hide.
 const MAX_ATTEMPTS: u32 = 6;
+
+/// All reasons of [`Action::Fallback`], for counters that exist before they count.
+pub const FALLBACKS: [&str; 13] = [
+    "prefill-unavailable",
+    "decode-unavailable",
+    "unlinked",
+    "prefill-full",
+    "prefill-failed",
+    "prefill-lost",
+    "decode-full",
+    "decode-lost",
+    "handoff-failed",
+    "worker-full",
+    "worker-failed",
+    "worker-lost",
+    "stream-incomplete",
+];
 
 /// What a client that finds all queues full is told to wait: queues of seconds empty in seconds.
 const RETRY_AFTER_S: u32 = 1;

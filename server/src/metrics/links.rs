@@ -3,7 +3,7 @@
 use metrics::{gauge, with_local_recorder};
 use tidemill_engine::handle::PeerLink;
 
-use super::{Metrics, names};
+use super::{Metrics, TRANSPORT_FALLBACK, names};
 
 impl Metrics {
     /// Records how a worker is connected to its peers, and which of these connections have newly come about in a worse
@@ -18,7 +18,7 @@ impl Metrics {
         for link in now {
             self.set_link(worker, link, link.bytes_per_second);
             if link.is_fallback && !is_in(before, link) {
-                self.record_fallback("transport");
+                self.record_fallback(TRANSPORT_FALLBACK);
             }
         }
     }

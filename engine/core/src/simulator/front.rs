@@ -424,10 +424,8 @@ impl Front {
         let workers =
             self.slots.iter().map(|slot| slot.as_ref().map_or_else(down, |slot| slot.view.clone())).collect();
         let known = self.slots.iter().flatten();
-        let links = known
-            .flat_map(|it| it.links.iter().map(|peer| (it.process.instance, *peer)))
-            .flat_map(|(one, other)| [(one, other), (other, one)])
-            .collect();
+        let links = known.flat_map(|it| it.links.iter().map(|peer| (it.process.instance, *peer)));
+        let links = links.flat_map(|(one, other)| [(one, other), (other, one)]).collect();
         ClusterView { workers, links }
     }
 }
