@@ -18,7 +18,7 @@ fn journeys() {
         ("a first token that ends it lets decode end too",   "split p0 p-end",                             "start-d2 start-p1 =0 end release-d"),
         ("an end of decode lets prefill tidy up",            "split p0 d1 d-end",                          "start-d2 start-p1 =0 =1 end release-p"),
         ("one worker does it all",                           "whole a0 a1 a-end",                          "start-a2 =0 =1 end"),
-        ("a fallback is counted",                            "alone a0 a-end",                             "count:no-prefill start-a2 =0 end"),
+        ("a fallback is counted",                            "alone a0 a-end",                             "count:unlinked start-a2 =0 end"),
         ("prompt logprobs come once",                        "split p-logprobs p-lost split34 p-logprobs", "start-d2 start-p1 logprobs count:prefill-lost stop-d find-1 start-d4 start-p3"),
         ("nothing is said after the end",                    "whole a0 a-end a1 a-lost",                   "start-a2 =0 end"),
 
@@ -96,7 +96,7 @@ fn happening(word: &str) -> Happening {
         "split34" => return Happening::Routed(Route::Split { prefill: Instance(3), decode: Instance(4) }),
         "whole" => return Happening::Routed(Route::Whole { worker: Instance(2), fallback: None }),
         "alone" => {
-            return Happening::Routed(Route::Whole { worker: Instance(2), fallback: Some("no-prefill") });
+            return Happening::Routed(Route::Whole { worker: Instance(2), fallback: Some("unlinked") });
         }
         "none" => return Happening::Unroutable("none".into()),
         "overdue" => return Happening::AdoptionOverdue,
