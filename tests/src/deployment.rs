@@ -216,12 +216,12 @@ pub fn binary() -> PathBuf {
     path
 }
 
-/// Whether the program is missing, or older than a source file that it was made of. Cargo lists those beside it.
+/// Whether the program is missing, or older than a source file that it was made of. `cargo build` lists those beside it;
+/// where there is no list, `cargo test` of the whole workspace has made it, a moment ago.
 fn is_out_of_date(program: &Path) -> bool {
     let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified());
-    let (Ok(built), Ok(list)) = (modified(program), fs::read_to_string(program.with_extension("d"))) else {
-        return true;
-    };
+    let Ok(built) = modified(program) else { return true };
+    let list = fs::read_to_string(program.with_extension("d")).unwrap_or_default();
     let sources = list.split_once(':').map_or("", |(_, sources)| sources);
     sources.split_whitespace().any(|source| modified(Path::new(source)).is_ok_and(|changed| changed > built))
 }
