@@ -1,4 +1,4 @@
-//! The choice of tokens, against a sampler that sorts. That the CPU's sampler chooses the same is tested in `engine/tests`.
+//! The choice of tokens, against a sampler that sorts. It is not yet compared with the sampler of the CPU, which lives above.
 
 use super::{
     on_devices,
