@@ -1,4 +1,4 @@
-//! The choice of tokens, against a sampler that sorts. It is not yet compared with the sampler of the CPU, which lives above.
+//! The choice of tokens, against a sampler that sorts; the sampler of the CPU, which lives above, is not compared yet.
 
 use super::{
     on_devices,
