@@ -29,12 +29,15 @@ const SPLITS: [(&str, &[&str]); 13] = [
 const GUESSES: &str =
     r#"{"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3, "adaptive": false}"#;
 
-/// A model of the same tokenizer; each family is compared with it, one is it.
-const DRAFT: &str = concat!(
-    r#"{"method": "draft_model", "adaptive": false, "model": ""#,
-    env!("CARGO_MANIFEST_DIR"),
-    r#"/fixtures/models/llama2"}"#
-);
+/// Stands for the `--speculative-config` of a draft model, which differs from family to family.
+const DRAFT: &str = "draft";
+
+/// A draft model of the same vocabulary: one family guesses for all others; one has a vocabulary of its own, and itself.
+fn draft_for(model: &str) -> String {
+    let draft = if model == "qwen2" { model } else { "llama2" };
+    let folder = fixtures::model(draft);
+    json!({ "method": "draft_model", "adaptive": false, "model": folder }).to_string()
+}
 
 /// Every family in turn, so that at most one whole and one split deployment per test thread run at a time.
 async fn family_is_equal(model: &str) {
@@ -45,7 +48,8 @@ async fn family_is_equal(model: &str) {
     assert!(expected.iter().filter(|(_, reply)| reply.status == 200).count() > 8, "{model}: {expected:?}");
     for (split, flags) in SPLITS {
         let mut arguments = vec![folder, "--require-transport"];
-        arguments.extend(flags);
+        let draft = draft_for(model);
+        arguments.extend(flags.iter().map(|flag| if *flag == DRAFT { draft.as_str() } else { flag }));
         let deployment = Deployment::start(&arguments);
         let found = answers(&deployment.client).await;
         for ((name, expected), (_, found)) in expected.iter().zip(&found) {
