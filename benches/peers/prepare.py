@@ -51,7 +51,7 @@ def gguf(model, file, kind):
     writer.add_token_list(sorted(tokens, key=tokens.get))
     kinds = [gguf.TokenType.CONTROL if id < 3 else gguf.TokenType.NORMAL for id in range(len(tokens))]
     writer.add_token_types(kinds)
-    writer.add_token_merges([])
+    writer.add_token_merges(["w 0"])  # llama.cpp refuses a file without any; `w0` is the first token behind the bytes
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     stored = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
