@@ -102,33 +102,6 @@ fn launches_that_cannot_be_are_refused() {
 }
 
 #[test]
-fn wrong_use_of_the_device_is_found() {
-    let fake = &Fake::new(Order::Forwards).with_capacity(1000);
-    let taken = fake.allocate(100).unwrap();
-    let gone = fake.allocate(100).unwrap();
-    fake.free(gone).unwrap();
-    type Call<'a> = Box<dyn FnOnce() + 'a>;
-    let rows: Vec<(&str, Call<'_>)> = vec![
-        ("nothing was taken there", Box::new(|| fake.free(gone).unwrap())),
-        ("nothing was taken there", Box::new(|| fake.free(taken.offset(4)).unwrap())),
-        ("upload of 101 bytes", Box::new(|| fake.upload(taken, &[0; 101]).unwrap())),
-        ("fill of 2 bytes", Box::new(|| fake.fill(taken.offset(99), 2, 0).unwrap())),
-        ("download of 1 bytes", Box::new(|| fake.download(&mut [0], taken.offset(100)).unwrap())),
-        ("an allocation of no bytes", Box::new(|| drop(fake.allocate(0)))),
-        ("some of which nobody wrote", Box::new(|| fake.download(&mut [0; 100], taken).unwrap())),
-        ("not given back: allocations of [100]", Box::new(|| fake.assert_nothing_left())),
-    ];
-    for (expected, call) in rows {
-        let message = outcome(call).expect_err(expected);
-        assert!(message.contains(expected), "{message}");
-    }
-    let error = fake.allocate(901).expect_err("more than there is").to_string();
-    assert_eq!(error, "the GPU has no 901 bytes of free memory");
-    fake.free(taken).unwrap();
-    fake.assert_nothing_left();
-}
-
-#[test]
 fn a_kernel_on_memory_that_was_given_back_is_found() {
     let fake = &Fake::new(Order::Forwards);
     let (x, weight) = (Buffer::new(fake, &[1.0f32; 64]), Buffer::new(fake, &[1.0f32; 64]));

@@ -123,6 +123,8 @@ struct Region {
 // What one device has: allocations by their address.
 struct Memory {
   std::map<uintptr_t, Region> regions;
+  // Where the next launch begins: whatever is earlier comes before it.
+  uint32_t clock = kHost + 1;
 };
 
 namespace {
@@ -194,6 +196,29 @@ thread_local Launch* current = nullptr;
 constexpr size_t kSharedBytes = 227 << 10;
 // Between variables, so that the end of one is not the beginning of another.
 constexpr size_t kGap = 64;
+
+// The shared memory of the blocks that run on a thread of the host, kept from launch to launch: to take it each time costs more than
+// a small kernel.
+struct SharedMemory {
+  std::vector<char> bytes = std::vector<char>(kSharedBytes + 1024, 0x7f);
+  Region region{(char*)((uintptr_t(bytes.data()) + 1023) / 1024 * 1024), kSharedBytes, std::vector<Cell>(kSharedBytes)};
+  size_t used = 0;
+};
+
+thread_local SharedMemory shared_memory;
+
+// A launch has fewer meetings than there are times after this one.
+constexpr uint32_t kLatest = 1u << 31;
+
+// Times begin again: whatever was so far was at the time of the host.
+void begin_again(Memory& memory) {
+  for (auto& [first, region] : memory.regions)
+    for (Cell& cell : region.cells) {
+      cell.read_time = kNever;
+      if (cell.write_time != kNever && cell.write_time != kInFlight) cell.write_time = kHost;
+    }
+  memory.clock = kHost + 1;
+}
 
 void leave_thread() { Context::swap(current->running->context, current->scheduler); }
 
@@ -570,6 +595,22 @@ extern "C" void tidemill_emulator_written(Memory* memory, uintptr_t first, size_
   std::fill_n(cells_of(memory, first, offset, bytes), bytes, written);
 }
 
+// A copy to part of an allocation is under way.
+extern "C" void tidemill_emulator_in_flight(Memory* memory, uintptr_t first, size_t offset, size_t bytes) {
+  for (emulator::Cell* cell = cells_of(memory, first, offset, bytes); 0 < bytes; cell++, bytes--) cell->write_time = emulator::kInFlight;
+}
+
+// Bytes of one allocation are as written as those of another.
+extern "C" void tidemill_emulator_copied(Memory* memory, uintptr_t to_first, size_t to_offset, uintptr_t from_first, size_t from_offset,
+                                         size_t bytes) {
+  emulator::Cell* to = cells_of(memory, to_first, to_offset, bytes);
+  const emulator::Cell* from = cells_of(memory, from_first, from_offset, bytes);
+  for (size_t i = 0; i < bytes; i++) {
+    to[i] = emulator::Cell{};
+    to[i].write_time = from[i].write_time == emulator::kNever ? emulator::kNever : emulator::kHost;
+  }
+}
+
 // Whether all of these bytes were written by somebody.
 extern "C" bool tidemill_emulator_is_written(Memory* memory, uintptr_t first, size_t offset, size_t bytes) {
   const emulator::Cell* cells = cells_of(memory, first, offset, bytes);
@@ -581,7 +622,6 @@ extern "C" bool tidemill_emulator_is_written(Memory* memory, uintptr_t first, si
 extern "C" bool tidemill_emulator_launch(Memory* memory, const emulator::Kernel* kernel, const unsigned* grid, const unsigned* block,
                                          unsigned dynamic_bytes, const char* params, unsigned order, char* message,
                                          size_t message_bytes) {
-  std::vector<char> shared(emulator::kSharedBytes + 1024, 0x7f);
   emulator::Launch launch{};
   launch.memory = memory;
   launch.kernel = kernel;
@@ -602,17 +642,11 @@ extern "C" bool tidemill_emulator_launch(Memory* memory, const emulator::Kernel*
   launch.all.resize(launch.threads);
   launch.warps.resize(launch.threads / emulator::kWarp);
   launch.stacks.reset(new char[launch.threads * emulator::kStackBytes]);
-  launch.shared.first = (char*)emulator::aligned(uintptr_t(shared.data()), 1024);
-  launch.shared.bytes = emulator::kSharedBytes;
-  launch.shared.cells.resize(emulator::kSharedBytes);
-  launch.clock = emulator::kHost + 1;
-  // Every launch has times of its own, and whatever was before it was at the time of the host.
-  for (auto& [first, region] : memory->regions)
-    for (emulator::Cell& cell : region.cells) {
-      cell.read_time = emulator::kNever;
-      if (cell.write_time != emulator::kNever) cell.write_time = emulator::kHost;
-    }
-  launch.began = launch.clock;
+  emulator::SharedMemory& shared = emulator::shared_memory;
+  launch.shared = std::move(shared.region);
+  launch.shared_used = shared.used;
+  if (emulator::kLatest < memory->clock) emulator::begin_again(*memory);
+  launch.began = launch.clock = memory->clock;
   emulator::current = &launch;
   for (uint64_t turn = 0; turn < blocks && !launch.failed; turn++) {
     uint64_t number = order == 1 ? blocks - 1 - turn : turn;
@@ -621,5 +655,8 @@ extern "C" bool tidemill_emulator_launch(Memory* memory, const emulator::Kernel*
     emulator::run_block(launch, order);
   }
   emulator::current = nullptr;
+  shared.region = std::move(launch.shared);
+  shared.used = launch.shared_used;
+  memory->clock = launch.clock + 1;
   return !launch.failed;
 }

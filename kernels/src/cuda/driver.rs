@@ -1,6 +1,6 @@
-//! What is asked of a device: memory, copies, launches.
+//! What is asked of a device: memory, copies, launches, graphs of them.
 
-use super::Launch;
+use super::{ComputeCapability, CudaError, Launch, timeline::Moment};
 use bytemuck::NoUninit;
 use std::fmt::Debug;
 
@@ -20,75 +20,197 @@ impl DeviceAddress {
     }
 }
 
-/// Why a device did not do what it was asked for.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum CudaError {
-    /// Less memory is free than was asked for.
-    #[error("the GPU has no {bytes} bytes of free memory")]
-    OutOfMemory {
-        /// What was asked for.
-        bytes: usize,
-    },
+/// A place in memory of the host that the device copies from and to while the host does something else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PinnedAddress(pub(super) u64);
+
+impl PinnedAddress {
+    /// A place some bytes further.
+    #[must_use]
+    pub const fn offset(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// In which line an operation stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queue {
+    /// Kernels, and the copies that belong to a step.
+    Compute,
+    /// Copies beside the computation, such as those of a handoff.
+    Transfer,
+}
+
+/// The end of everything that was asked of a queue so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    pub(super) queue: Queue,
+    /// Of the queue's tickets.
+    pub(super) number: u64,
+    pub(super) moment: Moment,
+}
+
+/// A recording of operations that can be asked for again at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Graph {
+    pub(super) number: u64,
+    /// Bytes of the device's memory that it takes, as near as the device tells.
+    pub bytes: usize,
+    /// Launches that were recorded.
+    pub launches: usize,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Properties {
+    /// For people.
+    pub name: String,
+    /// Which instructions it has.
+    pub compute_capability: ComputeCapability,
+    /// Multiprocessors, each of which runs some blocks at a time.
+    pub multiprocessors: u32,
+    /// Bytes per second between its memory and its chip at best; zero where the device does not tell.
+    pub memory_bandwidth: u64,
+    /// Shared memory that a block can have at most, in bytes.
+    pub shared_bytes: u32,
+}
+
+/// A device's memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// What could be taken now, in pieces.
+    pub free: usize,
+    /// All there is.
+    pub total: usize,
 }
 
 /// Every call to a device goes through here, so that whatever runs on a GPU runs on the [`fake`](super::fake) as well.
 ///
-/// Operations are carried out in the order of the calls. An upload has read its source when it returns, a download has filled its
-/// target; a launch or a fill may still be under way, until [`synchronize`](Self::synchronize).
+/// # Order
 ///
-/// Memory is given back by [`free`](Self::free) alone, once nothing that was asked for uses it. A wrong address or length is a bug
-/// of the caller: the fake panics with what is wrong, a GPU may compute nonsense.
+/// There are two queues. Operations of one are carried out in the order of the calls. An operation of [`Queue::Transfer`] begins after
+/// everything that was asked of [`Queue::Compute`] before it; the computation waits for a transfer only where
+/// [`compute_after`](Self::compute_after) says so. [`upload`](Self::upload), [`download`](Self::download), [`fill`](Self::fill),
+/// [`launch`](Self::launch) and [`replay`](Self::replay) belong to [`Queue::Compute`].
+///
+/// An upload has read its source when it returns, a download has filled its target; everything else may still be under way.
+/// The host waits for a part of it by a [`Ticket`], or for all by [`synchronize`](Self::synchronize). A ticket is for everything that
+/// was asked of its queue before, and for what that comes after.
+///
+/// # Memory
+///
+/// Pinned memory belongs to the host, except while an operation that was asked for and not waited for uses it: then the host may not
+/// write what is copied from, nor touch what is copied to, nor give it back. The same holds for the computation and
+/// memory that a transfer uses.
+///
+/// Memory is given back by [`free`](Self::free) and [`free_pinned`](Self::free_pinned) alone, once nothing that was asked for uses it and
+/// no graph that is still replayed does.
+///
+/// # Graphs
+///
+/// Between [`begin_capture`](Self::begin_capture) and [`end_capture`](Self::end_capture) operations of [`Queue::Compute`] are
+/// recorded instead of carried out: launches, fills, [`copy`](Self::copy), [`start_upload`](Self::start_upload) and
+/// [`start_download`](Self::start_download). Everything else but access to pinned memory may not be asked for meanwhile. A replay uses
+/// the addresses and numbers that were recorded, and reads pinned memory when it is carried out.
+///
+/// A wrong address, length or order is a bug of the caller: the fake panics with what is wrong, a GPU may compute nonsense.
+///
+/// # Errors
+///
+/// Every method that can fail returns what the device says, also about what was asked for before.
+#[expect(clippy::missing_errors_doc, reason = "the trait says it for all")]
 pub trait Driver: Debug + Send + Sync {
-    /// Name of the device, for people.
-    fn describe(&self) -> String;
+    /// What the device is.
+    fn properties(&self) -> &Properties;
 
-    /// Takes memory, aligned to 256 bytes, with undefined contents. Never of no bytes.
-    ///
-    /// # Errors
-    ///
-    /// [`CudaError::OutOfMemory`].
+    /// How much memory it has now.
+    fn memory(&self) -> Result<MemoryInfo, CudaError>;
+
+    /// Takes memory, aligned to 256 bytes, with undefined contents. Never of no bytes. [`CudaError::OutOfMemory`] leaves all as it was.
     fn allocate(&self, bytes: usize) -> Result<DeviceAddress, CudaError>;
 
     /// Gives memory back: an address that [`allocate`](Self::allocate) returned, once.
-    ///
-    /// # Errors
-    ///
-    /// What the device says.
     fn free(&self, address: DeviceAddress) -> Result<(), CudaError>;
 
+    /// Takes memory of the host, aligned to 256 bytes, with undefined contents. Never of no bytes.
+    fn allocate_pinned(&self, bytes: usize) -> Result<PinnedAddress, CudaError>;
+
+    /// Gives memory back: an address that [`allocate_pinned`](Self::allocate_pinned) returned, once.
+    fn free_pinned(&self, address: PinnedAddress) -> Result<(), CudaError>;
+
+    /// Writes pinned memory, at once.
+    fn write_pinned(&self, to: PinnedAddress, from: &[u8]);
+
+    /// Reads pinned memory, at once.
+    fn read_pinned(&self, to: &mut [u8], from: PinnedAddress);
+
     /// Copies from the host.
-    ///
-    /// # Errors
-    ///
-    /// What the device says.
     fn upload(&self, to: DeviceAddress, from: &[u8]) -> Result<(), CudaError>;
 
-    /// Copies to the host, after everything that was asked for before.
-    ///
-    /// # Errors
-    ///
-    /// What the device says, also about what was asked for before.
+    /// Copies to the host, after everything that was asked of [`Queue::Compute`] before.
     fn download(&self, to: &mut [u8], from: DeviceAddress) -> Result<(), CudaError>;
 
+    /// Copies from pinned memory.
+    fn start_upload(
+        &self,
+        queue: Queue,
+        to: DeviceAddress,
+        from: PinnedAddress,
+        bytes: usize,
+    ) -> Result<(), CudaError>;
+
+    /// Copies to pinned memory.
+    fn start_download(
+        &self,
+        queue: Queue,
+        to: PinnedAddress,
+        from: DeviceAddress,
+        bytes: usize,
+    ) -> Result<(), CudaError>;
+
+    /// Copies within the device's memory; the two parts do not overlap.
+    fn copy(
+        &self,
+        queue: Queue,
+        to: DeviceAddress,
+        from: DeviceAddress,
+        bytes: usize,
+    ) -> Result<(), CudaError>;
+
     /// Sets bytes to one value.
-    ///
-    /// # Errors
-    ///
-    /// What the device says.
     fn fill(&self, address: DeviceAddress, bytes: usize, value: u8) -> Result<(), CudaError>;
 
     /// Runs a kernel.
-    ///
-    /// # Errors
-    ///
-    /// What the device says.
     fn launch(&self, launch: &Launch) -> Result<(), CudaError>;
 
+    /// The end of everything that was asked of a queue so far. Nothing needs to be given back.
+    fn ticket(&self, queue: Queue) -> Result<Ticket, CudaError>;
+
+    /// Whether it has come to the ticket. Does not wait.
+    fn is_done(&self, ticket: Ticket) -> Result<bool, CudaError>;
+
+    /// Waits until it has come to the ticket.
+    fn wait(&self, ticket: Ticket) -> Result<(), CudaError>;
+
+    /// What is asked of [`Queue::Compute`] from now on comes after the ticket. The host does not wait.
+    fn compute_after(&self, ticket: Ticket) -> Result<(), CudaError>;
+
     /// Waits for everything that was asked for.
-    ///
-    /// # Errors
-    ///
-    /// What the device says about it.
     fn synchronize(&self) -> Result<(), CudaError>;
+
+    /// Records from now on.
+    fn begin_capture(&self) -> Result<(), CudaError>;
+
+    /// What was recorded, at least one operation. After an error nothing is recorded any more and no graph is left.
+    fn end_capture(&self) -> Result<Graph, CudaError>;
+
+    /// Carries out what was recorded.
+    fn replay(&self, graph: Graph) -> Result<(), CudaError>;
+
+    /// Gives the recorded launch of this number, counted from zero among launches, another grid and other parameters, for all
+    /// replays from now on. The kernel and its block stay.
+    fn update(&self, graph: Graph, number: usize, launch: &Launch) -> Result<(), CudaError>;
+
+    /// Gives a graph back, once, when no replay is under way.
+    fn free_graph(&self, graph: Graph) -> Result<(), CudaError>;
 }

@@ -76,6 +76,18 @@ impl Emulator {
         unsafe { tidemill_emulator_written(self.memory.as_ptr(), first, offset, bytes) };
     }
 
+    /// Says that a copy to a part of a known allocation is under way, until it is written.
+    pub fn in_flight(&mut self, first: usize, offset: usize, bytes: usize) {
+        // SAFETY: as in `written`.
+        unsafe { tidemill_emulator_in_flight(self.memory.as_ptr(), first, offset, bytes) };
+    }
+
+    /// Says that bytes of one known allocation are as written as those of another: `(first, offset)` of each.
+    pub fn copied(&mut self, to: (usize, usize), from: (usize, usize), bytes: usize) {
+        // SAFETY: as in `written`.
+        unsafe { tidemill_emulator_copied(self.memory.as_ptr(), to.0, to.1, from.0, from.1, bytes) };
+    }
+
     /// Whether somebody wrote every byte of a part of a known allocation.
     pub fn is_written(&self, first: usize, offset: usize, bytes: usize) -> bool {
         // SAFETY: as in `written`.
@@ -187,6 +199,15 @@ unsafe extern "C" {
     fn tidemill_emulator_add(memory: *mut RawMemory, first: *mut u8, bytes: usize);
     fn tidemill_emulator_remove(memory: *mut RawMemory, first: usize);
     fn tidemill_emulator_written(memory: *mut RawMemory, first: usize, offset: usize, bytes: usize);
+    fn tidemill_emulator_in_flight(memory: *mut RawMemory, first: usize, offset: usize, bytes: usize);
+    fn tidemill_emulator_copied(
+        memory: *mut RawMemory,
+        to_first: usize,
+        to_offset: usize,
+        from_first: usize,
+        from_offset: usize,
+        bytes: usize,
+    );
     fn tidemill_emulator_is_written(
         memory: *mut RawMemory,
         first: usize,

@@ -7,12 +7,16 @@
 mod driver;
 #[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
 pub mod emulator;
+mod error;
 #[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
 pub mod fake;
 mod launch;
 pub mod launches;
 mod parameters;
+#[cfg_attr(not(feature = "emulator"), expect(dead_code, reason = "the fake looks at it"))]
+mod timeline;
 
-pub use driver::{CudaError, DeviceAddress, Driver};
+pub use driver::{DeviceAddress, Driver, Graph, MemoryInfo, PinnedAddress, Properties, Queue, Ticket};
+pub use error::{ComputeCapability, CudaError, CudaVersion};
 pub use launch::{Launch, Parameters};
 pub use parameters::*;

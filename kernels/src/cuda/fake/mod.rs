@@ -1,0 +1,238 @@
+//! A device that is not there: the emulator computes, and whatever is used wrongly is a panic that says what.
+//!
+//! Found out are: an address given back twice or never given out; memory or graphs that are never given back
+//! ([`assert_nothing_left`](Fake::assert_nothing_left)); copies beyond an allocation or of what nobody wrote; kernels that
+//! use memory which was given back; memory that the host, or the computation, touches while a copy uses it; what a capture cannot
+//! record; replays that use memory which was given back, even where something else has its address now; and all that the
+//! [emulator](super::emulator) finds in a kernel.
+//!
+//! Transfers are carried out as late as the order allows, so that whoever does not wait for one sees what was there before.
+
+mod memory;
+mod operation;
+mod recording;
+mod state;
+
+use super::{
+    ComputeCapability, CudaError, DeviceAddress, Driver, Graph, Launch, MemoryInfo, PinnedAddress,
+    Properties, Queue, Ticket,
+    emulator::{Kernels, Order},
+};
+use operation::Operation;
+use state::State;
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// The device.
+pub struct Fake {
+    properties: Properties,
+    state: Mutex<State>,
+}
+
+/// How often a device was asked, by what it costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Calls {
+    /// Memory taken, of either kind.
+    pub allocations: usize,
+    /// Kernels launched one by one.
+    pub launches: usize,
+    /// Graphs replayed.
+    pub replays: usize,
+    /// Copies and fills asked for one by one.
+    pub copies: usize,
+    /// Times that the host waited: for a ticket, for everything, or for a download.
+    pub waits: usize,
+}
+
+impl Fake {
+    /// A device with 4 GiB of memory, whose threads take turns in this order.
+    pub fn new(order: Order) -> Self {
+        let properties = Properties {
+            name: format!("emulated GPU, threads {order:?}"),
+            compute_capability: ComputeCapability { major: 8, minor: 0 },
+            multiprocessors: 2,
+            memory_bandwidth: 0,
+            shared_bytes: 227 << 10,
+        };
+        Self { properties, state: Mutex::new(State::new(order, 4 << 30)) }
+    }
+
+    /// With other kernels.
+    #[must_use]
+    pub fn with_kernels(self, kernels: Kernels) -> Self {
+        self.state().kernels = kernels;
+        self
+    }
+
+    /// With this much memory.
+    #[must_use]
+    pub fn with_capacity(self, bytes: usize) -> Self {
+        self.state().capacity = bytes;
+        self
+    }
+
+    /// From now on this many more calls succeed, of those that can fail; after them each one fails like this.
+    pub fn fail_after(&self, calls: usize, error: CudaError) {
+        self.state().failure = Some((calls, error));
+    }
+
+    /// What was launched so far, in order, by replays too.
+    pub fn launches(&self) -> Vec<Launch> {
+        self.state().launches.clone()
+    }
+
+    /// How often it was asked so far.
+    pub fn calls(&self) -> Calls {
+        self.state().calls
+    }
+
+    /// Panics when memory or a graph was not given back.
+    pub fn assert_nothing_left(&self) {
+        let state = self.state();
+        let (left, pinned, graphs) = (state.device.left(), state.pinned.left(), state.graphs.len());
+        assert!(left.is_empty(), "memory was not given back: allocations of {left:?} bytes");
+        assert!(pinned.is_empty(), "pinned memory was not given back: allocations of {pinned:?} bytes");
+        assert!(
+            graphs == 0 && state.recording.is_none(),
+            "{graphs} graphs, or a capture, were not given back"
+        );
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A test that looks for a panic goes on to use the device.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Driver for Fake {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn memory(&self) -> Result<MemoryInfo, CudaError> {
+        let mut state = self.state();
+        state.count_down()?;
+        Ok(MemoryInfo { free: state.free(), total: state.capacity })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<DeviceAddress, CudaError> {
+        self.state().allocate(bytes)
+    }
+
+    fn free(&self, address: DeviceAddress) -> Result<(), CudaError> {
+        self.state().give_back(operation::Room::Device, address.0);
+        Ok(())
+    }
+
+    fn allocate_pinned(&self, bytes: usize) -> Result<PinnedAddress, CudaError> {
+        self.state().allocate_pinned(bytes)
+    }
+
+    fn free_pinned(&self, address: PinnedAddress) -> Result<(), CudaError> {
+        self.state().give_back(operation::Room::Pinned, address.0);
+        Ok(())
+    }
+
+    fn write_pinned(&self, to: PinnedAddress, from: &[u8]) {
+        self.state().write_pinned(to, from);
+    }
+
+    fn read_pinned(&self, to: &mut [u8], from: PinnedAddress) {
+        self.state().read_pinned(to, from);
+    }
+
+    fn upload(&self, to: DeviceAddress, from: &[u8]) -> Result<(), CudaError> {
+        self.state().upload(to, from)
+    }
+
+    fn download(&self, to: &mut [u8], from: DeviceAddress) -> Result<(), CudaError> {
+        self.state().download(to, from)
+    }
+
+    fn start_upload(
+        &self,
+        queue: Queue,
+        to: DeviceAddress,
+        from: PinnedAddress,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        self.state().ask(queue, Operation::Upload { to, from, bytes })
+    }
+
+    fn start_download(
+        &self,
+        queue: Queue,
+        to: PinnedAddress,
+        from: DeviceAddress,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        self.state().ask(queue, Operation::Download { to, from, bytes })
+    }
+
+    fn copy(
+        &self,
+        queue: Queue,
+        to: DeviceAddress,
+        from: DeviceAddress,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        self.state().ask(queue, Operation::Copy { to, from, bytes })
+    }
+
+    fn fill(&self, to: DeviceAddress, bytes: usize, value: u8) -> Result<(), CudaError> {
+        self.state().ask(Queue::Compute, Operation::Fill { to, bytes, value })
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<(), CudaError> {
+        self.state().ask(Queue::Compute, Operation::Launch(*launch))
+    }
+
+    fn ticket(&self, queue: Queue) -> Result<Ticket, CudaError> {
+        self.state().ticket(queue)
+    }
+
+    fn is_done(&self, ticket: Ticket) -> Result<bool, CudaError> {
+        self.state().is_done(ticket)
+    }
+
+    fn wait(&self, ticket: Ticket) -> Result<(), CudaError> {
+        self.state().wait(ticket)
+    }
+
+    fn compute_after(&self, ticket: Ticket) -> Result<(), CudaError> {
+        self.state().compute_after(ticket)
+    }
+
+    fn synchronize(&self) -> Result<(), CudaError> {
+        self.state().synchronize()
+    }
+
+    fn begin_capture(&self) -> Result<(), CudaError> {
+        self.state().begin_capture()
+    }
+
+    fn end_capture(&self) -> Result<Graph, CudaError> {
+        self.state().end_capture()
+    }
+
+    fn replay(&self, graph: Graph) -> Result<(), CudaError> {
+        self.state().replay(graph)
+    }
+
+    fn update(&self, graph: Graph, number: usize, launch: &Launch) -> Result<(), CudaError> {
+        self.state().update(graph, number, launch)
+    }
+
+    fn free_graph(&self, graph: Graph) -> Result<(), CudaError> {
+        self.state().free_graph(graph);
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Fake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fake").field("name", &self.properties.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,68 @@
+//! What a queue is asked for, as a value that can wait or be recorded.
+
+use crate::cuda::{DeviceAddress, Launch, PinnedAddress, timeline::Access};
+use std::ops::Range;
+
+/// Lengths are in bytes.
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "most of them are launches")]
+pub(super) enum Operation {
+    Launch(Launch),
+    Fill { to: DeviceAddress, bytes: usize, value: u8 },
+    Upload { to: DeviceAddress, from: PinnedAddress, bytes: usize },
+    Download { to: PinnedAddress, from: DeviceAddress, bytes: usize },
+    Copy { to: DeviceAddress, from: DeviceAddress, bytes: usize },
+}
+
+/// Memory that an operation names.
+#[derive(Debug)]
+pub(super) struct Named {
+    pub(super) room: Room,
+    pub(super) memory: Range<u64>,
+    pub(super) access: Access,
+}
+
+/// Whose memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    Device,
+    Pinned,
+}
+
+impl Operation {
+    pub(super) const fn name(&self) -> &'static str {
+        match self {
+            Self::Launch(_) => "launch",
+            Self::Fill { .. } => "fill",
+            Self::Upload { .. } => "upload",
+            Self::Download { .. } => "download",
+            Self::Copy { .. } => "copy",
+        }
+    }
+
+    /// The target first. A launch says only in its kernel's words what it uses.
+    pub(super) fn memory(&self) -> Vec<Named> {
+        let named = |room, start: u64, bytes: usize, access| Named {
+            room,
+            memory: start..start + bytes as u64,
+            access,
+        };
+        let target = |room, start, bytes| named(room, start, bytes, Access::Write);
+        let source = |room, start, bytes| named(room, start, bytes, Access::Read);
+        match *self {
+            Self::Launch(_) => Vec::new(),
+            Self::Fill { to, bytes, .. } => vec![target(Room::Device, to.0, bytes)],
+            Self::Upload { to, from, bytes } => {
+                vec![target(Room::Device, to.0, bytes), source(Room::Pinned, from.0, bytes)]
+            }
+            Self::Download { to, from, bytes } => {
+                vec![target(Room::Pinned, to.0, bytes), source(Room::Device, from.0, bytes)]
+            }
+            Self::Copy { to, from, bytes } => {
+                let apart = to.0 + bytes as u64 <= from.0 || from.0 + bytes as u64 <= to.0;
+                assert!(apart, "copy of {bytes} bytes from {from:?} to {to:?}, which overlap");
+                vec![target(Room::Device, to.0, bytes), source(Room::Device, from.0, bytes)]
+            }
+        }
+    }
+}

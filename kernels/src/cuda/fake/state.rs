@@ -1,0 +1,362 @@
+//! What the device knows and does.
+
+use super::{
+    Calls,
+    memory::Memory,
+    operation::{Named, Operation, Room},
+    recording::Recording,
+};
+use crate::cuda::{
+    CudaError, DeviceAddress, Graph, Launch, PinnedAddress, Queue, Ticket,
+    emulator::{Kernels, Order},
+    timeline::{Access, Accessor, Moment, Timeline},
+};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+};
+
+pub(super) struct State {
+    pub(super) kernels: Kernels,
+    pub(super) order: Order,
+    pub(super) capacity: usize,
+    pub(super) device: Memory,
+    pub(super) pinned: Memory,
+    pub(super) launches: Vec<Launch>,
+    pub(super) calls: Calls,
+    /// Calls that still succeed, and how the next one fails.
+    pub(super) failure: Option<(usize, CudaError)>,
+    pub(super) recording: Option<Recording>,
+    pub(super) graphs: BTreeMap<u64, Recording>,
+    captures: u64,
+    timeline: Timeline,
+    tickets: u64,
+    /// The ticket that was asked about last, and has not come yet.
+    asked: Option<Ticket>,
+    transfers: VecDeque<Transfer>,
+}
+
+/// A transfer that was asked for and not carried out.
+struct Transfer {
+    number: u64,
+    operation: Operation,
+    /// What was in its source on the device when it was asked for.
+    source: Option<(Range<u64>, Vec<u8>)>,
+}
+
+impl State {
+    pub(super) fn new(order: Order, capacity: usize) -> Self {
+        Self {
+            kernels: Kernels::Ours,
+            order,
+            capacity,
+            device: Memory::new("the device"),
+            pinned: Memory::new("pinned memory"),
+            launches: Vec::new(),
+            calls: Calls::default(),
+            failure: None,
+            recording: None,
+            graphs: BTreeMap::new(),
+            captures: 0,
+            timeline: Timeline::default(),
+            tickets: 0,
+            asked: None,
+            transfers: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn free(&self) -> usize {
+        let graphs: usize = self.graphs.values().map(Recording::bytes).sum();
+        self.capacity.saturating_sub(self.device.left().iter().sum::<usize>() + graphs)
+    }
+
+    /// One call that can fail.
+    pub(super) fn count_down(&mut self) -> Result<(), CudaError> {
+        match &mut self.failure {
+            None => Ok(()),
+            Some((0, error)) => Err(error.clone()),
+            Some((left, _)) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
+
+    // ---- Memory -----------------------------------------------------------------------------------------------------------
+
+    pub(super) fn allocate(&mut self, bytes: usize) -> Result<DeviceAddress, CudaError> {
+        self.check_not_recording("an allocation");
+        self.count_down()?;
+        self.calls.allocations += 1;
+        if self.free() < bytes {
+            return Err(CudaError::OutOfMemory { bytes });
+        }
+        Ok(DeviceAddress(self.device.take(bytes)))
+    }
+
+    pub(super) fn allocate_pinned(&mut self, bytes: usize) -> Result<PinnedAddress, CudaError> {
+        self.check_not_recording("an allocation");
+        self.count_down()?;
+        self.calls.allocations += 1;
+        Ok(PinnedAddress(self.pinned.take(bytes)))
+    }
+
+    pub(super) fn give_back(&mut self, room: Room, address: u64) {
+        self.check_not_recording("giving memory back");
+        let all = self.room(room).all_of(address);
+        self.timeline.check(Accessor::Host, &all, Access::Write, "giving back");
+        self.room_mut(room).give_back(address);
+    }
+
+    pub(super) fn write_pinned(&mut self, to: PinnedAddress, from: &[u8]) {
+        let memory = to.0..to.0 + from.len() as u64;
+        self.pinned.id_of(&memory, "write");
+        self.timeline.check(Accessor::Host, &memory, Access::Write, "write");
+        self.pinned.set_written(&memory);
+        self.pinned.write(to.0, from);
+    }
+
+    pub(super) fn read_pinned(&mut self, to: &mut [u8], from: PinnedAddress) {
+        let memory = from.0..from.0 + to.len() as u64;
+        self.pinned.id_of(&memory, "read");
+        self.timeline.check(Accessor::Host, &memory, Access::Read, "read");
+        self.pinned.check_written(&memory, "read");
+        to.copy_from_slice(&self.pinned.read(&memory));
+    }
+
+    pub(super) fn upload(&mut self, to: DeviceAddress, from: &[u8]) -> Result<(), CudaError> {
+        self.check_not_recording("an upload from memory that is not pinned");
+        self.count_down()?;
+        self.calls.copies += 1;
+        let memory = to.0..to.0 + from.len() as u64;
+        self.device.id_of(&memory, "upload");
+        self.timeline.check(Accessor::Queue(Queue::Compute), &memory, Access::Write, "upload");
+        self.timeline.begin(Queue::Compute);
+        self.device.set_written(&memory);
+        self.device.write(to.0, from);
+        Ok(())
+    }
+
+    pub(super) fn download(&mut self, to: &mut [u8], from: DeviceAddress) -> Result<(), CudaError> {
+        self.check_not_recording("a download to memory that is not pinned");
+        self.count_down()?;
+        self.calls.copies += 1;
+        self.calls.waits += 1;
+        let memory = from.0..from.0 + to.len() as u64;
+        self.device.id_of(&memory, "download");
+        self.timeline.check(Accessor::Queue(Queue::Compute), &memory, Access::Read, "download");
+        self.device.check_written(&memory, "download");
+        to.copy_from_slice(&self.device.read(&memory));
+        self.timeline.begin(Queue::Compute);
+        self.see(self.timeline.moment(Queue::Compute));
+        Ok(())
+    }
+
+    // ---- Queues -----------------------------------------------------------------------------------------------------------
+
+    pub(super) fn ask(&mut self, queue: Queue, operation: Operation) -> Result<(), CudaError> {
+        if let Some(recording) = &mut self.recording {
+            assert!(queue == Queue::Compute, "{operation:?} in the queue {queue:?} cannot be captured");
+            recording.push(operation, &self.device, &self.pinned);
+            return Ok(());
+        }
+        self.count_down()?;
+        match operation {
+            Operation::Launch(_) => self.calls.launches += 1,
+            _ => self.calls.copies += 1,
+        }
+        self.begin(queue, operation);
+        Ok(())
+    }
+
+    fn begin(&mut self, queue: Queue, operation: Operation) {
+        let (named, name) = (operation.memory(), operation.name());
+        for Named { room, memory, access } in &named {
+            self.room(*room).id_of(memory, name);
+            self.timeline.check(Accessor::Queue(queue), memory, *access, name);
+            if *access == Access::Read && !matches!(operation, Operation::Copy { .. }) {
+                self.room(*room).check_written(memory, name);
+            }
+        }
+        let number = self.timeline.begin(queue);
+        for Named { room, memory, access } in &named {
+            if queue == Queue::Transfer || *room == Room::Pinned {
+                self.timeline.uses(queue, number, memory.clone(), *access);
+            }
+        }
+        if queue == Queue::Compute {
+            return self.carry_out(operation);
+        }
+        let mut source = None;
+        for Named { room, memory, access } in named {
+            match (room, access) {
+                (Room::Device, Access::Write) => self.device.set_in_flight(&memory),
+                (Room::Device, Access::Read) => source = Some((memory.clone(), self.device.read(&memory))),
+                (Room::Pinned, _) => {}
+            }
+        }
+        self.transfers.push_back(Transfer { number, operation, source });
+    }
+
+    fn carry_out(&mut self, operation: Operation) {
+        let range = |start: u64, bytes: usize| start..start + bytes as u64;
+        match operation {
+            Operation::Launch(launch) => {
+                self.launches.push(launch);
+                let outcome = self.device.emulator.launch(self.kernels, &launch, self.order);
+                outcome.unwrap_or_else(|reason| panic!("{reason}"));
+            }
+            Operation::Fill { to, bytes, value } => {
+                self.device.set_written(&range(to.0, bytes));
+                self.device.write(to.0, &vec![value; bytes]);
+            }
+            Operation::Upload { to, from, bytes } => {
+                self.device.set_written(&range(to.0, bytes));
+                self.device.write(to.0, &self.pinned.read(&range(from.0, bytes)));
+            }
+            Operation::Download { to, from, bytes } => {
+                self.pinned.set_written(&range(to.0, bytes));
+                self.pinned.write(to.0, &self.device.read(&range(from.0, bytes)));
+            }
+            Operation::Copy { to, from, bytes } => {
+                self.device.set_as_at(&range(to.0, bytes), from.0);
+                let contents = self.device.read(&range(from.0, bytes));
+                self.device.write(to.0, &contents);
+            }
+        }
+    }
+
+    /// Carries out the next transfer, if it is over by a moment.
+    fn transfer(&mut self, until: Moment) -> bool {
+        let due = |transfer: &mut Transfer| until.has(Queue::Transfer, transfer.number);
+        let Some(Transfer { operation, source, .. }) = self.transfers.pop_front_if(due) else { return false };
+        if let Some((memory, before)) = source {
+            let same = self.device.read(&memory) == before;
+            assert!(same, "{operation:?} was under way, and a kernel wrote what it reads");
+        }
+        self.carry_out(operation);
+        true
+    }
+
+    /// The host learns that a moment has come.
+    fn see(&mut self, moment: Moment) {
+        while self.transfer(moment) {}
+        self.timeline.host_saw(moment);
+    }
+
+    pub(super) fn ticket(&mut self, queue: Queue) -> Result<Ticket, CudaError> {
+        self.check_not_recording("a ticket");
+        self.count_down()?;
+        self.tickets += 1;
+        Ok(Ticket { queue, number: self.tickets, moment: self.timeline.moment(queue) })
+    }
+
+    /// One transfer is carried out for each time that somebody asks, and whoever asks hears "no" at least once.
+    pub(super) fn is_done(&mut self, ticket: Ticket) -> Result<bool, CudaError> {
+        self.check_not_recording("a question for a ticket");
+        self.count_down()?;
+        if self.timeline.is_over(ticket.moment) {
+            return Ok(true);
+        }
+        if self.transfer(ticket.moment) || self.asked.replace(ticket) != Some(ticket) {
+            return Ok(false);
+        }
+        self.see(ticket.moment);
+        Ok(true)
+    }
+
+    pub(super) fn wait(&mut self, ticket: Ticket) -> Result<(), CudaError> {
+        self.check_not_recording("waiting");
+        self.count_down()?;
+        self.calls.waits += 1;
+        self.see(ticket.moment);
+        Ok(())
+    }
+
+    pub(super) fn compute_after(&mut self, ticket: Ticket) -> Result<(), CudaError> {
+        self.check_not_recording("waiting");
+        self.count_down()?;
+        while self.transfer(ticket.moment) {}
+        self.timeline.compute_after(ticket.moment);
+        Ok(())
+    }
+
+    pub(super) fn synchronize(&mut self) -> Result<(), CudaError> {
+        self.check_not_recording("waiting");
+        self.count_down()?;
+        self.calls.waits += 1;
+        self.see(self.timeline.moment(Queue::Transfer));
+        self.see(self.timeline.moment(Queue::Compute));
+        Ok(())
+    }
+
+    // ---- Graphs -----------------------------------------------------------------------------------------------------------
+
+    pub(super) fn begin_capture(&mut self) -> Result<(), CudaError> {
+        self.check_not_recording("a capture");
+        self.count_down()?;
+        self.recording = Some(Recording::default());
+        Ok(())
+    }
+
+    pub(super) fn end_capture(&mut self) -> Result<Graph, CudaError> {
+        let recording = self.recording.take().expect("a capture ends that has begun");
+        self.count_down()?;
+        assert!(!recording.operations.is_empty(), "a capture of nothing");
+        let (bytes, launches) = (recording.bytes(), recording.launches());
+        if self.free() < bytes {
+            return Err(CudaError::OutOfMemory { bytes });
+        }
+        self.captures += 1;
+        self.graphs.insert(self.captures, recording);
+        Ok(Graph { number: self.captures, bytes, launches })
+    }
+
+    pub(super) fn replay(&mut self, graph: Graph) -> Result<(), CudaError> {
+        self.check_not_recording("a replay");
+        self.count_down()?;
+        self.calls.replays += 1;
+        let recording = self.graph(graph).clone();
+        recording.check_memory(&self.device, &self.pinned);
+        for operation in recording.operations {
+            self.begin(Queue::Compute, operation);
+        }
+        Ok(())
+    }
+
+    pub(super) fn update(&mut self, graph: Graph, number: usize, launch: &Launch) -> Result<(), CudaError> {
+        self.count_down()?;
+        let mut recording = self.graph(graph).clone();
+        recording.update(number, launch, &self.device);
+        self.graphs.insert(graph.number, recording);
+        Ok(())
+    }
+
+    pub(super) fn free_graph(&mut self, graph: Graph) {
+        self.check_not_recording("giving a graph back");
+        self.graph(graph);
+        self.graphs.remove(&graph.number);
+    }
+
+    fn graph(&self, graph: Graph) -> &Recording {
+        self.graphs.get(&graph.number).unwrap_or_else(|| panic!("{graph:?} is not there"))
+    }
+
+    fn check_not_recording(&self, what: &str) {
+        assert!(self.recording.is_none(), "{what} cannot be captured");
+    }
+
+    fn room(&self, room: Room) -> &Memory {
+        match room {
+            Room::Device => &self.device,
+            Room::Pinned => &self.pinned,
+        }
+    }
+
+    fn room_mut(&mut self, room: Room) -> &mut Memory {
+        match room {
+            Room::Device => &mut self.device,
+            Room::Pinned => &mut self.pinned,
+        }
+    }
+}
