@@ -1,8 +1,9 @@
 //! The operations on NVIDIA GPUs.
 //!
 //! The kernels are CUDA C++ in `kernels/cu`. What is launched, with which grid and parameters, is decided by pure functions
-//! ([`launches`]) whose result is a value; a [`Driver`] carries it out. There is one driver for tests ([`fake`]), which computes on
-//! the CPU, by the emulator in `kernels/cu/emulator`, and finds out what is used wrongly.
+//! ([`launches`]) whose result is a value; a [`Driver`] carries it out: a GPU ([`gpu`]), whose driver and compiler are found at run
+//! time, or in tests one that is not there ([`fake`]), which computes on the CPU, by the emulator in `kernels/cu/emulator`, and finds
+//! out what is used wrongly.
 
 mod driver;
 #[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
@@ -10,10 +11,12 @@ pub mod emulator;
 mod error;
 #[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
 pub mod fake;
+pub mod gpu;
+pub mod images;
 mod launch;
 pub mod launches;
 mod parameters;
-#[cfg_attr(not(feature = "emulator"), expect(dead_code, reason = "the fake looks at it"))]
+pub mod sources;
 mod timeline;
 
 pub use driver::{DeviceAddress, Driver, Graph, MemoryInfo, PinnedAddress, Properties, Queue, Ticket};

@@ -1,0 +1,48 @@
+//! The kernels as they are written, which the binary carries.
+
+/// A file of kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Name of the file without `.cu`: [`Launch::module`](super::Launch::module).
+    pub name: &'static str,
+    /// What is in it.
+    pub source: &'static str,
+}
+
+macro_rules! modules {
+    ($($name:literal),*) => {
+        /// All files of kernels.
+        pub const MODULES: &[Module] =
+            &[$(Module { name: $name, source: include_str!(concat!("../../cu/", $name, ".cu")) }),*];
+    };
+}
+
+macro_rules! headers {
+    ($($name:literal),*) => {
+        /// Name and text of what they include.
+        pub const HEADERS: &[(&str, &str)] = &[$(($name, include_str!(concat!("../../cu/", $name)))),*];
+    };
+}
+
+modules!("activation", "attention", "convert", "embedding", "normalize", "product", "rotary", "sampling");
+headers!("device.cuh", "instructions.cuh", "kv.cuh");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{collections::BTreeSet, fs};
+
+    #[test]
+    fn every_file_is_carried() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/cu");
+        let names = fs::read_dir(folder)
+            .expect("the folder is there")
+            .map(|entry| entry.expect("can be read").file_name().into_string().expect("names are text"));
+        let there: BTreeSet<String> =
+            names.filter(|name| name.ends_with(".cu") || name.ends_with(".cuh")).collect();
+        let modules = MODULES.iter().map(|module| format!("{}.cu", module.name));
+        let carried: BTreeSet<String> =
+            modules.chain(HEADERS.iter().map(|(name, _)| (*name).to_owned())).collect();
+        assert_eq!(carried, there);
+    }
+}
