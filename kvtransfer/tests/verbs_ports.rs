@@ -30,26 +30,16 @@ fn patient(name: &str, instance: u64) -> EndpointConfig {
 
 #[test]
 #[ignore = "needs verbs devices: tests/rdma/run"]
-fn a_port_that_goes_down_hands_over_at_once_and_comes_back() {
+fn a_port_that_goes_down_hands_over_at_once_and_is_taken_up_again_when_it_is_back() {
     let (prefill, mut decode) = (Worker::start(patient("prefill", 1)), Worker::start(patient("decode", 2)));
     prefill.meet(decode.address());
 
     // Nothing is written: only the device can say that its port is down. All of it is known before it comes up again.
-    let paths = |worker: &Worker, peer| worker.endpoint.link(peer).map(|link| link.paths);
-    let both_have = |expected, why| {
-        let since = Instant::now();
-        while (paths(&prefill, 2), paths(&decode, 1)) != (Some(expected), Some(expected)) {
-            assert!(since.elapsed() < PATIENCE, "{why}");
-            std::thread::yield_now();
-        }
-    };
-    both_have(4, "two ports, two queue pairs each");
+    have_paths(4, &prefill, &decode, "two ports, two queue pairs each");
     port("down");
-    both_have(2, "the paths of the port are ended");
+    have_paths(2, &prefill, &decode, "the paths of the port are ended");
     port("up");
-    drop(prefill);
-    let prefill = Worker::start(patient("prefill", 4));
-    prefill.meet(decode.address());
+    have_paths(4, &prefill, &decode, "the same connection takes them up again");
 
     // Both ports have work when one of them goes.
     let before = sent("rxe0");
@@ -70,16 +60,38 @@ fn a_port_that_goes_down_hands_over_at_once_and_comes_back() {
     assert_eq!(sent("rxe0"), dead, "nothing goes to a port that is down");
     assert!(alive < sent("rxe1"));
 
-    // A connection that is made after its return takes both again.
+    // After its return what goes on takes both again.
     port("up");
-    drop(prefill);
-    let prefill = Worker::start(patient("prefill", 3));
-    prefill.meet(decode.address());
+    have_paths(4, &prefill, &decode, "the port is taken up again after handoffs without it");
     begin(HandoffId(3), &prefill, &mut decode);
     push(HandoffId(3), &prefill, 0..LAYERS);
     end(HandoffId(3), &prefill, &mut decode);
     assert!(dead < sent("rxe0"), "the port is used again");
+
+    // A connection that is made while it is down takes it up when it is back.
+    drop(prefill);
+    let prefill = Worker::start(patient("prefill", 3));
+    port("down");
+    prefill.meet(decode.address());
+    have_paths(2, &prefill, &decode, "one port is down");
+    port("up");
+    have_paths(4, &prefill, &decode, "a port that came later is taken up");
+    let before = sent("rxe0");
+    begin(HandoffId(4), &prefill, &mut decode);
+    push(HandoffId(4), &prefill, 0..LAYERS);
+    end(HandoffId(4), &prefill, &mut decode);
+    assert!(before < sent("rxe0"), "the port is used");
     decode.assert_nothing_leaked();
+}
+
+/// Waits until both sides know of so many paths that work.
+fn have_paths(expected: u32, prefill: &Worker, decode: &Worker, why: &str) {
+    let since = Instant::now();
+    let paths = |worker: &Worker, peer: &Worker| worker.endpoint.link(peer.instance).map(|link| link.paths);
+    while (paths(prefill, decode), paths(decode, prefill)) != (Some(expected), Some(expected)) {
+        assert!(since.elapsed() < PATIENCE, "{why}: not {expected} paths");
+        std::thread::yield_now();
+    }
 }
 
 fn begin(handoff: HandoffId, prefill: &Worker, decode: &mut Worker) {

@@ -94,6 +94,20 @@ pub enum Message {
         /// Position among the [`Paths`].
         path: u32,
     },
+    /// An end made anew for an RDMA path that both sides have ended: first from the side with the lower instance number,
+    /// then from the other, which answers with `PathDown` instead where it has none. Nothing goes over the path before it
+    /// is known to work.
+    PathAnew {
+        /// Position among the [`Paths`].
+        path: u32,
+        /// The end.
+        end: PathEnd,
+    },
+    /// Bytes of the peer came over a path that was made anew: both sides may use it.
+    PathUp {
+        /// Position among the [`Paths`].
+        path: u32,
+    },
     /// Still here. Any other message says so too.
     Heartbeat {
         /// Rises by one with each.
@@ -317,7 +331,7 @@ impl TransportKind {
 
 /// Version of the protocol. Raised when an old worker would misunderstand a new one; fields that an old worker
 /// may ignore do not raise it.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 #[cfg(test)]
 mod tests {

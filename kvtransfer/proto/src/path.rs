@@ -1,10 +1,13 @@
 //! Ends of RDMA connections, as the two sides tell each other of them.
 
+use std::num::NonZeroU32;
+
 /// One end of a reliable connection, and the memory that can be reached by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathEnd {
-    /// Number of the queue pair, 24 bits.
-    pub queue_pair: u32,
+    /// Number of the queue pair, 24 bits; `None` where the port is down for now, and there may be one later. Zero is the
+    /// number of the pair by which subnets are managed.
+    pub queue_pair: Option<NonZeroU32>,
     /// Number of the first packet that it will send, 24 bits.
     pub first_packet: u32,
     /// Address of the port.
@@ -27,7 +30,7 @@ impl PathEnd {
     /// Whether each field is one that a connection can be made to; otherwise the name of the first that is not.
     pub fn check(&self) -> Result<(), &'static str> {
         let is_24_bits = |number: u32| number < 1 << 24;
-        if !is_24_bits(self.queue_pair) {
+        if !self.queue_pair.is_some_and(|number| is_24_bits(number.get())) {
             return Err("queue_pair");
         }
         if !is_24_bits(self.first_packet) {
@@ -56,7 +59,7 @@ mod tests {
     #[test]
     fn ends_that_cannot_be_connected_to_are_found() {
         let good = PathEnd {
-            queue_pair: 17,
+            queue_pair: NonZeroU32::new(17),
             first_packet: 0xff_ffff,
             gid: [1; 16],
             lid: 0,
@@ -70,7 +73,8 @@ mod tests {
         let rows = [
             ("a good one",                         good,                                                       None),
             ("InfiniBand by local address",        PathEnd { gid: [0; 16], lid: 3, is_infiniband: true, ..good }, None),
-            ("a queue pair of more than 24 bits",  PathEnd { queue_pair: 1 << 24, ..good },                    Some("queue_pair")),
+            ("a queue pair of more than 24 bits",  PathEnd { queue_pair: NonZeroU32::new(1 << 24), ..good },   Some("queue_pair")),
+            ("no queue pair for now",                PathEnd { queue_pair: None, ..good },                       Some("queue_pair")),
             ("a packet number of more",            PathEnd { first_packet: 1 << 24, ..good },                  Some("first_packet")),
             ("Ethernet without an address",        PathEnd { gid: [0; 16], lid: 3, ..good },                   Some("gid")),
             ("packets of no such length",          PathEnd { mtu_log2: 13, ..good },                           Some("mtu")),

@@ -1,5 +1,6 @@
 //! Whatever a worker can say survives the wire: any message, in any pieces, among any others.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -125,7 +126,7 @@ fn path_end() -> impl Strategy<Value = PathEnd> {
             (lid, is_infiniband, mtu_log2, reads),
         )| {
             PathEnd {
-                queue_pair,
+                queue_pair: NonZeroU32::new(queue_pair),
                 first_packet,
                 gid,
                 lid,
@@ -162,6 +163,8 @@ fn message() -> impl Strategy<Value = Message> {
         (prop::collection::vec(path_end(), 0..=MAX_PATHS), prop::option::of(reason()))
             .prop_map(|(ends, failure)| Message::Paths(Paths { ends, failure })),
         any::<u32>().prop_map(|path| Message::PathDown { path }),
+        (any::<u32>(), path_end()).prop_map(|(path, end)| Message::PathAnew { path, end }),
+        any::<u32>().prop_map(|path| Message::PathUp { path }),
         (handoff(), any::<u64>(), any::<u64>())
             .prop_map(|(handoff, ended, wanted)| Message::Ask { handoff, ask: Ask { ended, wanted } }),
         (handoff(), any::<u64>()).prop_map(|(handoff, bytes)| Message::Grant { handoff, bytes }),

@@ -35,7 +35,8 @@ impl Driver {
                 Probe::Running(Instant::now())
             }
             DataPath::Rdma(transport) => {
-                let paths: Vec<String> = transport.paths().into_iter().map(|path| path.device).collect();
+                let paths: Vec<String> =
+                    transport.paths().into_iter().filter(|path| path.is_up).map(|path| path.device).collect();
                 tracing::info!(peer = hello.name, paths = paths.join(" "), "RDMA paths");
                 transport.probe(PROBE_BYTES as usize);
                 Probe::Running(Instant::now())
@@ -118,8 +119,11 @@ impl Driver {
         for instance in instances {
             let outcome = self.read_link(instance, &mut messages);
             for message in messages.drain(..) {
-                if let Message::PathDown { path } = message {
-                    self.hear_path_down(instance, path);
+                match &message {
+                    Message::PathDown { path } => self.hear_path_down(instance, *path),
+                    Message::PathAnew { path, end } => self.hear_path_anew(instance, *path, end),
+                    Message::PathUp { path } => self.hear_path_up(instance, *path),
+                    _ => {}
                 }
                 self.core.hear(instance, message, self.moment());
                 self.act();

@@ -15,7 +15,7 @@ use super::peers::{DataPath, Inbound};
 use crate::endpoint::{EndpointConfig, HandoffMode, TransportChoice};
 use crate::error::EndpointError;
 use crate::tcp::{Connection, Loss};
-use crate::verbs::{Draft, Drafting, Fabric, Nic, RdmaTransport, Registrar, Tuning};
+use crate::verbs::{Draft, Drafting, Fabric, Nic, NotEnded, RdmaTransport, Registrar};
 
 /// What a worker with devices has.
 #[derive(Debug)]
@@ -134,7 +134,7 @@ impl Driver {
             }
         };
         let ends = draft.ends();
-        match draft.connect(theirs, inbound.hello.region_bytes, Tuning::default()) {
+        match draft.connect(theirs, inbound.hello.region_bytes) {
             Ok(transport) => {
                 inbound.rdma = RdmaAnswer::Connected(Box::new(transport));
                 inbound.connection.send(&Message::Paths(Paths { ends, failure: None }))?;
@@ -168,16 +168,20 @@ impl Driver {
         }
     }
 
-    /// Says which paths have ended, and takes note of a measurement.
+    /// Says which paths have ended and which work again, has some made anew, and takes note of a measurement.
     pub(super) fn follow_paths(&mut self, instance: u64) {
+        let speaks_first = self.hello.instance < instance;
         let Some(link) = self.link_mut(instance) else { return };
         let DataPath::Rdma(transport) = &mut link.path else { return };
-        let (news, rate, is_dead) = (transport.take_news(), transport.take_probed(), transport.is_dead());
-        let changed = (!news.is_empty()).then(|| transport.count());
-        let lost = news
-            .into_iter()
-            .map(|path| link.connection.send(&Message::PathDown { path }))
-            .find_map(Result::err);
+        let (news, proven) = (transport.take_news(), transport.take_proven());
+        let (rate, is_dead) = (transport.take_probed(), transport.is_dead());
+        let changed = (!news.is_empty() || !proven.is_empty()).then(|| transport.count());
+        let down = news.into_iter().map(|path| Message::PathDown { path });
+        let up = proven.into_iter().map(|path| Message::PathUp { path });
+        let ends = if speaks_first { transport.renew() } else { Vec::new() };
+        let anew = ends.into_iter().map(|(path, end)| Message::PathAnew { path, end });
+        // In this order: what is made anew has ended, as the peer must know.
+        let lost = down.chain(up).chain(anew).find_map(|message| link.connection.send(&message).err());
         let id = link.id;
         if let Some(paths) = changed {
             self.links.set_paths(instance, paths);
@@ -203,6 +207,39 @@ impl Driver {
             self.doomed.push((instance, id, Loss::Protocol("it spoke of a path that there is not")));
         }
     }
+
+    /// The peer has made an end of a path anew.
+    pub(super) fn hear_path_anew(&mut self, instance: u64, path: u32, end: &PathEnd) {
+        let speaks_first = self.hello.instance < instance;
+        let Some(link) = self.link_mut(instance) else { return };
+        let answer = match &mut link.path {
+            DataPath::Rdma(transport) => transport.hear_anew(path, end, speaks_first),
+            DataPath::SharedMemory(_) | DataPath::Tcp(_) => Err(NotEnded),
+        };
+        let loss = match answer {
+            Ok(None) => None,
+            Ok(Some(end)) => link.connection.send(&Message::PathAnew { path, end }).err(),
+            Err(NotEnded) => Some(Loss::Protocol("it made a path anew that has not ended")),
+        };
+        let id = link.id;
+        self.doomed.extend(loss.map(|loss| (instance, id, loss)));
+    }
+
+    /// The peer has seen that a path works again.
+    pub(super) fn hear_path_up(&mut self, instance: u64, path: u32) {
+        let Some(link) = self.link_mut(instance) else { return };
+        let id = link.id;
+        let count = match &mut link.path {
+            DataPath::Rdma(transport) => transport.hear_up(path).then(|| transport.count()),
+            DataPath::SharedMemory(_) | DataPath::Tcp(_) => None,
+        };
+        match count {
+            Some(paths) => self.links.set_paths(instance, paths),
+            None => {
+                self.doomed.push((instance, id, Loss::Protocol("it spoke of a path that there is not")));
+            }
+        }
+    }
 }
 
 /// The dialling side has heard the other's ends, or that there are none.
@@ -210,7 +247,7 @@ pub(super) fn connect(draft: Draft, paths: &Paths, region_bytes: u64) -> Result<
     if let Some(failure) = &paths.failure {
         return Err(format!("the peer says: {failure}"));
     }
-    let transport = draft.connect(&paths.ends, region_bytes, Tuning::default());
+    let transport = draft.connect(&paths.ends, region_bytes);
     transport.map(Box::new).map_err(|error| error.to_line())
 }
 

@@ -216,6 +216,14 @@ impl Nic {
         &self.region
     }
 
+    /// Which kind of network it is on, whether or not its port is up.
+    pub(super) fn is_infiniband(&self) -> Result<bool, VerbsError> {
+        if self.is_broken() {
+            return Err(Unavailable::NoneFits { reason: format!("{} has failed", self.name) }.into());
+        }
+        Ok(self.domain.context().port(self.port)?.link_layer != raw::LINK_LAYER_ETHERNET)
+    }
+
     /// How the port is addressed, as of now: addresses come and go with those of its network device.
     pub(super) fn address(&self, rule: GidRule) -> Result<PortAddress, VerbsError> {
         let state = self.domain.context().port(self.port)?;

@@ -10,8 +10,9 @@ use std::time::Instant;
 
 use tidemill_kvtransfer_proto::transport::{Post, Transport, WriteId};
 
+use super::setup::Tuning;
 use super::tests::{connect, range, wait};
-use super::{Fabric, RdmaConfig, RdmaTransport, Tuning};
+use super::{Fabric, RdmaConfig, RdmaTransport};
 use crate::shm::Region;
 use crate::source::{Memory, SourceRange};
 

@@ -4,7 +4,7 @@
 //! raw       what the C header declares; libibverbs.so.1, found at run time
 //! checked   objects with owners; calls that can fail
 //! safe      memory_region, queue_pair: what was posted keeps its memory        device: what there is
-//! logic     transport over paths, with striping, window; setup; gid and topology choose
+//! logic     transport over paths, with striping, window; setup, renewal; gid and topology choose
 //! ```
 //!
 //! Unsafe code ends at the safe layer. The proof of quiet that the protocol asks for is [`RdmaTransport::sever`]
@@ -25,6 +25,9 @@ mod paths;
 mod queue_pair;
 mod raw;
 mod registrar;
+mod renewal;
+#[cfg(test)]
+mod renewal_tests;
 mod setup;
 mod striping;
 #[cfg(test)]
@@ -38,6 +41,7 @@ pub use device::{PortReport, RdmaConfig, ports};
 pub use error::{Unavailable, VerbsError};
 pub use gid::{GidEntry, GidKind, GidRule, choose_gid};
 pub(crate) use registrar::{Drafting, Registrar};
-pub(crate) use setup::{Draft, Tuning};
+pub(crate) use renewal::NotEnded;
+pub(crate) use setup::Draft;
 pub use topology::{DevicePlace, Distance, Place};
 pub(crate) use transport::RdmaTransport;

@@ -8,11 +8,13 @@ use super::device::Nic;
 use super::error::VerbsError;
 use super::memory_region::Landing;
 use super::queue_pair::{Ended, Operation, Outcome, Piece, QueuePair, Remote, Work};
+use super::renewal::Renewal;
 use super::setup::Tuning;
 use super::striping::{LONGEST, PathLoad};
 use super::window::{Bounds, Ticket, Window};
 use crate::source::SourceRange;
 use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
+use tidemill_kvtransfer_proto::path::PathEnd;
 
 /// A way to the peer.
 pub(super) struct Path {
@@ -23,6 +25,8 @@ pub(super) struct Path {
     pair: Option<QueuePair<Tag>>,
     /// Whether the peer has ended its side, after which nothing that was sent here can land.
     pub(super) is_fenced: bool,
+    /// How far it is with being made anew.
+    pub(super) renewal: Renewal,
     /// The peer's arena.
     remote: Remote,
     window: Window,
@@ -75,25 +79,33 @@ pub(super) enum Tag {
     Flush,
     /// To see how fast the path is.
     Probe,
+    /// To see whether a path that was made anew works.
+    Trial,
 }
 
 impl Path {
+    /// A way over `pair`; without one it has ended on both sides, and may be made anew.
     pub(super) fn new(
         nic: Arc<Nic>,
         queue: usize,
-        pair: QueuePair<Tag>,
-        remote: Remote,
+        pair: Option<QueuePair<Tag>>,
+        their: &PathEnd,
         tuning: Tuning,
     ) -> Result<Self, VerbsError> {
         let scratch = Arc::new(Landing::new(&nic.domain, FLUSH_BYTES)?);
         let most = u64::from(tuning.depth) * LONGEST as u64;
         let window = Window::new(Bounds { least: LEAST_WINDOW.min(most), most });
+        let (is_fenced, mut renewal) = (pair.is_none(), Renewal::default());
+        if is_fenced {
+            renewal.ended(Duration::ZERO);
+        }
         Ok(Self {
             nic,
             queue,
-            pair: Some(pair),
-            is_fenced: false,
-            remote,
+            pair,
+            is_fenced,
+            renewal,
+            remote: Remote::of(their),
             window,
             batch: Vec::new(),
             unflushed: Vec::new(),
@@ -103,8 +115,21 @@ impl Path {
         })
     }
 
+    /// Whether bytes can be sent over it.
     pub(super) fn is_up(&self) -> bool {
-        self.pair.is_some()
+        self.pair.is_some() && !self.renewal.is_on_trial()
+    }
+
+    /// Whether this side has ended it.
+    pub(super) fn is_closed(&self) -> bool {
+        self.pair.is_none()
+    }
+
+    /// Takes a new pair, which is connected, for the one that is gone.
+    pub(super) fn reopen(&mut self, pair: QueuePair<Tag>, their: &PathEnd) {
+        assert!(self.pair.is_none(), "a path has one pair at a time");
+        self.pair = Some(pair);
+        self.remote = Remote::of(their);
     }
 
     /// Number of its queue pair, while it is up.
@@ -136,7 +161,7 @@ impl Path {
     pub(super) fn load(&self, len: u64) -> PathLoad {
         let has_place = self.pair.as_ref().is_some_and(|pair| self.batch.len() + FLUSHES < pair.room());
         PathLoad {
-            has_room: has_place && self.window.admits(len),
+            has_room: has_place && self.is_up() && self.window.admits(len),
             in_flight: self.window.in_flight(),
             rate: self.window.rate(),
         }
@@ -201,9 +226,18 @@ impl Path {
 
     /// Reads `len` bytes from the beginning of the peer's arena, to see how long it takes.
     pub(super) fn probe(&mut self, len: usize) -> Result<(), String> {
+        self.read(len, Tag::Probe)
+    }
+
+    /// The same, to see whether it works at all.
+    pub(super) fn try_out(&mut self, len: usize) -> Result<(), String> {
+        self.read(len, Tag::Trial)
+    }
+
+    fn read(&mut self, len: usize, tag: Tag) -> Result<(), String> {
         let Some(pair) = &mut self.pair else { return Ok(()) };
         let landing = Landing::new(&self.nic.domain, len).map_err(|error| error.to_line())?;
-        let work = Work { operation: Operation::Read(landing), remote: self.remote, tag: Tag::Probe };
+        let work = Work { operation: Operation::Read(landing), remote: self.remote, tag };
         match pair.post(vec![work]) {
             Outcome::Posted => Ok(()),
             Outcome::Broken(error) => Err(error.to_line()),
@@ -242,6 +276,7 @@ impl Path {
                     landed.append(&mut self.unflushed);
                 }
                 Tag::Probe => read.push(landing.map_or(0, |landing| landing.bytes().len())),
+                Tag::Trial => self.renewal.proven(now),
             }
         }
         outcome

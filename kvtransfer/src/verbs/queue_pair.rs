@@ -15,6 +15,7 @@ use super::error::VerbsError;
 use super::memory_region::{Landing, MemoryRegion};
 use crate::source::SourceRange;
 use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
+use tidemill_kvtransfer_proto::path::PathEnd;
 
 /// A reliable connection. `T` is what the caller wants to know of each request when it ends.
 pub(super) struct QueuePair<T> {
@@ -82,6 +83,13 @@ pub(super) enum Outcome {
     Posted,
     /// The queue pair takes nothing more. What was to be posted ends like everything else on it.
     Broken(VerbsError),
+}
+
+impl Remote {
+    /// The arena behind an end of the peer.
+    pub(super) fn of(their: &PathEnd) -> Self {
+        Self { address: their.arena_address, key: their.arena_key }
+    }
 }
 
 impl Piece {

@@ -13,7 +13,8 @@ use tidemill_kvtransfer_proto::units::HandoffId;
 
 use super::checked::Domain;
 use super::memory_region::{MemoryRegion, Reach};
-use super::{Draft, Fabric, RdmaConfig, RdmaTransport, Tuning, VerbsError};
+use super::setup::Tuning;
+use super::{Draft, Fabric, RdmaConfig, RdmaTransport, VerbsError};
 use crate::shm::{Region, Slab};
 use crate::source::{Memory, SourceRange};
 
@@ -116,8 +117,8 @@ pub(super) fn connect(
     let our_ends = our_draft.ends();
     let their_draft = Draft::new(theirs, None, Some(&our_ends), tuning).unwrap();
     let their_ends = their_draft.ends();
-    let theirs = their_draft.connect(&our_ends, len as u64, tuning).unwrap();
-    (our_draft.connect(&their_ends, len as u64, tuning).unwrap(), theirs)
+    let theirs = their_draft.connect(&our_ends, len as u64).unwrap();
+    (our_draft.connect(&their_ends, len as u64).unwrap(), theirs)
 }
 
 /// Sleeps until a descriptor is readable, but not for long.

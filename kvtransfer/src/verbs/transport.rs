@@ -17,6 +17,7 @@ use super::device::Nic;
 use super::health::Failed;
 use super::memory_region::MemoryRegion;
 use super::paths::{Chunk, Direction, Heard, Path};
+use super::setup::Terms;
 use super::striping::{PathLoad, choose_path, piece_len};
 use crate::shm::Region;
 use crate::source::{Memory, SourceRange};
@@ -26,20 +27,22 @@ use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
 /// anybody here noticing.
 pub(crate) struct RdmaTransport {
     /// Go first when dropped: then nobody reaches the memory.
-    paths: Vec<Path>,
-    queues: Vec<Queue>,
+    pub(super) paths: Vec<Path>,
+    pub(super) queues: Vec<Queue>,
     /// By which the peer reaches the arena.
-    access: Access,
-    remote_len: u64,
+    pub(super) access: Access,
+    pub(super) remote_len: u64,
+    /// By which ends are made anew.
+    pub(super) terms: Terms,
     writes: BTreeMap<u64, Write>,
     next_write: u64,
     /// Not posted yet.
     waiting: VecDeque<Chunk>,
     /// Came while something else was being done.
-    overheard: Vec<Heard>,
+    pub(super) overheard: Vec<Heard>,
     completions: Vec<Completion>,
     /// Paths that this side has ended and the peer was not told of.
-    news: Vec<u32>,
+    pub(super) news: Vec<u32>,
     probe: Probe,
     started: Instant,
 }
@@ -47,10 +50,10 @@ pub(crate) struct RdmaTransport {
 /// The peer's rights to the arena. Dropping it takes them away, which takes long for much memory; when the drop
 /// returns, they are gone.
 #[derive(Debug)]
-pub(crate) struct Access(#[expect(dead_code, reason = "held until it is dropped")] Vec<MemoryRegion>);
+pub(crate) struct Access(pub(super) Vec<MemoryRegion>);
 
-struct Queue {
-    completions: Arc<CompletionQueue>,
+pub(super) struct Queue {
+    pub(super) completions: Arc<CompletionQueue>,
     is_armed: bool,
 }
 
@@ -92,6 +95,7 @@ impl RdmaTransport {
         queues: Vec<Arc<CompletionQueue>>,
         access: Vec<MemoryRegion>,
         remote_len: u64,
+        terms: Terms,
     ) -> Self {
         let queues = queues.into_iter().map(|completions| Queue { completions, is_armed: false }).collect();
         Self {
@@ -99,6 +103,7 @@ impl RdmaTransport {
             queues,
             access: Access(access),
             remote_len,
+            terms,
             writes: BTreeMap::new(),
             next_write: 0,
             waiting: VecDeque::new(),
@@ -161,9 +166,10 @@ impl RdmaTransport {
 
     /// The peer has ended its side of a path. False when it has no such path.
     pub(crate) fn fence(&mut self, path: u32) -> bool {
-        let index = path as usize;
+        let (index, now) = (path as usize, self.now());
         let Some(path) = self.paths.get_mut(index) else { return false };
         path.is_fenced = true;
+        path.renewal.refused(now);
         self.bury(index, "the peer ended it");
         for write in self.writes.values_mut() {
             write.fences.remove(&index);
@@ -303,7 +309,7 @@ impl RdmaTransport {
         Post::Accepted
     }
 
-    fn now(&self) -> Duration {
+    pub(super) fn now(&self) -> Duration {
         self.started.elapsed()
     }
 
@@ -399,12 +405,13 @@ impl RdmaTransport {
     }
 
     /// Ends a path, and has the others do what it did not.
-    fn bury(&mut self, index: usize, reason: &str) {
-        let mut chunks = Vec::new();
+    pub(super) fn bury(&mut self, index: usize, reason: &str) {
+        let (mut chunks, now) = (Vec::new(), self.now());
         let path = &mut self.paths[index];
         if !path.close(&mut chunks, &mut self.overheard) {
             return;
         }
+        path.renewal.ended(now);
         let left = self.paths.iter().filter(|path| path.is_up()).count();
         let path = &self.paths[index];
         tracing::warn!(device = path.nic().name(), path = index, reason, left, "an RDMA path is dead");

@@ -7,7 +7,9 @@ mod doctor;
 mod split;
 
 use serde_json::json;
-use split::{BESIDE_THE_WAY, LIMIT, REQUIRED, Reach, Split, Way, answers, prompt, same, whole_answers};
+use split::{
+    BESIDE_THE_WAY, LIMIT, REQUIRED, ROUNDS, Reach, Split, Way, answers, prompt, same, whole_answers,
+};
 use tidemill_tests::deployment::eventually;
 use tidemill_tests::two_hosts::{Host, Pair};
 
@@ -144,17 +146,25 @@ async fn the_speed_that_is_reported_is_that_of_the_wire() {
     let pair = Pair::take();
     // 100 Mbit/s are 12.5 MB/s, of which a probe sees a little more as long as buffers take it in.
     pair.worsen(&["rate", "100mbit"]);
-    let split = Split::start("tcp", Reach::FIRST_WIRE, REQUIRED, &[]);
-    split.splits("slow").await;
-    let slow = split.client.metric("tidemill_link_bytes_per_second", "transport=\"tcp\"").await;
-    // Both directions are reported, and summed up here.
-    assert!(2e6 < slow && slow < 40e6, "{slow} bytes per second\n{}", split.front.log());
-    assert!(split.prefill.log().contains("peer measured"), "{}", split.prefill.log());
+    // A probe that has not come back within a second is given up, which happens where processors are emulated.
+    for _ in 0..ROUNDS {
+        let split = Split::start("tcp", Reach::FIRST_WIRE, REQUIRED, &[]);
+        split.splits("slow").await;
+        assert!(split.prefill.log().contains("peer measured"), "{}", split.prefill.log());
+        let slow = split.client.metric("tidemill_link_bytes_per_second", "transport=\"tcp\"").await;
+        if slow == 0.0 {
+            continue;
+        }
+        // Both directions are reported, and summed up here.
+        assert!(2e6 < slow && slow < 40e6, "{slow} bytes per second\n{}", split.front.log());
+        return;
+    }
+    panic!("the probe took longer than a second in each of {ROUNDS} rounds; is the machine overloaded?");
 }
 
 #[tokio::test]
 #[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
-async fn one_of_two_wires_that_is_cut_in_mid_transfer_leaves_the_handoffs_to_the_other() {
+async fn one_of_two_wires_that_is_cut_leaves_the_handoffs_to_the_other_until_it_is_back() {
     let pair = Pair::take();
     let expected = whole_answers().await;
     let (wire, when) = (0, "a wire cut");
@@ -182,7 +192,17 @@ async fn one_of_two_wires_that_is_cut_in_mid_transfer_leaves_the_handoffs_to_the
     assert!(bytes / 4096.0 <= packets as f64, "{when}: {packets} packets on the other for {bytes} bytes");
     let refusals = split.client.metric("tidemill_handoff_refusals_total", "").await;
     assert_eq!(refusals, 0.0, "{when}: what came over the other wire is whole");
+    // The connection takes the wire up again by itself.
     pair.restore();
+    split.prefill.wait_for("an RDMA path is up again");
+    let packets = Host::Second.rdma_packets_sent_on(wire);
+    eventually("handoffs take the wire that is back", LIMIT, || async {
+        let reply = split.client.complete(&prompt(100), 4, json!({})).await;
+        reply.status == 200 && packets + SOME_PACKETS < Host::Second.rdma_packets_sent_on(wire)
+    })
+    .await;
+    assert!(!split.prefill.log().contains("peer lost"), "{}", split.prefill.log());
+    same(expected, &answers(&split.client).await, "the wire is back");
     split.is_settled(when).await;
 }
 
@@ -222,3 +242,5 @@ async fn a_prefill_host_that_loses_its_power_in_mid_transfer_costs_no_answer_and
 
 /// More than heartbeats and statuses are, less than a handoff of many blocks is.
 const SOME_BYTES: u64 = 200_000;
+/// More than it takes to try a path out.
+const SOME_PACKETS: u64 = 200;

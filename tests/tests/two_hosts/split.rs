@@ -212,7 +212,7 @@ pub(crate) fn prompt(length: u32) -> Vec<u32> {
 /// What stays at zero while all goes as intended.
 pub(crate) const BESIDE_THE_WAY: [&str; 3] =
     ["tidemill_fallbacks_total", "tidemill_handoff_refusals_total", "tidemill_handoff_in_place_total"];
-const ROUNDS: u32 = 6;
+pub(crate) const ROUNDS: u32 = 6;
 /// Another way than the one asked for is an error.
 pub(crate) const REQUIRED: &[&str] = &["--require-transport"];
 /// Every prompt is computed and handed over anew, and the cache fits a small machine.

@@ -23,6 +23,8 @@ pub(super) fn short(message: &Message) -> String {
         Message::Heartbeat { seq } => format!("heartbeat {seq}"),
         Message::Paths(paths) => format!("{} paths", paths.ends.len()),
         Message::PathDown { path } => format!("path {path} is down"),
+        Message::PathAnew { path, .. } => format!("path {path} anew"),
+        Message::PathUp { path } => format!("path {path} is up"),
         Message::Ask { handoff, ask } => format!("ask {handoff}: {} of {} B", ask.ended, ask.wanted),
         Message::Grant { handoff, bytes } => format!("grant {handoff} {bytes} B"),
         Message::Offer(offered) => {

@@ -18,7 +18,10 @@ use self::layout::Layout;
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Envelope {
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20")]
+    #[prost(
+        oneof = "Body",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23"
+    )]
     body: Option<Body>,
 }
 
@@ -64,6 +67,10 @@ enum Body {
     Offer(offers::Offered),
     #[prost(message, tag = "20")]
     Fetched(offers::Fetched),
+    #[prost(message, tag = "22")]
+    PathAnew(paths::PathAnew),
+    #[prost(uint32, tag = "23")]
+    PathUp(u32),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -210,6 +217,8 @@ impl From<Message> for Envelope {
             Message::Heartbeat { seq } => Body::Heartbeat(seq),
             Message::Paths(it) => Body::Paths(it.into()),
             Message::PathDown { path } => Body::PathDown(path),
+            Message::PathAnew { path, end } => Body::PathAnew(paths::PathAnew::new(path, end)),
+            Message::PathUp { path } => Body::PathUp(path),
             Message::Ask { handoff, ask } => Body::Ask(credit::Ask::new(handoff, ask)),
             Message::Grant { handoff, bytes } => Body::Grant(credit::Grant { handoff: handoff.0, bytes }),
             Message::Offer(it) => Body::Offer(it.into()),
@@ -252,6 +261,8 @@ impl TryFrom<Envelope> for Message {
             Body::Heartbeat(seq) => Self::Heartbeat { seq },
             Body::Paths(it) => Self::Paths(it.try_into()?),
             Body::PathDown(path) => Self::PathDown { path },
+            Body::PathAnew(it) => it.try_into()?,
+            Body::PathUp(path) => Self::PathUp { path },
             Body::Ask(it) => it.into(),
             Body::Grant(it) => Self::Grant { handoff: HandoffId(it.handoff), bytes: it.bytes },
             Body::Offer(it) => it.try_into()?,

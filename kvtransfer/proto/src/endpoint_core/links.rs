@@ -185,7 +185,10 @@ impl<S: WriteSource> EndpointCore<S> {
             Message::Offer(offered) => self.hear_offer(peer, offered, now),
             Message::Fetched { handoff, pieces } => self.hear_fetched(peer, handoff, pieces, now),
             // Paths are the driver's; that the peer spoke has been noted.
-            Message::Heartbeat { .. } | Message::PathDown { .. } => {}
+            Message::Heartbeat { .. }
+            | Message::PathDown { .. }
+            | Message::PathAnew { .. }
+            | Message::PathUp { .. } => {}
             Message::Bye { busy } => {
                 self.link_lost(peer, "the peer said goodbye", now);
                 self.take_word_of_quiet(peer, &busy);

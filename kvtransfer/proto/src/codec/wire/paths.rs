@@ -1,5 +1,7 @@
 //! Ends of RDMA connections on the wire: a list for each field, so that what decoding allocates stays near what came.
 
+use std::num::NonZeroU32;
+
 use super::{malformed, narrow};
 use crate::codec::CodecError;
 use crate::message;
@@ -7,6 +9,7 @@ use crate::path::{MAX_PATHS, PathEnd};
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Paths {
+    /// Zero where there is none.
     #[prost(fixed32, repeated, tag = "1")]
     queue_pairs: Vec<u32>,
     #[prost(fixed32, repeated, tag = "2")]
@@ -31,12 +34,39 @@ pub(super) struct Paths {
     failure: Option<String>,
 }
 
+/// One end, in the form of a list of them.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct PathAnew {
+    #[prost(uint32, tag = "1")]
+    path: u32,
+    #[prost(message, optional, tag = "2")]
+    end: Option<Paths>,
+}
+
+impl PathAnew {
+    pub(super) fn new(path: u32, end: PathEnd) -> Self {
+        Self { path, end: Some(message::Paths { ends: vec![end], failure: None }.into()) }
+    }
+}
+
+impl TryFrom<PathAnew> for message::Message {
+    type Error = CodecError;
+
+    fn try_from(it: PathAnew) -> Result<Self, CodecError> {
+        let ends = it.end.map(message::Paths::try_from).transpose()?.map(|paths| paths.ends);
+        match ends.as_deref() {
+            Some(&[end]) => Ok(Self::PathAnew { path: it.path, end }),
+            _ => Err(malformed("a path without its end")),
+        }
+    }
+}
+
 impl From<message::Paths> for Paths {
     fn from(it: message::Paths) -> Self {
         let ends = &it.ends;
         let infiniband = ends.iter().rev().fold(0, |bits, end| bits << 1 | u64::from(end.is_infiniband));
         Self {
-            queue_pairs: ends.iter().map(|end| end.queue_pair).collect(),
+            queue_pairs: ends.iter().map(|end| end.queue_pair.map_or(0, NonZeroU32::get)).collect(),
             first_packets: ends.iter().map(|end| end.first_packet).collect(),
             gids: ends.iter().flat_map(|end| end.gid).collect(),
             lids: ends.iter().map(|end| end.lid.into()).collect(),
@@ -70,7 +100,7 @@ impl TryFrom<Paths> for message::Paths {
         }
         let end = |index: usize| {
             Ok(PathEnd {
-                queue_pair: it.queue_pairs[index],
+                queue_pair: NonZeroU32::new(it.queue_pairs[index]),
                 first_packet: it.first_packets[index],
                 gid: gids[index],
                 lid: narrow(it.lids[index], "lid")?,
