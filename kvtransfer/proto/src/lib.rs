@@ -22,3 +22,10 @@ pub mod sender;
 pub mod simulated_wire;
 pub mod transport;
 pub mod units;
+
+/// What the tests here share with those in `tests`, which know this crate by its name.
+#[cfg(test)]
+#[path = "../tests/support/mod.rs"]
+mod support;
+#[cfg(test)]
+extern crate self as tidemill_kvtransfer_proto;

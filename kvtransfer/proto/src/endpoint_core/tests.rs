@@ -6,36 +6,9 @@ use std::time::Duration;
 use super::*;
 use crate::layout::{AxisOrder, HeadRange, KvDtype};
 use crate::message::{Offer, OnFailure, PROTOCOL};
+use crate::support::Zeros;
 use crate::transport::{Completion, Post};
 use crate::units::{BlockId, BlockLen, Epoch, Moment};
-
-/// So many zeros.
-#[derive(Clone, Debug)]
-struct Zeros {
-    offset: usize,
-    len: usize,
-}
-
-impl WriteSource for Zeros {
-    fn memory(&self) -> usize {
-        0
-    }
-    fn offset(&self) -> usize {
-        self.offset
-    }
-    fn len(&self) -> usize {
-        self.len
-    }
-    fn range(&self, offset: usize, len: usize) -> Option<Self> {
-        Some(Self { offset, len })
-    }
-    fn in_region(&self) -> Option<u64> {
-        Some(self.offset as u64)
-    }
-    fn read(&self, _: usize, buffer: &mut [u8]) {
-        buffer.fill(0);
-    }
-}
 
 const HANDOFF: HandoffId = HandoffId(7);
 /// Another one, in the other direction.

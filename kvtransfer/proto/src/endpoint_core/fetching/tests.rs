@@ -6,10 +6,11 @@ use std::time::Duration;
 use crate::digest::{BlockShape, Coverage, granule_digest};
 use crate::endpoint_core::{
     DigestOrder, EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp, QuietProof,
-    ReserveOrder, STALL, TargetWrite, WriteSource,
+    ReserveOrder, STALL, TargetWrite,
 };
 use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{Commit, Hello, Message, Offer, Offered, OnFailure, PROTOCOL, Piece};
+use crate::support::Zeros;
 use crate::transport::{Completion, Post, WriteFault, WriteId, stamp};
 use crate::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, Moment, TokenCount};
 
@@ -106,33 +107,6 @@ struct Pair {
     /// Whether decode's memory is not what was read.
     is_corrupt: bool,
     told: Vec<String>,
-}
-
-#[derive(Clone, Debug)]
-struct Zeros {
-    offset: usize,
-    len: usize,
-}
-
-impl WriteSource for Zeros {
-    fn memory(&self) -> usize {
-        0
-    }
-    fn offset(&self) -> usize {
-        self.offset
-    }
-    fn len(&self) -> usize {
-        self.len
-    }
-    fn range(&self, offset: usize, len: usize) -> Option<Self> {
-        Some(Self { offset, len })
-    }
-    fn in_region(&self) -> Option<u64> {
-        Some(self.offset as u64)
-    }
-    fn read(&self, _: usize, buffer: &mut [u8]) {
-        buffer.fill(0);
-    }
 }
 
 impl Pair {
