@@ -248,8 +248,6 @@ impl Metrics {
         ] {
             counter!(name, "worker" => worker.to_owned()).increment(value);
         }
-        // A gauge for the exporter, which knows whole counters only; it never falls.
-        gauge!(names::HANDOFF_SECONDS, "worker" => worker.to_owned()).increment(grown.handoff_seconds);
     }
 
     /// Folds raw observations into buckets now and then: the exporter keeps each one until somebody reads

@@ -110,10 +110,15 @@ impl Client {
     }
 
     /// The sum over all label sets of the metric `name` whose labels contain `label`.
+    ///
+    /// # Panics
+    ///
+    /// When the server answers, but knows no such metric: a name with a mistake would otherwise be a zero.
     pub async fn metric(&self, name: &str, label: &str) -> f64 {
         let metrics = self.metrics().await;
-        let of_name = |key: &&String| key.split('{').next() == Some(name) && key.contains(label);
-        metrics.iter().filter(|(key, _)| of_name(key)).map(|(_, value)| value).sum()
+        let mut of_name = metrics.iter().filter(|(key, _)| key.split('{').next() == Some(name)).peekable();
+        assert!(metrics.is_empty() || of_name.peek().is_some(), "there is no metric {name}");
+        of_name.filter(|(key, _)| key.contains(label)).map(|(_, value)| value).sum()
     }
 
     /// A completion of token ids, greedy unless `extra` says otherwise.

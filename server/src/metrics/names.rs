@@ -51,7 +51,6 @@ metric_names! {
     describe_counter HANDOFFS = "tidemill_handoff_total", "Handoffs completed, by sender.";
     describe_counter HANDOFF_BYTES = "tidemill_handoff_bytes_total", "Bytes written to peers.";
     describe_counter HANDOFF_WRITES = "tidemill_handoff_writes_total", "Writes posted to peers.";
-    describe_gauge HANDOFF_SECONDS = "tidemill_handoff_seconds_total", "From the end of prefill to adoption, summed.";
     describe_counter HANDOFF_FAILURES = "tidemill_handoff_failures_total", "Handoffs that failed, as sender or receiver.";
     describe_counter HANDOFF_REFUSALS = "tidemill_handoff_refusals_total", "Commits refused because epoch or digest did not match.";
     describe_counter HANDOFF_IN_PLACE = "tidemill_handoff_in_place_total", "Handoffs that moved no byte.";

@@ -9,10 +9,10 @@ use tidemill_engine::handle::PeerLink;
 
 use super::*;
 
-fn status(instance: u64, bytes: u64, seconds: f64) -> WorkerStatusSnapshot<'static> {
+fn status(instance: u64, bytes: u64) -> WorkerStatusSnapshot<'static> {
     let [total, free, cached, held, reserved, quarantined] = [10, 4, 1, 3, 1, 1].map(BlockCount);
     let ledger = Ledger { total, free, cached, held, reserved, quarantined };
-    let counters = Counters { handoff_bytes: bytes, handoff_seconds: seconds, ..Counters::default() };
+    let counters = Counters { handoff_bytes: bytes, ..Counters::default() };
     WorkerStatusSnapshot {
         worker: "p0",
         role: Role::Prefill,
@@ -33,18 +33,17 @@ fn value(text: &str, series: &str) -> Option<f64> {
 #[test]
 fn a_restarted_worker_adds_to_what_it_did_before() {
     let metrics = Metrics::new("m");
-    metrics.record_worker_status(&status(1, 100, 0.5));
-    metrics.record_worker_status(&status(1, 150, 0.75));
-    metrics.record_worker_status(&status(2, 30, 0.25));
+    metrics.record_worker_status(&status(1, 100));
+    metrics.record_worker_status(&status(1, 150));
+    metrics.record_worker_status(&status(2, 30));
     let text = metrics.render();
     assert_eq!(value(&text, "tidemill_handoff_bytes_total{"), Some(180.0));
-    assert_eq!(value(&text, "tidemill_handoff_seconds_total{"), Some(1.0));
 }
 
 #[test]
 fn counters_are_there_before_they_count() {
     let metrics = Metrics::new("m");
-    metrics.record_worker_status(&status(1, 0, 0.0));
+    metrics.record_worker_status(&status(1, 0));
     let text = metrics.render();
     for series in [
         r#"tidemill_fallbacks_total{reason="prefill-lost"}"#,
@@ -63,7 +62,7 @@ fn counters_are_there_before_they_count() {
 fn guesses_are_counted_as_vllm_counts_them() {
     let metrics = Metrics::new("m");
     let report = |drafts, accepted_at: [u64; 2]| {
-        let mut status = status(1, 0, 0.0);
+        let mut status = status(1, 0);
         let sums = &mut status.counters.speculation;
         (sums.drafts, sums.drafted, sums.held_back) = (drafts, 4 * drafts, drafts + 1);
         sums.accepted = accepted_at.iter().sum();
@@ -91,11 +90,11 @@ fn guesses_are_counted_as_vllm_counts_them() {
 fn a_worker_is_down_until_it_reports_again() {
     let metrics = Metrics::new("m");
     let up = r#"tidemill_worker_up{worker="p0",role="prefill"}"#;
-    metrics.record_worker_status(&status(1, 0, 0.0));
+    metrics.record_worker_status(&status(1, 0));
     assert_eq!(value(&metrics.render(), up), Some(1.0));
     metrics.record_worker_down("p0", Role::Prefill);
     assert_eq!(value(&metrics.render(), up), Some(0.0));
-    metrics.record_worker_status(&status(2, 0, 0.0));
+    metrics.record_worker_status(&status(2, 0));
     assert_eq!(value(&metrics.render(), up), Some(1.0));
 }
 
@@ -141,7 +140,7 @@ fn each_pair_has_its_way_and_a_worse_one_is_counted_once() {
 #[test]
 fn usage_counts_blocks_that_nobody_else_could_have() {
     let metrics = Metrics::new("m");
-    metrics.record_worker_status(&status(1, 0, 0.0));
+    metrics.record_worker_status(&status(1, 0));
     let text = metrics.render();
     assert_eq!(value(&text, r#"vllm:kv_cache_usage_perc{model_name="m",engine="p0"}"#), Some(0.5));
     assert_eq!(value(&text, r#"tidemill_blocks{worker="p0",state="quarantined"}"#), Some(1.0));
@@ -150,7 +149,7 @@ fn usage_counts_blocks_that_nobody_else_could_have() {
 #[test]
 fn what_waits_for_leave_is_told() {
     let metrics = Metrics::new("m");
-    metrics.record_worker_status(&status(1, 0, 0.0));
+    metrics.record_worker_status(&status(1, 0));
     let text = metrics.render();
     for (name, expected) in [
         ("tidemill_handoff_granted_bytes", 100.0),
