@@ -29,15 +29,15 @@ pub(crate) use packing::{Packing, Share};
 pub use rope::{RopeScaling, RopeSpec};
 pub use spec::ModelSpec;
 
-/// A model, ready to run.
+/// A model, ready to run on the device that holds its weights `W`: a CPU where nothing is said.
 #[derive(Debug)]
-pub struct Model {
+pub struct Model<W = Weights> {
     /// Its shape.
     pub spec: ModelSpec,
     /// How its makers want it sampled.
     pub generation: GenerationDefaults,
     /// Its weights.
-    pub weights: Weights,
+    pub weights: W,
     /// Type that the weights come in.
     pub dtype: WeightDtype,
     /// Equal for two workers exactly when their K and V for equal tokens are: 32 hexadecimal digits.
@@ -85,7 +85,9 @@ impl Model {
         let weights::Loaded { weights, fingerprint, dtype } = loaded;
         Ok(Self { spec, generation, weights, dtype, fingerprint })
     }
+}
 
+impl<W> Model<W> {
     /// Every token that ends a text: those of `generation_config.json`, then those that only `config.json` names.
     pub fn eos_token_ids(&self) -> Vec<u32> {
         let mut ids = self.generation.eos_token_ids.clone();

@@ -6,23 +6,24 @@ use tidemill_kernels::step::SequenceRows;
 use super::RunnerLimits;
 use super::logits::WantedRow;
 
-/// The sequences of a step. Their rows are computed together; a sequence appears once.
+/// The sequences of a step. Their rows are computed together; a sequence appears once. Blocks are named as the device names
+/// places in its memory: `A`.
 #[derive(Clone, Copy, Debug)]
-pub struct Batch<'a> {
+pub struct Batch<'a, A = BlockAddress> {
     /// Each with its new tokens.
-    pub sequences: &'a [BatchSequence<'a>],
+    pub sequences: &'a [BatchSequence<'a, A>],
 }
 
 /// One sequence's part of a step.
 #[derive(Clone, Copy, Debug)]
-pub struct BatchSequence<'a> {
+pub struct BatchSequence<'a, A = BlockAddress> {
     /// The tokens to compute: at least one, at consecutive positions.
     pub tokens: &'a [u32],
     /// Position of the first of them: how many tokens of the sequence are in the blocks already.
     pub first_position: u32,
     /// All blocks of the sequence from position 0 on, in this worker's memory or a peer's; those that get new tokens
     /// belong to this sequence alone.
-    pub blocks: &'a [BlockAddress],
+    pub blocks: &'a [A],
     /// Which of the tokens' logits to compute.
     pub logits: LogitsWanted,
 }
@@ -40,7 +41,7 @@ pub enum LogitsWanted {
     All,
 }
 
-impl<'a> Batch<'a> {
+impl<A> Batch<'_, A> {
     /// Rows of the step.
     pub(super) fn rows(&self) -> usize {
         self.sequences.iter().map(|sequence| sequence.tokens.len()).sum()
@@ -51,19 +52,6 @@ impl<'a> Batch<'a> {
         self.sequences.iter().flat_map(|sequence| {
             (0..sequence.tokens.len() as u32).map(move |offset| sequence.first_position + offset)
         })
-    }
-
-    pub(super) fn fill_rows(&self, rows: &mut Vec<SequenceRows<'a>>) {
-        let mut first_row = 0;
-        for sequence in self.sequences {
-            rows.push(SequenceRows {
-                first_row,
-                rows: sequence.tokens.len(),
-                first_position: sequence.first_position as usize,
-                blocks: sequence.blocks,
-            });
-            first_row += sequence.tokens.len();
-        }
     }
 
     pub(super) fn fill_wanted(&self, wanted: &mut Vec<WantedRow>) {
@@ -100,6 +88,21 @@ impl<'a> Batch<'a> {
             for &token in sequence.tokens {
                 assert!((token as usize) < vocab_size, "token {token} in a vocabulary of {vocab_size}");
             }
+        }
+    }
+}
+
+impl<'a> Batch<'a> {
+    pub(super) fn fill_rows(&self, rows: &mut Vec<SequenceRows<'a>>) {
+        let mut first_row = 0;
+        for sequence in self.sequences {
+            rows.push(SequenceRows {
+                first_row,
+                rows: sequence.tokens.len(),
+                first_position: sequence.first_position as usize,
+                blocks: sequence.blocks,
+            });
+            first_row += sequence.tokens.len();
         }
     }
 }

@@ -1,7 +1,8 @@
-//! A decoder's weights, packed for the kernels while they are read.
+//! A decoder's weights, made what the device's kernels take while they are read.
 //!
-//! Tensors are taken one by one from a checkpoint or made from a seed; each is hashed into the model's fingerprint, packed
-//! and let go, so that at no time more than one tensor exists twice. All threads work on the same one.
+//! Tensors are taken one by one from a checkpoint or made from a seed; each is hashed into the model's fingerprint, put
+//! where the device wants it and let go, so that at no time more than one tensor exists twice. All threads work on the same
+//! one.
 
 mod checkpoint;
 mod dummy;
@@ -22,72 +23,73 @@ use dummy::Dummy;
 use fingerprint::Fingerprint;
 use gguf::GgufTensors;
 use packer::Packer;
-use tensor::Tensor;
+use tensor::{PlainTensor, Tensor};
 use tensors::{
     DOWN, EMBEDDING, FINAL_NORM, GATE, HEAD, INPUT_NORM, KEY, KEY_NORM, MLP_NORM, OUTPUT, QUERY, QUERY_NORM,
     TensorSpec, UP, VALUE, bias, layer_prefix, weight,
 };
 
-/// All weights of a decoder.
+/// All weights of a decoder, where a device wants them: matrices `M`, vectors `V`, the embedding `E`; those of the CPU where
+/// nothing is said.
 #[derive(Debug)]
-pub struct Weights {
+pub struct Weights<M = PackedMatrix, V = Vec<f32>, E = Embedding> {
     /// The embedding, never quantised, unless it is also the head.
-    pub embedding: Option<Embedding>,
+    pub embedding: Option<E>,
     /// The decoder layers, first to last.
-    pub layers: Vec<LayerWeights>,
+    pub layers: Vec<LayerWeights<M, V>>,
     /// Scale of the norm before the head: `[hidden]`.
-    pub final_norm: Vec<f32>,
+    pub final_norm: V,
     /// `[vocabulary][hidden]`.
-    pub head: PackedMatrix,
+    pub head: M,
 }
 
 /// Weights of one decoder layer.
 #[derive(Debug)]
-pub struct LayerWeights {
+pub struct LayerWeights<M = PackedMatrix, V = Vec<f32>> {
     /// Scale of the norm before attention: `[hidden]`.
-    pub input_norm: Vec<f32>,
+    pub input_norm: V,
     /// `[query heads * head size][hidden]`.
-    pub query: Linear,
+    pub query: Linear<M, V>,
     /// `[KV heads * head size][hidden]`.
-    pub key: Linear,
+    pub key: Linear<M, V>,
     /// `[KV heads * head size][hidden]`.
-    pub value: Linear,
+    pub value: Linear<M, V>,
     /// Scales of the norms of each head of query and key, `[head size]` each.
-    pub head_norms: Option<HeadNorms>,
+    pub head_norms: Option<HeadNorms<V>>,
     /// `[hidden][query heads * head size]`.
-    pub output: Linear,
+    pub output: Linear<M, V>,
     /// Scale of the norm before the feed-forward part: `[hidden]`.
-    pub mlp_norm: Vec<f32>,
+    pub mlp_norm: V,
     /// `[intermediate][hidden]`.
-    pub gate: Linear,
+    pub gate: Linear<M, V>,
     /// `[intermediate][hidden]`.
-    pub up: Linear,
+    pub up: Linear<M, V>,
     /// `[hidden][intermediate]`.
-    pub down: Linear,
+    pub down: Linear<M, V>,
 }
 
 /// Scales of the norms of each head.
 #[derive(Debug)]
-pub struct HeadNorms {
+pub struct HeadNorms<V = Vec<f32>> {
     /// For the query.
-    pub query: Vec<f32>,
+    pub query: V,
     /// For the key.
-    pub key: Vec<f32>,
+    pub key: V,
 }
 
 /// A projection.
 #[derive(Debug)]
-pub struct Linear {
+pub struct Linear<M = PackedMatrix, V = Vec<f32>> {
     /// Its matrix.
-    pub matrix: PackedMatrix,
+    pub matrix: M,
     /// Added to its output.
-    pub bias: Option<Vec<f32>>,
+    pub bias: Option<V>,
 }
 
 /// Weights and what was learned while they were read.
 #[derive(Debug)]
-pub(crate) struct Loaded {
-    pub(crate) weights: Weights,
+pub(crate) struct Loaded<W = Weights> {
+    pub(crate) weights: W,
     pub(crate) fingerprint: String,
     /// Type of the embedding, which stands for that of the model.
     pub(crate) dtype: WeightDtype,
@@ -99,84 +101,122 @@ trait TensorSource {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, ModelError>;
 }
 
-/// Reads or makes all weights of a decoder.
+/// What becomes of tensors: how a device holds them. The embedding comes first.
+trait Store {
+    type Matrix;
+    type Vector;
+    type Table;
+
+    /// A matrix of a layer.
+    fn matrix(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<Self::Matrix, ModelError>;
+
+    /// The head.
+    fn head(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<Self::Matrix, ModelError>;
+
+    /// The embedding.
+    fn embedding(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<Self::Table, ModelError>;
+
+    /// A scale or a bias.
+    fn vector(&mut self, tensor: &PlainTensor<'_>) -> Result<Self::Vector, ModelError>;
+
+    /// Whether a table that is also the head is held once for both.
+    fn shares_table(&self, tensor: &Tensor<'_>) -> bool;
+
+    /// Everything is there.
+    fn finish(&mut self) -> Result<(), ModelError>;
+}
+
+/// Weights as a store holds them.
+type Held<S> = Weights<<S as Store>::Matrix, <S as Store>::Vector, <S as Store>::Table>;
+
+/// Reads or makes all weights of a decoder, for the CPU.
 pub(crate) fn load(
     spec: &ModelSpec,
     model: &ModelSource,
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, ModelError> {
+    let mut packer = Packer::new(options.threads, options.quantization);
+    load_into(&mut packer, spec, model, options, progress)
+}
+
+fn load_into<S: Store>(
+    store: &mut S,
+    spec: &ModelSpec,
+    model: &ModelSource,
+    options: LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded<Held<S>>, ModelError> {
     let wanted = tensors::tensors(spec);
     match (options.format, model) {
         (LoadFormat::Safetensors, ModelSource::Gguf(path)) => {
             let model = GgufModel::open(path)?;
             let mut tensors = GgufTensors::check(&model, spec, &wanted)?;
             let total = tensors.bytes(&wanted)?;
-            read_all(spec, &mut tensors, total, options, progress)
+            read_all(store, spec, &mut tensors, total, options, progress)
         }
         (LoadFormat::Safetensors, _) => {
             let files = CheckpointFiles::open(ModelFiles::of(model))?;
             let mut checkpoint = files.checkpoint(spec.packing)?;
             checkpoint.check(spec, &wanted)?;
             let total = checkpoint.bytes(&wanted);
-            read_all(spec, &mut checkpoint, total, options, progress)
+            read_all(store, spec, &mut checkpoint, total, options, progress)
         }
         (LoadFormat::Dummy { seed }, _) => {
             let elements: u64 = wanted.iter().map(TensorSpec::elements).sum();
             let total = elements * spec.dtype.bytes() as u64;
             let mut dummy = Dummy { seed, dtype: spec.dtype, threads: options.threads };
-            read_all(spec, &mut dummy, total, options, progress)
+            read_all(store, spec, &mut dummy, total, options, progress)
         }
     }
 }
 
-fn read_all(
+fn read_all<S: Store>(
+    store: &mut S,
     spec: &ModelSpec,
     source: &mut dyn TensorSource,
     total: u64,
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
-) -> Result<Loaded, ModelError> {
+) -> Result<Loaded<Held<S>>, ModelError> {
     let fingerprint = Fingerprint::of(spec, options.quantization, total);
-    let packer = Packer::new(options.threads, options.quantization);
-    Loading { spec, source, fingerprint, packer, progress, done: 0, total }.run()
+    Loading { spec, source, fingerprint, store, progress, done: 0, total }.run()
 }
 
 /// Takes the tensors one by one, and keeps account of them.
-struct Loading<'a> {
+struct Loading<'a, S> {
     spec: &'a ModelSpec,
     source: &'a mut dyn TensorSource,
     fingerprint: Fingerprint,
-    packer: Packer,
+    store: &'a mut S,
     progress: &'a mut dyn FnMut(LoadProgress),
     done: u64,
     total: u64,
 }
 
-impl Loading<'_> {
-    fn run(mut self) -> Result<Loaded, ModelError> {
+impl<S: Store> Loading<'_, S> {
+    fn run(mut self) -> Result<Loaded<Held<S>>, ModelError> {
         let spec = self.spec;
         let table = [spec.vocab_size, spec.hidden_size];
         self.report();
-        let (embedding, head, dtype) = self.take(EMBEDDING, &table, |packer, tensor| {
-            let dtype = packer.dtype(tensor);
-            let head = spec.tied_embeddings.then(|| packer.head(table, tensor));
-            let is_shared = spec.tied_embeddings && packer.shares_table(tensor);
-            let embedding = (!is_shared).then(|| packer.embedding(table, tensor));
-            (embedding, head, dtype)
+        let (embedding, head, dtype) = self.take(EMBEDDING, &table, |store, tensor| {
+            let is_shared = spec.tied_embeddings && store.shares_table(tensor);
+            let embedding = if is_shared { None } else { Some(store.embedding(table, tensor)?) };
+            let head = if spec.tied_embeddings { Some(store.head(table, tensor)?) } else { None };
+            Ok((embedding, head, tensor.dtype()))
         })?;
         let layers = (0..spec.layers).map(|layer| self.layer(layer)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(FINAL_NORM, spec.hidden_size)?;
         let head = match head {
             Some(head) => head,
-            None => self.take(HEAD, &table, |packer, tensor| packer.head(table, tensor))?,
+            None => self.take(HEAD, &table, |store, tensor| store.head(table, tensor))?,
         };
-        self.packer.report();
+        self.store.finish()?;
         let weights = Weights { embedding, layers, final_norm, head };
         Ok(Loaded { weights, fingerprint: self.fingerprint.text(), dtype })
     }
 
-    fn layer(&mut self, layer: usize) -> Result<LayerWeights, ModelError> {
+    fn layer(&mut self, layer: usize) -> Result<LayerWeights<S::Matrix, S::Vector>, ModelError> {
         let spec = self.spec;
         let (hidden, inner) = (spec.hidden_size, spec.intermediate_size);
         let (query, kv) = (spec.query_size(), spec.kv_size());
@@ -202,19 +242,24 @@ impl Loading<'_> {
         Ok(weights)
     }
 
-    fn linear(&mut self, part: &str, shape: [usize; 2], has_bias: bool) -> Result<Linear, ModelError> {
+    fn linear(
+        &mut self,
+        part: &str,
+        shape: [usize; 2],
+        has_bias: bool,
+    ) -> Result<Linear<S::Matrix, S::Vector>, ModelError> {
         let matrix = self.matrix(&weight(part), shape)?;
         let bias = if has_bias { Some(self.vector(&bias(part), shape[0])?) } else { None };
         Ok(Linear { matrix, bias })
     }
 
-    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, ModelError> {
-        self.take(name, &shape, |packer, tensor| packer.matrix(shape, tensor))
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<S::Matrix, ModelError> {
+        self.take(name, &shape, |store, tensor| store.matrix(shape, tensor))
     }
 
-    fn vector(&mut self, name: &str, elements: usize) -> Result<Vec<f32>, ModelError> {
-        self.take(name, &[elements], |_, tensor| match tensor {
-            Tensor::Plain(plain) => plain.widened(),
+    fn vector(&mut self, name: &str, elements: usize) -> Result<S::Vector, ModelError> {
+        self.take(name, &[elements], |store, tensor| match tensor {
+            Tensor::Plain(plain) => store.vector(plain),
             Tensor::Quantized(matrix) => unreachable!("a vector is no matrix: {matrix:?}"),
         })
     }
@@ -223,17 +268,17 @@ impl Loading<'_> {
         &mut self,
         name: &str,
         shape: &[usize],
-        pack: impl FnOnce(&mut Packer, &Tensor<'_>) -> T,
+        keep: impl FnOnce(&mut S, &Tensor<'_>) -> Result<T, ModelError>,
     ) -> Result<T, ModelError> {
         let tensor = self.source.tensor(name, shape)?;
         for (kind, bytes) in tensor.parts() {
             self.fingerprint.add(name, shape, &kind, bytes);
             self.done += bytes.len() as u64;
         }
-        let packed = pack(&mut self.packer, &tensor);
+        let kept = keep(self.store, &tensor)?;
         drop(tensor);
         self.report();
-        Ok(packed)
+        Ok(kept)
     }
 
     fn report(&mut self) {

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use tidemill_kernels::matrix::{Embedding, MatrixSource, PackedMatrix, WeightDtype};
+use tidemill_kernels::matrix::{Embedding, MatrixSource, PackedMatrix};
 use tidemill_kernels::reference::widen_matrix;
 
+use super::Store;
 use super::tensor::{PlainTensor, QuantizedMatrix, Tensor};
 use crate::handle::Quantization;
+use crate::models::ModelError;
 
 /// Packs matrices, and remembers what became of those that came in fewer bits.
 #[derive(Debug)]
@@ -29,39 +31,8 @@ impl Packer {
         Self { threads, quantization, account: BTreeMap::new() }
     }
 
-    /// A matrix of a layer.
-    pub(super) fn matrix(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> PackedMatrix {
-        self.pack(shape, tensor, self.quantization)
-    }
-
-    /// The head.
-    pub(super) fn head(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> PackedMatrix {
-        self.pack(shape, tensor, self.quantization.map(head_quantization))
-    }
-
-    /// The embedding.
-    pub(super) fn embedding(&self, [rows, width]: [usize; 2], tensor: &Tensor<'_>) -> Embedding {
-        match tensor {
-            Tensor::Plain(plain) => Embedding::new(rows, width, plain.source()),
-            Tensor::Quantized(matrix) => matrix.embedding(rows),
-        }
-    }
-
-    /// Type of an embedding's elements, which stands for that of the model.
-    pub(super) const fn dtype(&self, tensor: &Tensor<'_>) -> WeightDtype {
-        match tensor {
-            Tensor::Plain(plain) => plain.dtype,
-            Tensor::Quantized(_) => WeightDtype::Bf16,
-        }
-    }
-
-    /// Whether a table that is also the head can be held once for both.
-    pub(super) const fn shares_table(&self, tensor: &Tensor<'_>) -> bool {
-        self.quantization.is_none() && matches!(tensor, Tensor::Plain(_))
-    }
-
     /// Tells what became of the matrices that came in fewer bits.
-    pub(super) fn report(&self) {
+    fn report(&self) {
         for ((from, to, kept), matrices) in &self.account {
             match kept {
                 Kept::AsTheyCame => {
@@ -110,6 +81,40 @@ impl Packer {
                 PackedMatrix::quantize_rows_on(self.threads, outputs, inputs, format, &values)
             }
         }
+    }
+}
+
+impl Store for Packer {
+    type Matrix = PackedMatrix;
+    type Vector = Vec<f32>;
+    type Table = Embedding;
+
+    fn matrix(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<PackedMatrix, ModelError> {
+        Ok(self.pack(shape, tensor, self.quantization))
+    }
+
+    fn head(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<PackedMatrix, ModelError> {
+        Ok(self.pack(shape, tensor, self.quantization.map(head_quantization)))
+    }
+
+    fn embedding(&mut self, [rows, width]: [usize; 2], tensor: &Tensor<'_>) -> Result<Embedding, ModelError> {
+        Ok(match tensor {
+            Tensor::Plain(plain) => Embedding::new(rows, width, plain.source()),
+            Tensor::Quantized(matrix) => matrix.embedding(rows),
+        })
+    }
+
+    fn vector(&mut self, tensor: &PlainTensor<'_>) -> Result<Vec<f32>, ModelError> {
+        Ok(tensor.widened())
+    }
+
+    fn shares_table(&self, tensor: &Tensor<'_>) -> bool {
+        self.quantization.is_none() && matches!(tensor, Tensor::Plain(_))
+    }
+
+    fn finish(&mut self) -> Result<(), ModelError> {
+        self.report();
+        Ok(())
     }
 }
 

@@ -68,6 +68,14 @@ pub(super) struct UnpackedRow {
 }
 
 impl Tensor<'_> {
+    /// Type of an embedding's elements, which stands for that of the model.
+    pub(super) const fn dtype(&self) -> WeightDtype {
+        match self {
+            Self::Plain(plain) => plain.dtype,
+            Self::Quantized(_) => WeightDtype::Bf16,
+        }
+    }
+
     /// Every byte of it, with what tells how it is read.
     pub(super) fn parts(&self) -> Vec<(String, &[u8])> {
         match self {
