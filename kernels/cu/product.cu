@@ -2,7 +2,7 @@
 #include "device.cuh"
 
 struct Product {
-  void* out;         // [rows][outputs]
+  void* out;         // [rows][outputs], of the other's type or of f32
   const void* x;     // [rows][inputs]
   const void* w;     // [outputs][inputs]
   const void* bias;  // [outputs] or null
@@ -13,7 +13,7 @@ struct Product {
 };
 
 // A warp for each output along x, rows along y. The order of a row's sum depends on the number of inputs alone.
-template <class T, unsigned kRows>
+template <class T, unsigned kRows, class Out = T>
 __device__ void multiply(const Product& params) {
   unsigned lane = threadIdx.x % kWarp, output = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (params.outputs <= output) return;
@@ -46,8 +46,8 @@ __device__ void multiply(const Product& params) {
   for (unsigned row = 0; row < kRows; row++) {
     float sum = warp_sum(sums[row]) + bias;
     if (lane != 0 || rows <= row) continue;
-    T* out = (T*)params.out + size_t(first + row) * params.outputs + output;
-    *out = narrow<T>(params.adds ? widen(*out) + sum : sum);
+    Out* out = (Out*)params.out + size_t(first + row) * params.outputs + output;
+    *out = narrow<Out>(params.adds ? widen(*out) + sum : sum);
   }
 }
 
@@ -57,3 +57,9 @@ KERNEL(multiply_row_bf16, 128, Product) { multiply<bf16, 1>(params); }
 KERNEL(multiply_rows_f32, 128, Product) { multiply<float, 8>(params); }
 KERNEL(multiply_rows_f16, 128, Product) { multiply<f16, 8>(params); }
 KERNEL(multiply_rows_bf16, 128, Product) { multiply<bf16, 8>(params); }
+
+// Logits: what is chosen by them is not rounded once more.
+KERNEL(multiply_row_f16_to_f32, 128, Product) { multiply<f16, 1, float>(params); }
+KERNEL(multiply_row_bf16_to_f32, 128, Product) { multiply<bf16, 1, float>(params); }
+KERNEL(multiply_rows_f16_to_f32, 128, Product) { multiply<f16, 8, float>(params); }
+KERNEL(multiply_rows_bf16_to_f32, 128, Product) { multiply<bf16, 8, float>(params); }

@@ -54,10 +54,24 @@ pub fn attention(rows: u32, parameters: &Attention) -> (Launch, Option<Launch>) 
 
 /// The product of a few rows: the weights are read again for every eight of them.
 pub fn multiply(dtype: WeightDtype, parameters: &Product) -> Launch {
-    let (kernels, at_once) = match parameters.rows {
-        1 => (["multiply_row_f32", "multiply_row_f16", "multiply_row_bf16"], 1),
-        _ => (["multiply_rows_f32", "multiply_rows_f16", "multiply_rows_bf16"], 8),
-    };
+    let row = ["multiply_row_f32", "multiply_row_f16", "multiply_row_bf16"];
+    product(dtype, parameters, row, ["multiply_rows_f32", "multiply_rows_f16", "multiply_rows_bf16"])
+}
+
+/// The same of logits: `out` is f32 whatever the weights are.
+pub fn multiply_to_f32(dtype: WeightDtype, parameters: &Product) -> Launch {
+    let row = ["multiply_row_f32", "multiply_row_f16_to_f32", "multiply_row_bf16_to_f32"];
+    let rows = ["multiply_rows_f32", "multiply_rows_f16_to_f32", "multiply_rows_bf16_to_f32"];
+    product(dtype, parameters, row, rows)
+}
+
+fn product(
+    dtype: WeightDtype,
+    parameters: &Product,
+    row: [&'static str; 3],
+    rows: [&'static str; 3],
+) -> Launch {
+    let (kernels, at_once) = if parameters.rows == 1 { (row, 1) } else { (rows, 8) };
     let threads = 128;
     let grid = [parameters.outputs.div_ceil(threads / WARP), parameters.rows.div_ceil(at_once), 1];
     Launch::new("product", of_type(dtype, kernels), grid, threads, parameters)

@@ -21,16 +21,18 @@ struct Case {
     bias: Option<Vec<f32>>,
     /// What `out` has before, where the product is added to it.
     before: Option<Vec<f32>>,
+    /// Type of `out`: that of the others or f32.
+    out: WeightDtype,
 }
 
 fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
-    let Case { dtype, inputs, x, w, bias, before } = case;
+    let Case { dtype, inputs, x, w, bias, before, out: to } = case;
     let (rows, outputs) = (x.len() / inputs, w.len() / inputs);
     let [x, w] = [x, w].map(|values| elements(device, values, *dtype));
     let bias = bias.as_ref().map(|bias| elements(device, bias, *dtype));
     let out = match before {
-        Some(before) => elements(device, before, *dtype),
-        None => Buffer::empty(device, rows * outputs * dtype.bytes()),
+        Some(before) => elements(device, before, *to),
+        None => Buffer::empty(device, rows * outputs * to.bytes()),
     };
     let parameters = Product {
         out: out.address(),
@@ -42,8 +44,9 @@ fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
         outputs: outputs as u32,
         adds: u32::from(before.is_some()),
     };
-    device.launch(&launches::multiply(*dtype, &parameters)).expect("kernels run");
-    floats(&out, *dtype)
+    let launch = if to == dtype { launches::multiply } else { launches::multiply_to_f32 };
+    device.launch(&launch(*dtype, &parameters)).expect("kernels run");
+    floats(&out, *to)
 }
 
 #[test]
@@ -63,6 +66,7 @@ fn few_rows() {
                         w: values(outputs * inputs),
                         bias: has_bias.then(|| values(outputs)),
                         before: adds.then(|| values(rows * outputs)),
+                        out: dtype,
                     };
                     let mut expected = vec![f32::NAN; rows * outputs];
                     reference::matmul(&mut expected, &case.x, &case.w, inputs, case.bias.as_deref());
@@ -78,13 +82,32 @@ fn few_rows() {
 }
 
 #[test]
+fn logits_are_not_rounded_to_the_type_of_weights() {
+    on_devices(|device| {
+        for dtype in WEIGHT_DTYPES {
+            for (rows, inputs, outputs) in [(1, 64, 9), (3, 7, 5), (9, 64, 4)] {
+                let mut numbers = Numbers::new(72);
+                let [x, w] = [rows, outputs].map(|count| rounded(&numbers.vector(count * inputs), dtype));
+                let mut expected = vec![f32::NAN; rows * outputs];
+                reference::matmul(&mut expected, &x, &w, inputs, None);
+                let case = Case { dtype, inputs, x, w, bias: None, before: None, out: WeightDtype::F32 };
+                let name = format!("{rows}x{inputs}x{outputs} {dtype:?}");
+                assert_close(&multiply(device, &case), &expected, tolerance(WeightDtype::F32), &name);
+            }
+        }
+    });
+}
+
+#[test]
 fn a_row_is_the_same_in_any_company() {
     on_devices(|device| {
         for (dtype, inputs) in WEIGHT_DTYPES.into_iter().flat_map(|dtype| [(dtype, 264), (dtype, 301)]) {
             let (rows, outputs, mut numbers) = (11, 7, Numbers::new(71));
             let [x, w] = [rows, outputs].map(|count| rounded(&numbers.vector(count * inputs), dtype));
-            let case =
-                |x: &[f32]| Case { dtype, inputs, x: x.to_vec(), w: w.clone(), bias: None, before: None };
+            let case = |x: &[f32]| {
+                let (x, w) = (x.to_vec(), w.clone());
+                Case { dtype, inputs, x, w, bias: None, before: None, out: dtype }
+            };
             let together = multiply(device, &case(&x));
             let alone: Vec<f32> = x.chunks(inputs).flat_map(|row| multiply(device, &case(row))).collect();
             assert_same_bits(&alone, &together, &format!("{dtype:?}, {inputs} inputs"));
