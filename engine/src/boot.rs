@@ -3,6 +3,8 @@
 //! Everything that can fail for a reason outside of this process fails here, with a message that names it; after that
 //! the engine thread only computes.
 
+mod cuda;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
@@ -15,11 +17,12 @@ use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
 
+use crate::device::{Device, DeviceChoice};
 use crate::draft_model::DraftModel;
 use crate::driver::{Driver, Inbox};
 use crate::engine::{Command, EngineError, Shared};
 use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, GuessMethod, LoadProgress};
-use crate::memory::{Arena, available_bytes};
+use crate::memory::{Arena, DevicePool, available_bytes};
 use crate::models::{LoadOptions, Model, ModelSpec};
 use crate::roles::prefill::Outgoings;
 use crate::runner::{Runner, RunnerLimits};
@@ -44,64 +47,113 @@ pub(crate) fn boot(
     let cpu = Arc::new(cpu);
     let options =
         LoadOptions { threads: cpu.threads(), format: config.load_format, quantization: config.quantization };
-    let model = Arc::new(Model::load_with(options, &config.model, progress)?);
-    let draft_model = load_draft_model(&config, options, &model, progress)?;
-    let Cache { arena, draft_arena, blocks, max_model_len } =
-        reserve(&config, &model, draft_model.as_ref(), progress)?;
-    let layout = arena.layout().clone();
-    let endpoint = Arc::new(endpoint(&config, instance, &arena, wires.commands)?);
-    // After the endpoint's thread has started, which would otherwise inherit the core.
-    cpu.pin_caller().map_err(|error| EngineError::Device(error.to_string()))?;
-    let limits = limits(&config, &layout, max_model_len);
-    let runner_limits = RunnerLimits {
-        max_tokens: config.max_num_batched_tokens as usize,
-        max_seqs: config.max_num_seqs as usize,
-        max_model_len: max_model_len as usize,
-    };
-    let runner = Runner::new(Arc::clone(&model), Arc::clone(&cpu), *arena.shape(), runner_limits);
-    let draft_model = draft_model
-        .zip(draft_arena)
-        .map(|(model, arena)| DraftModel::new(Arc::new(model), &cpu, arena, runner_limits));
-    let mut speculation = config.speculation.map(Speculation::new);
-    if let (Some(speculation), Some(draft_model)) = (&mut speculation, &draft_model) {
-        speculation.bound_draft_model(draft_model.longest());
+    let device = config.device.clone();
+    let boot = Boot { config, instance, wires, cpu, options, progress };
+    match device {
+        DeviceChoice::Cpu => {
+            let model = Arc::new(Model::load_with(options, &boot.config.model, boot.progress)?);
+            let available = available_bytes().map(|bytes| bytes / DEFAULT_SHARE);
+            boot.run(&model, available, |cpu, arena, limits| {
+                let runner = Runner::new(Arc::clone(&model), Arc::clone(cpu), *arena.shape(), limits);
+                Ok((Device::Cpu(Box::new(runner)), None, cpu.describe()))
+            })
+        }
+        DeviceChoice::Cuda(driver) => {
+            cuda::check(&boot.config)?;
+            let model = Arc::new(Model::load_on(&driver, options, &boot.config.model, boot.progress)?);
+            let room = cuda::room(&driver)?;
+            let graphs = boot.config.cuda_graphs.clone();
+            boot.run(&model, Some(room), |_, arena, limits| {
+                cuda::open(&driver, &model, arena, limits, &graphs)
+            })
+        }
     }
-    let description = Description {
-        name: config.name.clone(),
-        role: config.role,
-        instance,
-        fingerprint: model.fingerprint.clone(),
-        max_model_len,
-        block_len: config.block_len,
-        vocab_size: u32::try_from(model.spec.vocab_size).expect("a vocabulary is indexed by u32"),
-        handoff_address: endpoint.address(),
-        kv_dtype: layout.dtype,
-        axis_order: layout.order,
-        device: cpu.describe(),
-        max_num_seqs: config.max_num_seqs,
-    };
-    let mut driver = Driver {
-        scheduler: Scheduler::new(limits, blocks),
-        speculation,
-        draft_model,
-        sampler: Sampler::new(model.spec.vocab_size),
-        runner,
-        arena,
-        endpoint: Arc::clone(&endpoint),
-        in_place: config.in_place,
-        fault: config.fault,
-        shared: wires.shared,
-        inbox: Inbox { commands: wires.inbox, seen: VecDeque::new() },
-        requests: BTreeMap::new(),
-        outgoing: Outgoings::default(),
-        incoming: BTreeMap::new(),
-        counters: Counters::default(),
-        draining: false,
-        stuck_since: None,
-    };
-    // Whoever asks right after the start gets the real numbers of blocks.
-    driver.publish();
-    Ok((driver, description, endpoint))
+}
+
+/// What starts whatever the device is.
+struct Boot<'a> {
+    config: EngineConfig,
+    instance: u64,
+    wires: Wires,
+    cpu: Arc<Cpu>,
+    options: LoadOptions,
+    progress: &'a mut dyn FnMut(LoadProgress),
+}
+
+/// What computes, where it has its blocks if not in the arena, and what it is called.
+type Opened = (Device, Option<DevicePool>, String);
+
+impl Boot<'_> {
+    /// Starts everything around a model, for whose blocks there are `available` bytes.
+    fn run<W>(
+        self,
+        model: &Model<W>,
+        available: Option<u64>,
+        open: impl FnOnce(&Arc<Cpu>, &Arena, RunnerLimits) -> Result<Opened, EngineError>,
+    ) -> Result<(Driver, Description, Arc<Endpoint>), EngineError> {
+        let Self { config, instance, wires, cpu, options, progress } = self;
+        let draft_model = load_draft_model(&config, options, &model.spec, progress)?;
+        let Cache { arena, draft_arena, blocks, max_model_len } =
+            reserve(&config, model, draft_model.as_ref(), available, progress)?;
+        let layout = arena.layout().clone();
+        let runner_limits = RunnerLimits {
+            max_tokens: config.max_num_batched_tokens as usize,
+            max_seqs: config.max_num_seqs as usize,
+            max_model_len: max_model_len as usize,
+        };
+        let (device, pool, described) = open(&cpu, &arena, runner_limits)?;
+        // A peer that computes in these blocks reads them too, and the arena does not have what a GPU has computed.
+        let in_place = config.in_place && pool.is_none();
+        let endpoint = Arc::new(endpoint(&config, in_place, instance, &arena, wires.commands)?);
+        // After the endpoint's thread has started, which would otherwise inherit the core.
+        cpu.pin_caller().map_err(|error| EngineError::Device(error.to_string()))?;
+        let draft_model = draft_model
+            .zip(draft_arena)
+            .map(|(model, arena)| DraftModel::new(Arc::new(model), &cpu, arena, runner_limits));
+        let mut speculation = config.speculation.map(Speculation::new);
+        if let (Some(speculation), Some(draft_model)) = (&mut speculation, &draft_model) {
+            speculation.bound_draft_model(draft_model.longest());
+        }
+        let description = Description {
+            name: config.name.clone(),
+            role: config.role,
+            instance,
+            fingerprint: model.fingerprint.clone(),
+            max_model_len,
+            block_len: config.block_len,
+            vocab_size: u32::try_from(model.spec.vocab_size).expect("a vocabulary is indexed by u32"),
+            handoff_address: endpoint.address(),
+            kv_dtype: layout.dtype,
+            axis_order: layout.order,
+            device: described,
+            max_num_seqs: config.max_num_seqs,
+        };
+        let mut driver = Driver {
+            scheduler: Scheduler::new(limits(&config, &layout, max_model_len), blocks),
+            speculation,
+            draft_model,
+            sampler: Sampler::new(model.spec.vocab_size),
+            device,
+            cpu,
+            arena,
+            pool,
+            failure: None,
+            endpoint: Arc::clone(&endpoint),
+            in_place,
+            fault: config.fault,
+            shared: wires.shared,
+            inbox: Inbox { commands: wires.inbox, seen: VecDeque::new() },
+            requests: BTreeMap::new(),
+            outgoing: Outgoings::default(),
+            incoming: BTreeMap::new(),
+            counters: Counters::default(),
+            draining: false,
+            stuck_since: None,
+        };
+        // Whoever asks right after the start gets the real numbers of blocks.
+        driver.publish();
+        Ok((driver, description, endpoint))
+    }
 }
 
 /// The memory of KV blocks: as many for the draft model as for the model.
@@ -112,17 +164,18 @@ struct Cache {
     max_model_len: u32,
 }
 
-fn reserve(
+fn reserve<W>(
     config: &EngineConfig,
-    model: &Model,
+    model: &Model<W>,
     draft_model: Option<&Model>,
+    available: Option<u64>,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Cache, EngineError> {
     let draft_layout = draft_model.map(|it| layout(config, it)).transpose()?;
     let layout = layout(config, model)?;
     let draft_bytes = draft_layout.as_ref().map_or(0, KvLayout::block_bytes);
     let block_bytes = layout.block_bytes() + draft_bytes;
-    let (max_model_len, blocks) = capacity(config, model, block_bytes, available_bytes())?;
+    let (max_model_len, blocks) = capacity(config, &model.spec, block_bytes, available)?;
     let bytes = blocks.0 as usize * block_bytes;
     if draft_layout.is_some() {
         let of_draft_model = blocks.0 as usize * draft_bytes;
@@ -137,7 +190,7 @@ fn reserve(
     Ok(Cache { arena, draft_arena, blocks, max_model_len })
 }
 
-fn layout(config: &EngineConfig, model: &Model) -> Result<KvLayout, EngineError> {
+fn layout<W>(config: &EngineConfig, model: &Model<W>) -> Result<KvLayout, EngineError> {
     let block_len = BlockLen::new(config.block_len)
         .ok_or_else(|| EngineError::Setting(format!("block size {} is no power of two", config.block_len)))?;
     let dtype = config.kv_cache_dtype.unwrap_or_else(|| model.kv_dtype());
@@ -148,7 +201,7 @@ fn layout(config: &EngineConfig, model: &Model) -> Result<KvLayout, EngineError>
 fn load_draft_model(
     config: &EngineConfig,
     options: LoadOptions,
-    model: &Model,
+    spec: &ModelSpec,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Option<Model>, EngineError> {
     let is_wanted = config.speculation.is_some_and(|it| it.method == GuessMethod::DraftModel);
@@ -162,7 +215,7 @@ fn load_draft_model(
             return Err(EngineError::Setting("a draft model is named, but it is not to guess".into()));
         }
     };
-    let (ours, theirs) = (model.spec.vocab_size, ModelSpec::read(source)?.vocab_size);
+    let (ours, theirs) = (spec.vocab_size, ModelSpec::read(source)?.vocab_size);
     if ours != theirs {
         return Err(EngineError::Setting(format!(
             "the draft model's vocabulary has {theirs} tokens, the model's {ours}: only a model of the same vocabulary can \
@@ -175,11 +228,11 @@ fn load_draft_model(
 /// The longest sequence and the number of blocks, which take so many bytes each.
 fn capacity(
     config: &EngineConfig,
-    model: &Model,
+    spec: &ModelSpec,
     block_bytes: usize,
     available: Option<u64>,
 ) -> Result<(u32, BlockCount), EngineError> {
-    let longest = model.spec.max_positions;
+    let longest = spec.max_positions;
     let wanted = config.max_model_len.unwrap_or(longest);
     if longest < wanted {
         return Err(EngineError::Setting(format!(
@@ -190,7 +243,7 @@ fn capacity(
     let per_sequence = wanted.div_ceil(config.block_len);
     let bytes = config.kv_cache_memory.unwrap_or_else(|| {
         let enough = u64::from(per_sequence) * u64::from(config.max_num_seqs) * block_bytes;
-        enough.min(available.unwrap_or(u64::MAX) / DEFAULT_SHARE).max(block_bytes)
+        enough.min(available.unwrap_or(u64::MAX)).max(block_bytes)
     });
     let blocks = u32::try_from(bytes / block_bytes).unwrap_or(u32::MAX);
     let tokens = u64::from(blocks) * u64::from(config.block_len);
@@ -226,6 +279,7 @@ fn limits(config: &EngineConfig, layout: &KvLayout, max_model_len: u32) -> Limit
 
 fn endpoint(
     config: &EngineConfig,
+    in_place: bool,
     instance: u64,
     arena: &Arena,
     commands: Sender<Command>,
@@ -247,7 +301,7 @@ fn endpoint(
             },
             handoff: config.handoff,
             require: config.require_transport,
-            in_place: config.in_place,
+            in_place,
             credit: tidemill_kvtransfer::DEFAULT_CREDIT,
             timing: Timing::default(),
             coverage: match config.digest {

@@ -5,32 +5,29 @@
 //! reservation, since from then on finished layers can leave while later ones are still computed.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use tidemill_engine_core::handoff::Cancelled;
-use tidemill_engine_core::plan::{StepPlan, Work};
+use tidemill_engine_core::plan::StepPlan;
 use tidemill_engine_core::request::{Logprobs, Part, Request, RequestId, TokenId};
 use tidemill_engine_core::scheduler::{Outcome, Scheduler};
 use tidemill_engine_core::speculation::Speculation;
 use tidemill_kernels::cpu::Cpu;
-use tidemill_kernels::kv::BlockAddress;
+use tidemill_kernels::cuda::CudaError;
 use tidemill_kvtransfer::{Endpoint, HandoffEvent};
-use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
+use tidemill_kvtransfer_proto::units::HandoffId;
 
+use crate::device::Device;
 use crate::draft_model::DraftModel;
 use crate::engine::{Command, Shared};
-use crate::fault;
-use crate::handle::{Counters, EngineEvent, EngineStatus, EventSink, Fault, FaultStage, Recovery};
-use crate::memory::Arena;
+use crate::handle::{Counters, EngineEvent, EngineStatus, EventSink, Fault, Recovery};
+use crate::memory::{Arena, DevicePool};
 use crate::roles::FirstToken;
 use crate::roles::decode::Incoming;
-use crate::roles::prefill::{Announced, Origin, Outgoings};
-use crate::runner::{Batch, BatchSequence, LogitsWanted, Runner};
+use crate::roles::prefill::Outgoings;
 use crate::sampler::{Sampled, Sampler};
-use crate::verification::{Share, StepResult};
 
 /// The state of the engine thread.
 pub(crate) struct Driver {
@@ -39,9 +36,16 @@ pub(crate) struct Driver {
     pub(crate) speculation: Option<Speculation>,
     /// Who makes them, where a smaller model does.
     pub(crate) draft_model: Option<DraftModel>,
-    pub(crate) runner: Runner,
+    pub(crate) device: Device,
+    /// Converts what goes to peers, whatever the device.
+    pub(crate) cpu: Arc<Cpu>,
     pub(crate) sampler: Sampler,
+    /// The blocks that peers know of.
     pub(crate) arena: Arena,
+    /// The blocks that a device with memory of its own computes in.
+    pub(crate) pool: Option<DevicePool>,
+    /// What the device said when it failed, after which it is of no use.
+    pub(crate) failure: Option<CudaError>,
     pub(crate) endpoint: Arc<Endpoint>,
     pub(crate) in_place: bool,
     pub(crate) fault: Option<Fault>,
@@ -91,9 +95,14 @@ impl Driver {
                 }
                 self.obey(command);
             }
+            if let Some(error) = &self.failure {
+                tracing::error!(%error, "the device failed: this worker ends");
+                return self.fail_all(&format!("the device failed: {error}"));
+            }
             let mut plan = self.plan();
             if !plan.is_empty() {
-                self.turn(&mut plan);
+                let turned = self.turn(&mut plan);
+                self.failure = self.failure.take().or(turned.err());
                 self.publish();
                 continue;
             }
@@ -104,6 +113,15 @@ impl Driver {
                 return;
             }
         }
+    }
+
+    /// Nothing can go on here.
+    fn fail_all(&mut self, message: &str) {
+        let ids: Vec<RequestId> = self.requests.keys().copied().collect();
+        for id in ids {
+            self.fail(id, Recovery::Reroute, message.to_owned());
+        }
+        self.publish();
     }
 
     /// Two workers that took two requests in opposite order can wait for each other's blocks for ever. If nothing can go
@@ -150,7 +168,7 @@ impl Driver {
         if self.draining {
             return events(refuse(Recovery::Later, "this worker is draining".into()));
         }
-        let vocab_size = self.runner.model().spec.vocab_size;
+        let vocab_size = self.device.spec().vocab_size;
         if let Some(token) = request.tokens.iter().find(|token| vocab_size <= **token as usize) {
             let message = format!("token {token} is outside the vocabulary of {vocab_size}");
             return events(refuse(Recovery::GiveUp, message));
@@ -205,7 +223,7 @@ impl Driver {
     }
 
     /// One forward pass with all that belongs to it.
-    fn turn(&mut self, plan: &mut StepPlan) {
+    fn turn(&mut self, plan: &mut StepPlan) -> Result<(), CudaError> {
         self.scheduler.begin(plan);
         self.announce_reservations();
         for work in &plan.work {
@@ -217,7 +235,7 @@ impl Driver {
         }
         let began = Instant::now();
         self.guess(plan);
-        let results = if plan.work.is_empty() { Vec::new() } else { self.compute(plan) };
+        let results = if plan.work.is_empty() { Vec::new() } else { self.compute(plan)? };
         let took = began.elapsed();
         self.push_computed(plan);
         let mut sampled: BTreeMap<RequestId, VecDeque<Sampled>> = BTreeMap::new();
@@ -247,70 +265,7 @@ impl Driver {
             }
         }
         self.catch_up(plan);
-    }
-
-    /// Runs the plan's work on the device and samples.
-    fn compute(&mut self, plan: &StepPlan) -> Vec<StepResult> {
-        let Self { scheduler, runner, sampler, arena, endpoint, inbox, requests, outgoing, fault, .. } = self;
-        let tables: Vec<Vec<BlockAddress>> =
-            plan.work.iter().map(|work| addresses(work, scheduler, requests, outgoing, arena)).collect();
-        let tokens: Vec<_> = plan.work.iter().map(|work| scheduler.work_tokens(plan, work)).collect();
-        let sequences: Vec<BatchSequence<'_>> = plan
-            .work
-            .iter()
-            .zip(&tables)
-            .zip(&tokens)
-            .map(|((work, blocks), tokens)| BatchSequence {
-                tokens,
-                first_position: work.first.0,
-                blocks,
-                logits: logits_wanted(work, requests.get(&work.request)),
-            })
-            .collect();
-        self.counters.steps += 1;
-        let cpu: Arc<Cpu> = Arc::clone(runner.cpu());
-        let origin = Origin { arena, cpu: &cpu, endpoint };
-        let mut after_layers = |layers: Range<usize>| {
-            inbox.meet_reservations(|reserved| {
-                // Any other is for after the step: it has been computed, or waits to be computed in place.
-                let request = outgoing.request(reserved.handoff);
-                let is_computed_now = plan.work.iter().any(|work| Some(work.request) == request);
-                is_computed_now && outgoing.announce(reserved, false) == Announced::ComputeAndPush
-            });
-            for work in &plan.work {
-                let Some(Part::PrefillFor(handoff)) = requests.get(&work.request).map(|it| it.request.part)
-                else {
-                    continue;
-                };
-                // Layers above this one are as far as the step before took them.
-                let computed = TokenCount(work.first.0 + work.count.0);
-                let table = scheduler.block_table(work.request);
-                let pushed = outgoing.push(handoff, layers.clone(), computed, table, &origin);
-                if pushed || outgoing.blocks_in_place(handoff).is_some() {
-                    fault::meet(fault.as_ref(), FaultStage::Pushing);
-                }
-            }
-        };
-        let logits = runner.step(&Batch { sequences: &sequences }, &mut after_layers);
-        for work in plan.work.iter().filter(|work| work.samples) {
-            if let Some(Part::PrefillFor(handoff)) = requests.get(&work.request).map(|it| it.request.part) {
-                endpoint.computed(handoff);
-            }
-        }
-        let mut results: Vec<StepResult> =
-            plan.work.iter().map(|work| StepResult::new(work.request)).collect();
-        logits.for_each(|row| {
-            let work = &plan.work[row.sequence];
-            let Some(active) = requests.get(&work.request) else { return };
-            let share =
-                Share { work, tokens: scheduler.tokens(work.request), draft: plan.draft(work), active };
-            results[row.sequence].take(&row, share, sampler);
-        });
-        let decoding = |work: &&Work| work.samples && work.count == TokenCount(1);
-        let generated = plan.work.iter().filter(decoding).count() as u64;
-        let known: u64 = plan.work.iter().map(|work| u64::from(work.count.0)).sum();
-        self.counters.prompt_tokens += known - generated;
-        results
+        Ok(())
     }
 
     /// Reports a token and, when it is the last, the end.
@@ -393,37 +348,12 @@ impl Inbox {
     }
 
     /// Looks at what has arrived for reservations; those that `take` takes do not come again.
-    fn meet_reservations(&mut self, mut take: impl FnMut(&tidemill_kvtransfer::Reserved) -> bool) {
+    pub(crate) fn meet_reservations(&mut self, mut take: impl FnMut(&tidemill_kvtransfer::Reserved) -> bool) {
         self.seen.extend(self.commands.try_iter());
         self.seen.retain(|command| match command {
             Command::Handoff(HandoffEvent::Reserved(reserved)) => !take(reserved),
             _ => true,
         });
-    }
-}
-
-/// The blocks of a work's sequence: its own, or its peer's.
-fn addresses(
-    work: &Work,
-    scheduler: &Scheduler,
-    requests: &BTreeMap<RequestId, Active>,
-    outgoing: &Outgoings,
-    arena: &Arena,
-) -> Vec<BlockAddress> {
-    if let Some(Part::PrefillFor(handoff)) = requests.get(&work.request).map(|active| active.request.part)
-        && let Some(blocks) = outgoing.blocks_in_place(handoff)
-    {
-        return blocks.to_vec();
-    }
-    scheduler.block_table(work.request).iter().map(|reference| arena.address(reference.block)).collect()
-}
-
-fn logits_wanted(work: &Work, active: Option<&Active>) -> LogitsWanted {
-    let prompt = active.filter(|active| active.request.sampling.prompt_logprobs.is_some());
-    match prompt {
-        Some(active) if (work.first.0 as usize) < active.request.prompt_len => LogitsWanted::All,
-        _ if work.samples => LogitsWanted::Tail(1 + work.drafted.0 as usize),
-        _ => LogitsWanted::None,
     }
 }
 

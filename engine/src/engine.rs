@@ -59,6 +59,9 @@ pub enum EngineError {
     /// The device cannot be used as asked.
     #[error("device: {0}")]
     Device(String),
+    /// A GPU does not do what it is asked for.
+    #[error("the GPU cannot be used")]
+    Gpu(#[from] tidemill_kernels::cuda::CudaError),
     /// Two settings exclude each other.
     #[error("{0}")]
     Setting(String),

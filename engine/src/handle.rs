@@ -19,6 +19,8 @@ pub use tidemill_kvtransfer::HandoffMode;
 pub use tidemill_kvtransfer_proto::credit::CreditLoad;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
+pub use crate::device::DeviceChoice;
+
 /// Where a model's files are.
 #[derive(Clone, Debug)]
 pub enum ModelSource {
@@ -50,6 +52,18 @@ pub enum LoadFormat {
         /// The seed.
         seed: u64,
     },
+}
+
+/// For how many rows decode steps of a GPU are recorded. A step of fewer rows is filled up.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum CudaGraphs {
+    /// 1, 2, 4, then every eighth up to 256 and every sixteenth up to 512.
+    #[default]
+    Usual,
+    /// These.
+    Sizes(Vec<u32>),
+    /// None: each step is launched kernel by kernel.
+    Off,
 }
 
 /// Which ways a handoff may take.
@@ -86,6 +100,10 @@ pub struct EngineConfig {
     pub role: Role,
     /// The model.
     pub model: ModelSource,
+    /// What it computes on. A draft model computes on the processor in any case.
+    pub device: DeviceChoice,
+    /// Which decode steps of a GPU are recorded, to be asked for in one call.
+    pub cuda_graphs: CudaGraphs,
     /// How its weights come to be.
     pub load_format: LoadFormat,
     /// How its weights are made smaller; `None` keeps them as they come.
@@ -149,6 +167,8 @@ impl EngineConfig {
             name: name.into(),
             role,
             model,
+            device: DeviceChoice::Cpu,
+            cuda_graphs: CudaGraphs::Usual,
             load_format: LoadFormat::Safetensors,
             quantization: None,
             max_model_len: None,

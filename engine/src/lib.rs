@@ -7,10 +7,12 @@
 #![deny(unsafe_code)]
 
 mod boot;
+mod device;
 mod draft_model;
 mod driver;
 pub mod engine;
 mod fault;
+mod forward;
 pub mod gguf;
 pub mod handle;
 pub mod memory;

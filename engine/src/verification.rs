@@ -10,7 +10,7 @@ use tidemill_engine_core::request::{Logprobs, RequestId, TokenId};
 
 use crate::driver::Active;
 use crate::runner::LogitsRow;
-use crate::sampler::{History, Sampled, Sampler, logprobs};
+use crate::sampler::{History, SampleError, Sampled, Sampler, logprobs};
 
 /// What a step produced for one sequence.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl StepResult {
 
     /// Takes the rows of the sequence in order of position.
     pub(crate) fn take(&mut self, row: &LogitsRow<'_>, share: Share<'_>, sampler: &mut Sampler) {
-        let Share { work, tokens, active, .. } = share;
+        let Share { tokens, active, .. } = share;
         let next = row.position as usize + 1;
         let parts = &active.request;
         if let Some(count) = parts.sampling.prompt_logprobs
@@ -50,19 +50,34 @@ impl StepResult {
         {
             self.prompt_logprobs.extend(logprobs(row.logits, tokens[next], count).ok());
         }
-        let known = (work.first.0 + work.count.0) as usize;
-        if work.samples && known <= next {
-            self.sample(row.logits, next - known, share, sampler);
+        if let Some(guesses) = self.guesses_before(next, share) {
+            self.sample(row.logits, guesses, share, sampler);
         }
     }
 
-    /// Samples behind `guesses` guesses, if they were all right.
+    /// Takes a row of the sequence whose next token was chosen where the logits are.
+    pub(crate) fn take_token(
+        &mut self,
+        position: u32,
+        token: Result<TokenId, SampleError>,
+        share: Share<'_>,
+    ) {
+        if let Some(guesses) = self.guesses_before(position as usize + 1, share) {
+            self.keep(guesses, token.map(|token| Sampled { token, logprobs: None }));
+        }
+    }
+
+    /// How many guesses are before the token at position `next`; `None` when it is known, or one of them was wrong.
+    fn guesses_before(&self, next: usize, Share { work, draft, .. }: Share<'_>) -> Option<usize> {
+        let known = (work.first.0 + work.count.0) as usize;
+        let guesses = next.checked_sub(known).filter(|_| work.samples)?;
+        let is_right = |guess: &TokenId| self.sampled.get(guesses - 1).is_some_and(|it| it.token == *guess);
+        draft[..guesses].last().is_none_or(is_right).then_some(guesses)
+    }
+
+    /// Samples behind so many guesses, which were all right.
     fn sample(&mut self, logits: &[f32], guesses: usize, share: Share<'_>, sampler: &mut Sampler) {
         let Share { tokens, draft, active, .. } = share;
-        let is_right = |guess: &TokenId| self.sampled.get(guesses - 1).is_some_and(|it| it.token == *guess);
-        if !draft[..guesses].last().is_none_or(is_right) {
-            return;
-        }
         let parts = &active.request;
         let (prompt, output) = tokens.split_at(parts.prompt_len);
         let index = u32::try_from(output.len() + guesses).expect("bounded by max_model_len");
@@ -74,7 +89,11 @@ impl StepResult {
             &guessed
         };
         let history = History { prompt, output };
-        match sampler.sample(logits, history, &parts.sampling, &parts.stop, index) {
+        self.keep(guesses, sampler.sample(logits, history, &parts.sampling, &parts.stop, index));
+    }
+
+    fn keep(&mut self, guesses: usize, sampled: Result<Sampled, SampleError>) {
+        match sampled {
             Ok(sampled) => self.sampled.push(sampled),
             // Behind a guess it is met again by the next step, once the tokens before it have been told.
             Err(error) if guesses == 0 => self.failure = Some(error.to_string()),

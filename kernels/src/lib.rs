@@ -20,5 +20,19 @@ pub mod matrix;
 pub mod reference;
 pub mod step;
 
+/// Items of tests that need the emulator: nothing where no C++ compiler was there to build it, which the build has said.
+#[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
+#[macro_export]
+macro_rules! where_emulated {
+    ($($item:item)*) => { $($item)* };
+}
+
+/// Items of tests that need the emulator: nothing where no C++ compiler was there to build it, which the build has said.
+#[cfg(all(feature = "emulator", no_cpp_compiler))]
+#[macro_export]
+macro_rules! where_emulated {
+    ($($item:item)*) => {};
+}
+
 // Weights and stored KV are little-endian files and wires, used as they lie.
 const _: () = assert!(cfg!(target_endian = "little"), "big-endian machines are not supported");

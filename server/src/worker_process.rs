@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use indicatif::MultiProgress;
 use tidemill_engine::engine::EngineHandle;
-use tidemill_engine::handle::{EngineConfig, LoadFormat, LoadProgress};
+use tidemill_engine::handle::{CudaGraphs, DeviceChoice, EngineConfig, LoadFormat, LoadProgress};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -122,6 +122,8 @@ fn engine_config(flags: &WorkerFlags, model: &ResolvedModel) -> EngineConfig {
         name: flags.name.clone().unwrap_or_else(default_name),
         role: flags.role.role(),
         model: model.source.clone(),
+        device: DeviceChoice::Cpu,
+        cuda_graphs: CudaGraphs::Usual,
         load_format: match engine.load_format {
             LoadFormatName::Safetensors => LoadFormat::Safetensors,
             LoadFormatName::Dummy => LoadFormat::Dummy { seed: engine.seed },

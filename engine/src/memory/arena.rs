@@ -1,6 +1,7 @@
 //! The memory of KV blocks: a region cut into blocks of one layout.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::kv::{self, BlockAddress, KvBlockShape};
@@ -75,6 +76,36 @@ impl Arena {
         // its runner. That nobody else touches what a kernel writes is kept by the block manager, which gives a block's
         // unwritten tokens to one sequence, and by the handoff's epochs, which keep peers out of all others.
         unsafe { BlockAddress::new(first_byte) }
+    }
+
+    /// Has somebody write a part of a block.
+    ///
+    /// Under the same terms as [`address`](Self::address): by the owner of the block's unwritten tokens.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such block, or it ends before the part does.
+    pub fn write<T>(&self, block: BlockId, part: Range<usize>, write: impl FnOnce(&mut [u8]) -> T) -> T {
+        assert!(part.end <= self.shape.block_bytes(), "{part:?} of a block");
+        let offset = self.offset(block) + part.start;
+        // SAFETY: the part ends within the block, which lies within the region by the first invariant.
+        let first = unsafe { self.region.as_ptr().add(offset) };
+        // SAFETY: in bounds as above, and mapped for reads and writes, of zeros where nobody has written. That nobody else
+        // touches these bytes meanwhile is kept by the block manager and by epochs, as `address` says.
+        write(unsafe { std::slice::from_raw_parts_mut(first, part.len()) })
+    }
+
+    /// Has somebody read a block, whose last writer is done.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such block.
+    pub fn read<T>(&self, block: BlockId, read: impl FnOnce(&[u8]) -> T) -> T {
+        // SAFETY: the block lies within the region by the first invariant.
+        let first = unsafe { self.region.as_ptr().add(self.offset(block)) };
+        // SAFETY: in bounds and mapped for reads. A block is read by who holds it, once a commit has said that its peer
+        // writes no more.
+        read(unsafe { std::slice::from_raw_parts(first, self.shape.block_bytes()) })
     }
 
     /// Offset of a block from the region's first byte.

@@ -5,8 +5,10 @@
 
 mod arena;
 mod available;
+mod device;
 mod file_map;
 
 pub use arena::{Arena, block_shape};
 pub use available::available_bytes;
+pub use device::{DeviceBuffer, DevicePool, PinnedBuffer};
 pub use file_map::MappedFile;

@@ -5,11 +5,20 @@
 
 use std::io;
 
+use tidemill_kernels::cuda::CudaError;
+
 use crate::gguf::GgufError;
 
 /// A model that was not loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// The device does not take the weights.
+    #[error("the weights cannot be put on the GPU")]
+    Device {
+        /// What it says.
+        #[source]
+        source: CudaError,
+    },
     /// A file is not there or cannot be read.
     #[error("cannot read {file}")]
     Read {

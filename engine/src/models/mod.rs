@@ -12,12 +12,15 @@ mod packing;
 mod rope;
 mod spec;
 
+use std::sync::Arc;
+
+use tidemill_kernels::cuda::Driver;
 use tidemill_kernels::matrix::WeightDtype;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::units::BlockLen;
 
 use crate::handle::{LoadFormat, LoadProgress, ModelSource, Quantization};
-use crate::weights::{self, Weights};
+use crate::weights::{self, DeviceWeights, Weights};
 
 pub use error::ModelError;
 pub(crate) use fields::parse as parse_json;
@@ -82,6 +85,30 @@ impl Model {
         let spec = ModelSpec::read(source)?;
         let generation = GenerationDefaults::read(source)?;
         let loaded = weights::load(&spec, source, options, progress)?;
+        let weights::Loaded { weights, fingerprint, dtype } = loaded;
+        Ok(Self { spec, generation, weights, dtype, fingerprint })
+    }
+}
+
+impl Model<DeviceWeights> {
+    /// The same for a GPU, whose kernels compute in the type of the embedding.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Model::load), and what the device says.
+    ///
+    /// # Panics
+    ///
+    /// When weights are to be made smaller, which is for the CPU alone.
+    pub fn load_on(
+        driver: &Arc<dyn Driver>,
+        options: LoadOptions,
+        source: &ModelSource,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        let spec = ModelSpec::read(source)?;
+        let generation = GenerationDefaults::read(source)?;
+        let loaded = weights::load_on(driver, &spec, source, options, progress)?;
         let weights::Loaded { weights, fingerprint, dtype } = loaded;
         Ok(Self { spec, generation, weights, dtype, fingerprint })
     }

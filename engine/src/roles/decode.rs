@@ -8,4 +8,6 @@ pub(crate) struct Incoming {
     pub(crate) request: RequestId,
     /// Instance number of the prefill worker.
     pub(crate) peer: u64,
+    /// Blocks of the sequence that were in the prefix cache, and do not come from the peer.
+    pub(crate) cached: usize,
 }

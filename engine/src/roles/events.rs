@@ -50,7 +50,7 @@ impl Driver {
         peer: &Peer,
         request: Request,
     ) -> Result<(), SubmitError> {
-        let incoming = Incoming { request: request.id, peer: peer.instance };
+        let incoming = Incoming { request: request.id, peer: peer.instance, cached: 0 };
         self.scheduler.submit(request)?;
         self.incoming.insert(handoff, incoming);
         Ok(())
@@ -59,7 +59,15 @@ impl Driver {
     /// Tells prefill workers of the blocks that wait for them.
     pub(crate) fn announce_reservations(&mut self) {
         for reservation in self.scheduler.take_reservations() {
-            let incoming = self.incoming.get(&reservation.handoff).expect("a reservation has a peer");
+            let incoming = self.incoming.get_mut(&reservation.handoff).expect("a reservation has a peer");
+            incoming.cached = reservation.cached.len();
+            if let Some(pool) = &mut self.pool
+                && let Err(error) = pool.bring_down_cached(&reservation.cached, &self.arena)
+            {
+                // The worker ends, and its peers hear of that.
+                self.failure = Some(error);
+                return;
+            }
             let first_block = u32::try_from(reservation.cached.len()).expect("a pool numbers blocks in u32");
             self.endpoint.reserve(Reserve {
                 handoff: reservation.handoff,
@@ -138,13 +146,24 @@ impl Driver {
 
     fn push_layers(&mut self, handoff: HandoffId, request: RequestId, computed: TokenCount) {
         let layers = self.arena.shape().layers;
-        let cpu = self.runner.cpu().clone();
-        let origin = Origin { arena: &self.arena, cpu: &cpu, endpoint: &self.endpoint };
+        let Self { arena, pool, cpu, endpoint, .. } = self;
+        let Some(pieces) = self.outgoing.due(handoff, 0..layers, computed) else { return };
         let table = self.scheduler.block_table(request);
-        self.outgoing.push(handoff, 0..layers, computed, table, &origin);
+        if let Some(pool) = pool {
+            let parts = self.outgoing.parts(handoff, &pieces, table, arena.shape().block_len);
+            if let Err(error) = pool.bring_down(&parts, arena) {
+                self.failure = Some(error);
+                return;
+            }
+        }
+        self.outgoing.push(handoff, pieces, table, &Origin { arena, cpu, endpoint });
     }
 
     fn commit_if_complete(&mut self, handoff: HandoffId) {
+        if self.failure.is_some() {
+            // What was due may not have been pushed.
+            return;
+        }
         if let Some(first_token) = self.outgoing.take_commit(handoff) {
             fault::meet(self.fault.as_ref(), FaultStage::BeforeCommit);
             self.endpoint.finish(handoff, first_token.encode());
@@ -193,13 +212,23 @@ impl Driver {
 
     /// Decode: the KV cache is here and verified.
     fn committed(&mut self, handoff: HandoffId, payload: &[u8]) {
-        let Some(Incoming { request, .. }) = self.incoming.get(&handoff).copied() else {
+        let Some(Incoming { request, cached, .. }) = self.incoming.get(&handoff).copied() else {
             return self.endpoint.refuse(handoff, "the request is gone".into());
         };
         let Some(first) = FirstToken::decode(payload) else {
             self.endpoint.refuse(handoff, "the commit's payload cannot be read".into());
             return self.reservation_failed(handoff, "the commit's payload cannot be read");
         };
+        let known = self.scheduler.tokens(request).len();
+        let full = (known / self.arena.shape().block_len).saturating_sub(cached);
+        if let Some(pool) = &mut self.pool
+            && let Some(targets) = self.scheduler.block_table(request).get(cached..)
+            && let Err(error) = pool.bring_up(targets, full, &self.arena)
+        {
+            self.endpoint.refuse(handoff, format!("the device failed: {error}"));
+            self.failure = Some(error);
+            return self.reservation_failed(handoff, "the device failed");
+        }
         match self.scheduler.adopt(request, first.id) {
             Some(outcome) => {
                 self.incoming.remove(&handoff);

@@ -19,6 +19,7 @@ use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
 use super::FirstToken;
 use super::staging::Staging;
+use crate::device::{LayerRange, Parts};
 use crate::memory::{Arena, block_shape};
 
 /// All handoffs that this worker computes prompts for.
@@ -60,6 +61,9 @@ pub(crate) enum Announced {
     /// Nobody waits for it.
     Unknown,
 }
+
+/// Some layers of a block of the peer's, counted from the first that it is missing.
+pub(crate) type Piece = (Range<usize>, u32);
 
 /// What pushing reads: this worker's blocks and the means to convert them.
 pub(crate) struct Origin<'a> {
@@ -119,32 +123,62 @@ impl Outgoings {
         }
     }
 
-    /// Pushes what is due of `layers` now that `computed` tokens of the prompt, which lies in `table`, are there.
-    /// Returns whether anything was.
-    pub(crate) fn push(
+    /// Takes what is due of `layers` now that `computed` tokens of the prompt are there.
+    pub(crate) fn due(
         &mut self,
         handoff: HandoffId,
         layers: Range<usize>,
         computed: TokenCount,
-        table: &[BlockRef],
-        origin: &Origin<'_>,
-    ) -> bool {
-        let Some(outgoing) = self.by_handoff.get_mut(&handoff) else { return false };
-        let Target::Pushed { pushes, bridge, layout } = &mut outgoing.target else { return false };
+    ) -> Option<Vec<Piece>> {
+        let outgoing = self.by_handoff.get_mut(&handoff)?;
+        let Target::Pushed { pushes, .. } = &mut outgoing.target else { return None };
         let due = pushes.take_due(layers, computed);
         if outgoing.ended || due.is_empty() {
-            return false;
+            return None;
         }
-        let pieces: Vec<(Range<usize>, u32)> = due
+        let pieces = due
             .into_iter()
             .flat_map(|Due { layers, targets }| targets.map(move |target| (layers.clone(), target)))
             .collect();
+        Some(pieces)
+    }
+
+    /// The parts of own blocks, which lie in `table`, that pieces are made from.
+    pub(crate) fn parts(
+        &self,
+        handoff: HandoffId,
+        pieces: &[Piece],
+        table: &[BlockRef],
+        block_len: usize,
+    ) -> Parts {
+        let Some(Target::Pushed { pushes, .. }) = self.by_handoff.get(&handoff).map(|it| &it.target) else {
+            return Parts::new();
+        };
+        let mut parts = Parts::new();
+        for (layers, target) in pieces {
+            let tokens = pushes.tokens_of(*target);
+            let blocks = tokens.start as usize / block_len..(tokens.end as usize).div_ceil(block_len);
+            let layers = LayerRange::from(layers.clone());
+            parts.extend(table[blocks].iter().map(|reference| (reference.block, layers)));
+        }
+        parts
+    }
+
+    /// Pushes pieces of a prompt, which lies in `table`; the arena holds what they are made from.
+    pub(crate) fn push(
+        &mut self,
+        handoff: HandoffId,
+        pieces: Vec<Piece>,
+        table: &[BlockRef],
+        origin: &Origin<'_>,
+    ) {
+        let Some(outgoing) = self.by_handoff.get_mut(&handoff) else { return };
+        let Target::Pushed { pushes, bridge, layout } = &mut outgoing.target else { return };
         let writes = match bridge {
             Bridge::Identical => origin.as_it_is(pushes, pieces, table),
             Bridge::Convert { .. } => origin.converted(pushes, pieces, table, layout, &mut self.staging),
         };
         origin.endpoint.push(handoff, writes);
-        true
     }
 
     /// The prompt is computed and its first token known.
@@ -182,14 +216,9 @@ impl Outgoings {
 
 impl Origin<'_> {
     /// The peer's blocks are ours, byte for byte.
-    fn as_it_is(
-        &self,
-        pushes: &Pushes,
-        pieces: Vec<(Range<usize>, u32)>,
-        table: &[BlockRef],
-    ) -> Vec<PushWrite> {
+    fn as_it_is(&self, pushes: &Pushes, pieces: Vec<Piece>, table: &[BlockRef]) -> Vec<PushWrite> {
         let shape = self.arena.shape();
-        let write = |(layers, target): (Range<usize>, u32)| {
+        let write = |(layers, target): Piece| {
             let tokens = pushes.tokens_of(target);
             let block = table[tokens.start as usize / shape.block_len].block;
             if tokens.len() < shape.block_len {
@@ -211,7 +240,7 @@ impl Origin<'_> {
     fn converted(
         &self,
         pushes: &Pushes,
-        pieces: Vec<(Range<usize>, u32)>,
+        pieces: Vec<Piece>,
         table: &[BlockRef],
         layout: &KvLayout,
         staging: &mut Staging,
@@ -234,7 +263,7 @@ impl Origin<'_> {
             rest = behind;
         }
         let mut at = 0;
-        let write = |(layers, target): (Range<usize>, u32)| {
+        let write = |(layers, target): Piece| {
             let len = bytes(&layers);
             let source = Source::Slab(Arc::clone(&slab), at);
             at += len;

@@ -5,6 +5,7 @@
 //! operation mixes rows except attention, which reads the row's own sequence.
 
 mod batch;
+mod cuda;
 mod logits;
 mod rotation;
 
@@ -19,6 +20,7 @@ use crate::models::{Model, ModelSpec};
 use crate::weights::{LayerWeights, Linear};
 use batch::recycled;
 pub use batch::{Batch, BatchSequence, LogitsWanted};
+pub use cuda::{Choices, CudaRunner, Outcome, OutcomeRow};
 pub use logits::{Logits, LogitsRow};
 use logits::{LogitsBuffer, WantedRow};
 use rotation::Rotation;

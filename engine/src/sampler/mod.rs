@@ -7,6 +7,7 @@
 mod adjust;
 mod choice;
 mod logprobs;
+mod on_device;
 mod philox;
 
 #[cfg(test)]
@@ -17,6 +18,7 @@ use tidemill_engine_core::request::{Logprobs, SamplingParams, StopConditions, To
 use adjust::{TokenCounts, adjust};
 use choice::Candidates;
 pub use logprobs::logprobs;
+pub use on_device::{chosen, on_device};
 
 /// Chooses tokens; holds the memory that this takes.
 #[derive(Debug)]

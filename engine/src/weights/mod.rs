@@ -13,7 +13,11 @@ mod packed;
 mod packer;
 mod tensor;
 mod tensors;
+mod uploaded;
 
+use std::sync::Arc;
+
+use tidemill_kernels::cuda;
 use tidemill_kernels::matrix::{Embedding, PackedMatrix, WeightDtype};
 
 use crate::handle::{LoadFormat, LoadProgress, ModelSource};
@@ -28,6 +32,8 @@ use tensors::{
     DOWN, EMBEDDING, FINAL_NORM, GATE, HEAD, INPUT_NORM, KEY, KEY_NORM, MLP_NORM, OUTPUT, QUERY, QUERY_NORM,
     TensorSpec, UP, VALUE, bias, layer_prefix, weight,
 };
+use uploaded::Uploader;
+pub use uploaded::{DeviceTensor, DeviceWeights};
 
 /// All weights of a decoder, where a device wants them: matrices `M`, vectors `V`, the embedding `E`; those of the CPU where
 /// nothing is said.
@@ -138,6 +144,18 @@ pub(crate) fn load(
 ) -> Result<Loaded, ModelError> {
     let mut packer = Packer::new(options.threads, options.quantization);
     load_into(&mut packer, spec, model, options, progress)
+}
+
+/// The same for a GPU. Fewer bits than the kernels take are widened; making weights smaller is for the CPU.
+pub(crate) fn load_on(
+    driver: &Arc<dyn cuda::Driver>,
+    spec: &ModelSpec,
+    model: &ModelSource,
+    options: LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded<DeviceWeights>, ModelError> {
+    assert!(options.quantization.is_none(), "weights are made smaller for the CPU alone");
+    load_into(&mut Uploader::new(driver), spec, model, options, progress)
 }
 
 fn load_into<S: Store>(

@@ -2,6 +2,9 @@
 
 mod bench;
 mod blocks;
+tidemill_kernels::where_emulated! {
+    mod cuda;
+}
 mod formats;
 mod loading;
 mod parity;

@@ -1,5 +1,8 @@
 //! Whole engines in one process: requests go in, tokens come out, blocks come back, whatever the way.
 
+tidemill_kernels::where_emulated! {
+    mod cuda;
+}
 mod draft_model;
 mod speculation;
 

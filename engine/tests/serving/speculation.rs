@@ -166,7 +166,7 @@ fn the_sums_add_up() {
 }
 
 /// Makes every guess that can be made.
-fn guessing(mut config: EngineConfig) -> EngineConfig {
+pub(crate) fn guessing(mut config: EngineConfig) -> EngineConfig {
     config.speculation = Some(SpeculationSettings { method: LOOKUP, most: 6, adaptive: false });
     config
 }

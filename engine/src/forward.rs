@@ -1,0 +1,277 @@
+//! One forward pass of the engine thread: the plan's work goes to the device, finished layers to peers, what comes back to
+//! the sampler.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+use tidemill_engine_core::plan::{StepPlan, Work};
+use tidemill_engine_core::request::{Part, RequestId, TokenId};
+use tidemill_engine_core::scheduler::Scheduler;
+use tidemill_kernels::cuda::{CudaError, DeviceAddress, SampleRow};
+use tidemill_kernels::kv::BlockAddress;
+use tidemill_kvtransfer::Endpoint;
+use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
+
+use crate::device::{Descent, Device};
+use crate::driver::{Active, Driver, Inbox};
+use crate::fault;
+use crate::handle::{Fault, FaultStage};
+use crate::memory::{Arena, DevicePool};
+use crate::roles::prefill::{Announced, Origin, Outgoings, Piece};
+use crate::runner::{Batch, BatchSequence, LogitsWanted, OutcomeRow};
+use crate::sampler::{chosen, on_device};
+use crate::verification::{Share, StepResult};
+
+/// What is computed, and for whom.
+#[derive(Clone, Copy)]
+struct Pass<'a> {
+    plan: &'a StepPlan,
+    scheduler: &'a Scheduler,
+    requests: &'a BTreeMap<RequestId, Active>,
+}
+
+/// Pushes layers to peers while later ones are computed.
+struct Pusher<'a> {
+    pass: Pass<'a>,
+    inbox: &'a mut Inbox,
+    outgoing: &'a mut Outgoings,
+    origin: Origin<'a>,
+    pool: Option<&'a DevicePool>,
+    fault: Option<&'a Fault>,
+    /// What comes down from the device meanwhile, in order.
+    under_way: VecDeque<(HandoffId, RequestId, Vec<Piece>, Descent)>,
+    /// Bytes of the landing that it takes.
+    landing: usize,
+    outcome: Result<(), CudaError>,
+}
+
+/// The blocks of each work's sequence, by the device's names.
+enum Tables {
+    Host(Vec<Vec<BlockAddress>>),
+    Device(Vec<Vec<DeviceAddress>>),
+}
+
+impl Driver {
+    /// Runs the plan's work on the device and samples.
+    pub(crate) fn compute(&mut self, plan: &StepPlan) -> Result<Vec<StepResult>, CudaError> {
+        let Self { scheduler, device, sampler, arena, pool, endpoint, requests, outgoing, .. } = self;
+        let pass = Pass { plan, scheduler, requests };
+        let tables = pass.tables(outgoing, arena, pool.as_ref());
+        let tokens = pass.tokens();
+        self.counters.steps += 1;
+        let mut pusher = Pusher {
+            pass,
+            inbox: &mut self.inbox,
+            outgoing,
+            origin: Origin { arena, cpu: &self.cpu, endpoint },
+            pool: pool.as_ref(),
+            fault: self.fault.as_ref(),
+            under_way: VecDeque::new(),
+            landing: 0,
+            outcome: Ok(()),
+        };
+        let mut results: Vec<StepResult> =
+            plan.work.iter().map(|work| StepResult::new(work.request)).collect();
+        match (device, &tables) {
+            (Device::Cpu(runner), Tables::Host(tables)) => {
+                let sequences = pass.sequences(&tokens, tables);
+                let logits = runner.step(&Batch { sequences: &sequences }, &mut |layers| pusher.push(layers));
+                pass.end_prompts(endpoint);
+                logits.for_each(|row| {
+                    if let Some(share) = pass.share(row.sequence) {
+                        results[row.sequence].take(&row, share, sampler);
+                    }
+                });
+            }
+            (Device::Cuda(runner), Tables::Device(tables)) => {
+                let sequences = pass.sequences(&tokens, tables);
+                let choices = |sequence, position| pass.choice(sequence, position);
+                let batch = Batch { sequences: &sequences };
+                let outcome = runner.step(&batch, &choices, &mut |layers| pusher.push(layers))?;
+                pusher.land_all()?;
+                pass.end_prompts(endpoint);
+                outcome.for_each(|row| match row {
+                    OutcomeRow::Logits(row) => {
+                        if let Some(share) = pass.share(row.sequence) {
+                            results[row.sequence].take(&row, share, sampler);
+                        }
+                    }
+                    OutcomeRow::Token { sequence, position, token } => {
+                        if let Some(share) = pass.share(sequence) {
+                            results[sequence].take_token(position, chosen(token), share);
+                        }
+                    }
+                })?;
+            }
+            (Device::Cpu(_), Tables::Device(_)) | (Device::Cuda(_), Tables::Host(_)) => {
+                unreachable!("a GPU has a pool, and a CPU has none")
+            }
+        }
+        let decoding = |work: &&Work| work.samples && work.count == TokenCount(1);
+        let generated = plan.work.iter().filter(decoding).count() as u64;
+        let known: u64 = plan.work.iter().map(|work| u64::from(work.count.0)).sum();
+        self.counters.prompt_tokens += known - generated;
+        Ok(results)
+    }
+}
+
+impl<'a> Pass<'a> {
+    fn tables(self, outgoing: &Outgoings, arena: &Arena, pool: Option<&DevicePool>) -> Tables {
+        match pool {
+            None => Tables::Host(
+                self.plan.work.iter().map(|work| self.host_blocks(work, outgoing, arena)).collect(),
+            ),
+            Some(pool) => {
+                let address = |reference: &BlockRef| pool.address(reference.block);
+                let table =
+                    |work: &Work| self.scheduler.block_table(work.request).iter().map(address).collect();
+                Tables::Device(self.plan.work.iter().map(table).collect())
+            }
+        }
+    }
+
+    /// The blocks of a work's sequence in this process: its own, or its peer's.
+    fn host_blocks(self, work: &Work, outgoing: &Outgoings, arena: &Arena) -> Vec<BlockAddress> {
+        if let Some(Part::PrefillFor(handoff)) = self.part(work)
+            && let Some(blocks) = outgoing.blocks_in_place(handoff)
+        {
+            return blocks.to_vec();
+        }
+        let table = self.scheduler.block_table(work.request);
+        table.iter().map(|reference| arena.address(reference.block)).collect()
+    }
+
+    fn tokens(self) -> Vec<Cow<'a, [TokenId]>> {
+        self.plan.work.iter().map(|work| self.scheduler.work_tokens(self.plan, work)).collect()
+    }
+
+    /// The work as a device takes it.
+    fn sequences<'b, A>(
+        self,
+        tokens: &'b [Cow<'_, [TokenId]>],
+        tables: &'b [Vec<A>],
+    ) -> Vec<BatchSequence<'b, A>> {
+        let parts = self.plan.work.iter().zip(tokens).zip(tables);
+        parts
+            .map(|((work, tokens), blocks)| BatchSequence {
+                tokens,
+                first_position: work.first.0,
+                blocks,
+                logits: self.logits_wanted(work),
+            })
+            .collect()
+    }
+
+    fn logits_wanted(self, work: &Work) -> LogitsWanted {
+        let active = self.requests.get(&work.request);
+        let prompt = active.filter(|active| active.request.sampling.prompt_logprobs.is_some());
+        match prompt {
+            Some(active) if (work.first.0 as usize) < active.request.prompt_len => LogitsWanted::All,
+            _ if work.samples => LogitsWanted::Tail(1 + work.drafted.0 as usize),
+            _ => LogitsWanted::None,
+        }
+    }
+
+    /// How the device chooses the token behind a position; `None` where the host does.
+    fn choice(self, sequence: usize, position: u32) -> Option<SampleRow> {
+        let parts = &self.requests.get(&self.plan.work[sequence].request)?.request;
+        let index = (position + 1).checked_sub(u32::try_from(parts.prompt_len).ok()?)?;
+        on_device(&parts.sampling, &parts.stop, index)
+    }
+
+    /// Tells peers that prompts are computed, before anybody is told of a first token.
+    fn end_prompts(self, endpoint: &Endpoint) {
+        for work in self.plan.work.iter().filter(|work| work.samples) {
+            if let Some(Part::PrefillFor(handoff)) = self.part(work) {
+                endpoint.computed(handoff);
+            }
+        }
+    }
+
+    fn share(self, sequence: usize) -> Option<Share<'a>> {
+        let work = &self.plan.work[sequence];
+        let active = self.requests.get(&work.request)?;
+        let (tokens, draft) = (self.scheduler.tokens(work.request), self.plan.draft(work));
+        Some(Share { work, tokens, draft, active })
+    }
+
+    fn part(self, work: &Work) -> Option<Part> {
+        self.requests.get(&work.request).map(|active| active.request.part)
+    }
+}
+
+impl Pusher<'_> {
+    /// Layers are computed, or will be by what a device was asked for so far.
+    fn push(&mut self, layers: Range<usize>) {
+        let Self { pass, inbox, outgoing, .. } = self;
+        let works = &pass.plan.work;
+        inbox.meet_reservations(|reserved| {
+            // Any other is for after the step: it has been computed, or waits to be computed in place.
+            let request = outgoing.request(reserved.handoff);
+            let is_computed_now = works.iter().any(|work| Some(work.request) == request);
+            is_computed_now && outgoing.announce(reserved, false) == Announced::ComputeAndPush
+        });
+        for work in works {
+            let Some(Part::PrefillFor(handoff)) = self.pass.part(work) else { continue };
+            // Layers above this one are as far as the step before took them.
+            let computed = TokenCount(work.first.0 + work.count.0);
+            match self.outgoing.due(handoff, layers.clone(), computed) {
+                Some(pieces) => {
+                    let begun = self.begin(handoff, work.request, pieces);
+                    self.outcome = std::mem::replace(&mut self.outcome, Ok(())).and(begun);
+                }
+                None if self.outgoing.blocks_in_place(handoff).is_some() => {
+                    fault::meet(self.fault, FaultStage::Pushing);
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Pushes pieces at once, or has them come down first.
+    fn begin(&mut self, handoff: HandoffId, request: RequestId, pieces: Vec<Piece>) -> Result<(), CudaError> {
+        let Some(pool) = self.pool else {
+            self.send(handoff, request, pieces);
+            return Ok(());
+        };
+        let arena = self.origin.arena;
+        let table = self.pass.scheduler.block_table(request);
+        let parts = self.outgoing.parts(handoff, &pieces, table, arena.shape().block_len);
+        let mut descent = pool.start_down(&parts, arena, &mut self.landing)?;
+        if descent.is_none() {
+            self.land()?;
+            descent = pool.start_down(&parts, arena, &mut self.landing)?;
+        }
+        match descent {
+            Some(descent) => self.under_way.push_back((handoff, request, pieces, descent)),
+            None => {
+                pool.bring_down(&parts, arena)?;
+                self.send(handoff, request, pieces);
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything has come down and is pushed.
+    fn land_all(&mut self) -> Result<(), CudaError> {
+        std::mem::replace(&mut self.outcome, Ok(()))?;
+        self.land()
+    }
+
+    fn land(&mut self) -> Result<(), CudaError> {
+        while let Some((handoff, request, pieces, descent)) = self.under_way.pop_front() {
+            let pool = self.pool.expect("only from a pool does anything come down");
+            pool.land(descent, self.origin.arena)?;
+            self.send(handoff, request, pieces);
+        }
+        self.landing = 0;
+        Ok(())
+    }
+
+    fn send(&mut self, handoff: HandoffId, request: RequestId, pieces: Vec<Piece>) {
+        let table = self.pass.scheduler.block_table(request);
+        self.outgoing.push(handoff, pieces, table, &self.origin);
+        fault::meet(self.fault, FaultStage::Pushing);
+    }
+}

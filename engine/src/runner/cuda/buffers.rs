@@ -1,0 +1,105 @@
+//! One buffer per intermediate result, `[rows][elements]` each, for the largest step.
+
+use std::sync::Arc;
+
+use tidemill_kernels::cuda::{Attention, CudaError, Driver};
+use tidemill_kernels::matrix::WeightDtype;
+
+use crate::memory::DeviceBuffer;
+use crate::models::ModelSpec;
+use crate::runner::RunnerLimits;
+
+#[derive(Debug)]
+pub(super) struct Buffers {
+    /// What passes from layer to layer.
+    pub(super) state: DeviceBuffer,
+    /// The state after a norm.
+    pub(super) normed: DeviceBuffer,
+    pub(super) query: DeviceBuffer,
+    pub(super) key: DeviceBuffer,
+    pub(super) value: DeviceBuffer,
+    pub(super) attended: DeviceBuffer,
+    pub(super) gate: DeviceBuffer,
+    pub(super) up: DeviceBuffer,
+    pub(super) gated: DeviceBuffer,
+    /// What attention to parts of long sequences came to, before it is joined: f32.
+    pub(super) partials: DeviceBuffer,
+    /// f32, `[logits rows][vocabulary]`
+    pub(super) logits: DeviceBuffer,
+    /// u64, likewise: memory to choose in.
+    pub(super) weights: DeviceBuffer,
+    /// u32, `[rows]`: what was chosen.
+    pub(super) tokens: DeviceBuffer,
+    /// f32, `[position][half]` each: all positions of the longest sequence.
+    pub(super) cos: DeviceBuffer,
+    pub(super) sin: DeviceBuffer,
+    pub(super) half: usize,
+}
+
+impl Buffers {
+    pub(super) fn new(
+        driver: &Arc<dyn Driver>,
+        spec: &ModelSpec,
+        dtype: WeightDtype,
+        limits: RunnerLimits,
+    ) -> Result<Self, CudaError> {
+        let rows = |elements: usize| DeviceBuffer::new(driver, limits.max_tokens * elements * dtype.bytes());
+        let logits = logits_rows(limits) * spec.vocab_size;
+        let [cos, sin] = rotation(spec, limits.max_model_len);
+        let table = |numbers: &[f32]| DeviceBuffer::holding(driver, bytemuck::cast_slice(numbers));
+        Ok(Self {
+            state: rows(spec.hidden_size)?,
+            normed: rows(spec.hidden_size)?,
+            query: rows(spec.query_size())?,
+            key: rows(spec.kv_size())?,
+            value: rows(spec.kv_size())?,
+            attended: rows(spec.query_size())?,
+            gate: rows(spec.intermediate_size)?,
+            up: rows(spec.intermediate_size)?,
+            gated: rows(spec.intermediate_size)?,
+            partials: DeviceBuffer::new(driver, partial_bytes(spec, limits))?,
+            logits: DeviceBuffer::new(driver, logits * size_of::<f32>())?,
+            weights: DeviceBuffer::new(driver, logits * size_of::<u64>())?,
+            tokens: DeviceBuffer::new(driver, limits.max_tokens * size_of::<u32>())?,
+            half: cos.len() / limits.max_model_len,
+            cos: table(&cos)?,
+            sin: table(&sin)?,
+        })
+    }
+
+    /// Rows whose attention, to sequences cut into so many parts, there is memory for.
+    pub(super) fn rows_with_partials(&self, spec: &ModelSpec, splits: u32) -> usize {
+        (self.partials.bytes() / row_partial_bytes(spec, splits)).max(1)
+    }
+}
+
+/// Rows whose logits there is memory for.
+pub(super) fn logits_rows(limits: RunnerLimits) -> usize {
+    limits.max_tokens.min(LOGITS_ROWS)
+}
+
+/// Cosines and sines of all positions, as [`Rotation`](crate::runner::rotation::Rotation) has them.
+fn rotation(spec: &ModelSpec, positions: usize) -> [Vec<f32>; 2] {
+    let frequencies = spec.rope.inverse_frequencies(spec.head_size);
+    let factor = spec.rope.attention_factor();
+    let angles = || {
+        let frequencies = &frequencies;
+        (0..positions).flat_map(move |position| frequencies.iter().map(move |it| position as f32 * it))
+    };
+    [angles().map(|it| it.cos() * factor).collect(), angles().map(|it| it.sin() * factor).collect()]
+}
+
+fn partial_bytes(spec: &ModelSpec, limits: RunnerLimits) -> usize {
+    let longest = u32::try_from(limits.max_model_len).expect("a sequence has fewer than 2^32 tokens");
+    let row = row_partial_bytes(spec, Attention::splits(longest));
+    (limits.max_tokens * row).min(PARTIAL_BYTES).max(row)
+}
+
+const fn row_partial_bytes(spec: &ModelSpec, splits: u32) -> usize {
+    spec.heads * splits as usize * (spec.head_size + 2) * size_of::<f32>()
+}
+
+/// Enough that reading the head's weights is not what takes the time.
+const LOGITS_ROWS: usize = 64;
+/// Steps of many rows with long sequences are attended to in several launches, each of which fills the device.
+const PARTIAL_BYTES: usize = 128 << 20;

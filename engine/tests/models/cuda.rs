@@ -1,0 +1,272 @@
+//! The forward pass on a GPU, which the emulator is here: against transformers, and tokens chosen there against the
+//! sampler of the CPU.
+
+use std::sync::Arc;
+
+use super::bench::{Storage, distance, fixture, goldens};
+use tidemill_engine::handle::{LoadFormat, ModelSource};
+use tidemill_engine::memory::{DevicePool, block_shape};
+use tidemill_engine::models::{LoadOptions, Model};
+use tidemill_engine::runner::{
+    Batch, BatchSequence, CudaRunner, LogitsWanted, OutcomeRow, RunnerLimits,
+};
+use tidemill_engine::sampler::{History, Sampler, chosen, on_device};
+use tidemill_engine_core::request::{SamplingParams, StopConditions};
+use tidemill_kernels::cuda::emulator::Order;
+use tidemill_kernels::cuda::fake::Fake;
+use tidemill_kernels::cuda::{DeviceAddress, Driver, SampleRow};
+use tidemill_kernels::matrix::WeightDtype;
+use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
+use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen};
+
+/// Makes the check a test of each fixture model.
+macro_rules! for_every_model {
+    ($($name:ident: $folder:literal,)*) => {
+        mod logits_and_tokens_are_those_of_transformers_and_of_the_sampler {
+            $(#[test] fn $name() { super::check($folder); })*
+        }
+    };
+}
+
+for_every_model! {
+    llama2: "llama2",
+    llama3: "llama3",
+    llama_bf16_new_keys: "llama-bf16-new-keys",
+    llama_bias: "llama-bias",
+    llama_f16_old_keys: "llama-f16-old-keys",
+    llama_yarn: "llama-yarn",
+    mistral: "mistral",
+    qwen2: "qwen2",
+    qwen2_window: "qwen2-window",
+    qwen3: "qwen3",
+    qwen3_yarn: "qwen3-yarn",
+}
+
+/// A runner on a fake device, and its blocks.
+struct Gpu {
+    runner: CudaRunner,
+    pool: DevicePool,
+    blocks_given: u32,
+}
+
+/// A sequence's place in the cache.
+struct Place {
+    blocks: Vec<DeviceAddress>,
+    len: usize,
+}
+
+impl Gpu {
+    fn new(fake: &Arc<Fake>, name: &str, storage: Storage, graph_sizes: &[usize]) -> Self {
+        let driver: Arc<dyn Driver> = Arc::clone(fake) as _;
+        let source = ModelSource::Folder(fixture(name));
+        let options = LoadOptions { threads: 1, format: LoadFormat::Safetensors, quantization: None };
+        let model = Model::load_on(&driver, options, &source, &mut |_| {}).expect("the fixture loads");
+        let block_len = BlockLen::new(storage.block_len).expect("a power of two");
+        let shape = block_shape(&model.kv_layout(storage.dtype, block_len, storage.order));
+        let pool = DevicePool::new(&driver, shape.block_bytes(), BlockCount(BLOCKS)).expect("memory");
+        let limits = RunnerLimits { max_tokens: 64, max_seqs: 4, max_model_len: 128 };
+        let runner = CudaRunner::new(Arc::new(model), driver, shape, limits, graph_sizes).expect("memory");
+        Self { runner, pool, blocks_given: 0 }
+    }
+
+    /// Blocks for a sequence, from both ends of the pool in turn.
+    fn place(&mut self, tokens: usize) -> Place {
+        let count = tokens.div_ceil(self.runner.shape().block_len);
+        let blocks = (0..count).map(|_| {
+            let nth = self.blocks_given;
+            self.blocks_given += 1;
+            let id = if nth.is_multiple_of(2) { nth / 2 } else { BLOCKS - 1 - nth / 2 };
+            self.pool.address(BlockId(id))
+        });
+        Place { blocks: blocks.collect(), len: 0 }
+    }
+
+    /// One step; each sequence's logits, or tokens where the device chooses.
+    fn step(
+        &mut self,
+        work: &[(&Place, &[u32])],
+        wanted: LogitsWanted,
+        choice: &dyn Fn(usize) -> Option<SampleRow>,
+    ) -> Vec<Vec<Row>> {
+        let sequences: Vec<BatchSequence<'_, DeviceAddress>> = work
+            .iter()
+            .map(|&(place, tokens)| BatchSequence {
+                tokens,
+                first_position: place.len as u32,
+                blocks: &place.blocks,
+                logits: wanted,
+            })
+            .collect();
+        let mut rows: Vec<Vec<Row>> = work.iter().map(|_| Vec::new()).collect();
+        let mut layers = Vec::new();
+        let batch = Batch { sequences: &sequences };
+        let choices = |sequence, _| choice(sequence);
+        let outcome = self.runner.step(&batch, &choices, &mut |done| layers.extend(done)).expect("it runs");
+        let take = |row: OutcomeRow<'_>| match row {
+            OutcomeRow::Logits(row) => rows[row.sequence].push(Row::Logits(row.logits.to_vec())),
+            OutcomeRow::Token { sequence, token, .. } => rows[sequence].push(Row::Token(token)),
+        };
+        outcome.for_each(take).expect("it runs");
+        assert!(layers.iter().copied().eq(0..self.runner.model().spec.layers), "each layer once, in order");
+        rows
+    }
+}
+
+#[derive(Debug)]
+enum Row {
+    Logits(Vec<f32>),
+    Token(u32),
+}
+
+impl Row {
+    fn logits(&self) -> &[f32] {
+        match self {
+            Self::Logits(logits) => logits,
+            Self::Token(token) => panic!("token {token} where logits were wanted"),
+        }
+    }
+}
+
+fn check(name: &str) {
+    let fake = Arc::new(Fake::new(Order::Forwards));
+    check_on(&fake, name);
+    fake.assert_nothing_left();
+}
+
+fn check_on(fake: &Arc<Fake>, name: &str) {
+    let dtype = Model::load(&ModelSource::Folder(fixture(name)), LoadFormat::Safetensors, &mut |_| {})
+        .expect("the fixture loads")
+        .dtype;
+    let (kv_dtype, bound) = match dtype {
+        WeightDtype::F32 => (KvDtype::F32, 1e-4),
+        WeightDtype::F16 => (KvDtype::F16, 1e-2),
+        // Every result between two operations is rounded to 8 bits, as K and V are.
+        WeightDtype::Bf16 => (KvDtype::Bf16, 8e-2),
+    };
+    let mut gpu = Gpu::new(fake, name, Storage { dtype: kv_dtype, block_len: 16, order: AxisOrder::HeadToken }, &[1, 4]);
+    let goldens = goldens(name);
+    // Beyond the window of those that have one.
+    let continued = if gpu.runner.model().spec.windows[1].is_some() { 24 } else { 6 };
+    let golden = &goldens[3];
+    let length = golden.prompt.len();
+    let tokens = [&golden.prompt[..], &golden.greedy[..continued]].concat();
+    let mut place = gpu.place(128);
+    gpu.step(&[(&place, &tokens[..10])], LogitsWanted::None, &|_| None);
+    place.len = 10;
+    let rows = gpu.step(&[(&place, &tokens[10..])], LogitsWanted::Tail(continued + 1), &|_| None).remove(0);
+    let prompt = golden.logits.last().expect("the last position is always there");
+    let far = distance(rows[0].logits(), prompt);
+    assert!(far < bound, "{name}: logits after {length} tokens differ by {far:e}");
+    for (row, &expected) in rows.iter().zip(&golden.greedy) {
+        // What is greatest by less than the error may not be.
+        let logits = row.logits();
+        let greatest = logits.iter().fold(0.0f32, |greatest, x| greatest.max(*x));
+        assert!(greatest - logits[expected as usize] <= bound * greatest, "{name}: {expected} is greedy");
+    }
+    place.len = tokens.len();
+    check_choices(&mut gpu, name, &place, golden.greedy[continued], goldens[0].prompt[0]);
+}
+
+/// The same step with logits and with tokens that the device chooses, in a batch of two.
+fn check_choices(gpu: &mut Gpu, name: &str, place: &Place, next: u32, first: u32) {
+    let other = gpu.place(16);
+    let work = [(place, &[next][..]), (&other, &[first][..])];
+    let logits = gpu.step(&work, LogitsWanted::Last, &|_| None);
+    let mut sampler = Sampler::new(gpu.runner.model().spec.vocab_size);
+    let stop = StopConditions::after(1);
+    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let warm = SamplingParams { temperature: 0.8, seed: 11, ..SamplingParams::default() };
+    let filtered = SamplingParams { top_k: Some(40), top_p: 0.9, min_p: 0.01, seed: 5, ..warm.clone() };
+    for params in [greedy, warm, filtered] {
+        for position in 0..2 {
+            let row = on_device(&params, &stop, position).expect("the device can");
+            let expected = logits.iter().map(|rows| {
+                sampler.choose(rows[0].logits(), History::default(), &params, &stop, position)
+            });
+            let expected: Vec<u32> = expected.map(|token| token.expect("logits are numbers")).collect();
+            let found = gpu.step(&work, LogitsWanted::Last, &|_| Some(row));
+            let found: Vec<u32> = found.iter().map(|rows| token(&rows[0])).collect();
+            assert_eq!(found, expected, "{name}: {params:?}");
+            // One by the device, one by the host, in one step.
+            let mixed = gpu.step(&work, LogitsWanted::Last, &|sequence| (sequence == 1).then_some(row));
+            assert_eq!(mixed[0][0].logits(), logits[0][0].logits(), "{name}");
+            assert_eq!(token(&mixed[1][0]), expected[1], "{name}: {params:?}");
+        }
+    }
+}
+
+#[test]
+fn a_graph_gives_the_bits_of_its_launches() {
+    let fake = Arc::new(Fake::new(Order::Random(3)));
+    let storage = Storage { dtype: KvDtype::Bf16, ..Storage::PLAIN };
+    let mut found = Vec::new();
+    for sizes in [&[][..], &[1, 4]] {
+        let mut gpu = Gpu::new(&fake, "llama-bf16-new-keys", storage, sizes);
+        let mut places = [gpu.place(40), gpu.place(40), gpu.place(40)];
+        let mut bits = Vec::new();
+        // Rows come and go; one sequence gets to its second block.
+        for step in 0..19_u32 {
+            let count = [1, 3, 3, 2][step as usize % 4];
+            let tokens: Vec<u32> = (0..3).map(|sequence| 3 + step * 5 + sequence).collect();
+            let work: Vec<_> = places[..count].iter().zip(tokens.chunks(1)).collect();
+            for row in gpu.step(&work, LogitsWanted::Last, &|_| None) {
+                bits.extend(row[0].logits().iter().map(|logit| logit.to_bits()));
+            }
+            places[..count].iter_mut().for_each(|place| place.len += 1);
+        }
+        found.push(bits);
+    }
+    assert!(found[0] == found[1]);
+    fake.assert_nothing_left();
+}
+
+/// K and V in fewer bits than the weights, in blocks of either order: as close to transformers as on the CPU.
+#[test]
+fn narrow_kv_stays_within_bounds() {
+    let golden = &goldens("llama3")[3];
+    for (dtype, order, bound) in
+        [(KvDtype::F16, AxisOrder::TokenHead, 5e-3), (KvDtype::Int8, AxisOrder::HeadToken, 8e-2)]
+    {
+        let fake = Arc::new(Fake::new(Order::Random(5)));
+        let mut gpu = Gpu::new(&fake, "llama3", Storage { dtype, block_len: 4, order }, &[]);
+        let place = gpu.place(golden.prompt.len());
+        let rows = gpu.step(&[(&place, &golden.prompt)], LogitsWanted::Last, &|_| None);
+        let far = distance(rows[0][0].logits(), golden.logits.last().expect("the last position"));
+        assert!((1e-5..bound).contains(&far), "{dtype:?}: {far:e}");
+        drop(gpu);
+        fake.assert_nothing_left();
+    }
+}
+
+#[test]
+fn the_host_waits_once_for_a_step_whose_tokens_the_device_chooses() {
+    let fake = Arc::new(Fake::new(Order::Backwards));
+    let mut gpu = Gpu::new(&fake, "llama3", Storage::PLAIN, &[2]);
+    let [mut first, mut second] = [gpu.place(16), gpu.place(16)];
+    let row = Some(SampleRow::default());
+    for step in 0..4_u32 {
+        let before = fake.calls();
+        gpu.step(&[(&first, &[3 + step][..]), (&second, &[9][..])], LogitsWanted::Last, &|_| row);
+        let calls = fake.calls();
+        assert_eq!(calls.waits - before.waits, 1, "step {step}");
+        assert_eq!(calls.allocations, before.allocations, "step {step}");
+        // The first time launch by launch, the second time recorded, then asked for in one call.
+        if 1 < step {
+            assert_eq!((calls.launches, calls.replays), (before.launches, before.replays + 1), "step {step}");
+        }
+        first.len += 1;
+        second.len += 1;
+    }
+    drop(gpu);
+    fake.assert_nothing_left();
+}
+
+fn token(row: &Row) -> u32 {
+    match row {
+        Row::Token(token) => chosen(*token).expect("logits are numbers"),
+        Row::Logits(_) => panic!("logits where a token was wanted"),
+    }
+}
+
+/// Blocks of a pool: some more than the sequences take.
+const BLOCKS: u32 = 16;

@@ -1,0 +1,241 @@
+//! Whole engines on a GPU, which the emulator is here: the same tokens as on the CPU, whatever else runs, and by every way
+//! of a handoff between the two. Nothing of the device's memory is left at the end.
+
+use super::*;
+use std::sync::Arc;
+
+use tidemill_engine::handle::{CudaGraphs, DeviceChoice};
+use tidemill_kernels::cuda::CudaError;
+use tidemill_kernels::cuda::emulator::Order;
+use tidemill_kernels::cuda::fake::Fake;
+
+/// Engines on devices that are looked at when all have ended.
+#[derive(Default)]
+struct Gpus(Vec<(Arc<Fake>, EngineHandle)>);
+
+impl Gpus {
+    fn start(&mut self, config: EngineConfig) -> EngineHandle {
+        let fake = Arc::new(Fake::new(Order::Forwards));
+        let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
+        let engine = start(EngineConfig { device, ..config });
+        self.0.push((fake, engine.clone()));
+        engine
+    }
+
+    /// Ends all.
+    fn end(self) {
+        for (fake, engine) in self.0 {
+            closes(&engine);
+            engine.clone().shutdown();
+            ends(&engine);
+            fake.assert_nothing_left();
+        }
+    }
+}
+
+/// The engine thread ends, and all that it had is dropped before.
+fn ends(engine: &EngineHandle) {
+    let deadline = Instant::now() + LIMIT;
+    while engine.is_alive() {
+        assert!(Instant::now() < deadline, "the engine thread does not end");
+        std::thread::yield_now();
+    }
+}
+
+/// Prompts from one token to several blocks, some of which begin alike. Every third is chosen by the host, the others on the
+/// device.
+fn small_request(which: u32, part: Part) -> Request {
+    let length = [1, 14, 16, 37][which as usize % 4];
+    let tokens: Vec<TokenId> = (0..length).map(|index| 3 + (index * 7 + index / 16 * which) % 200).collect();
+    let sampling = SamplingParams {
+        temperature: if which.is_multiple_of(2) { 0.0 } else { 0.9 },
+        seed: which.into(),
+        logprobs: (which % 3 == 2).then_some(2),
+        repetition_penalty: if which == 4 { 1.1 } else { 1.0 },
+        ..SamplingParams::default()
+    };
+    Request {
+        prompt_len: TokenCount(length),
+        tokens,
+        sampling,
+        stop: StopConditions::after(SMALL_OUTPUT),
+        ..request(which, part)
+    }
+}
+
+fn small_config(role: Role) -> EngineConfig {
+    EngineConfig {
+        max_num_batched_tokens: 64,
+        max_model_len: Some(64),
+        kv_cache_memory: Some(24 * 16 * BYTES_PER_TOKEN),
+        ..config("llama3", role)
+    }
+}
+
+fn ids(output: &Output) -> Vec<TokenId> {
+    output.iter().map(|(token, _)| *token).collect()
+}
+
+/// What one worker on the CPU answers.
+fn expected() -> Vec<Vec<TokenId>> {
+    let alone = start(small_config(Role::Hybrid));
+    let one = |which| output(submit(&alone, small_request(which, Part::Whole), None));
+    (0..REQUESTS).map(|which| ids(&one(which))).collect()
+}
+
+#[test]
+fn a_gpu_answers_as_the_cpu_does_whatever_else_runs() {
+    let expected = expected();
+    #[rustfmt::skip]
+    let rows: [(&str, Change); 4] = [
+        ("all at once",     |_| {}),
+        ("in chunks of 7",  |it| it.max_num_batched_tokens = 7),
+        ("launch by launch", |it| it.cuda_graphs = CudaGraphs::Off),
+        ("with guesses", |it| *it = speculation::guessing(it.clone())),
+    ];
+    let mut gpus = Gpus::default();
+    for (row, change) in rows {
+        let mut config = small_config(Role::Hybrid);
+        change(&mut config);
+        let engine = gpus.start(config);
+        let submit_one = |which| submit(&engine, small_request(which, Part::Whole), None);
+        let streams: Vec<_> = (0..REQUESTS).map(submit_one).collect();
+        for (stream, expected) in streams.into_iter().zip(&expected) {
+            assert_eq!(&ids(&output(stream)), expected, "{row}");
+        }
+        // From the prefix cache.
+        assert_eq!(&ids(&output(submit_one(3))), &expected[3], "{row}, warm");
+        assert!(0 < engine.status().counters.prefix_hits, "{row}: {:?}", engine.status());
+    }
+    gpus.end();
+}
+
+#[test]
+fn who_loses_its_blocks_starts_over_with_the_same_tokens() {
+    let long = |which: u32| Request { stop: StopConditions::after(28), ..small_request(1 + 4 * which, Part::Whole) };
+    let config = EngineConfig {
+        kv_cache_memory: Some(4 * 16 * BYTES_PER_TOKEN),
+        prefix_cache: false,
+        ..small_config(Role::Hybrid)
+    };
+    let answers = |engine: &EngineHandle| -> Vec<Vec<TokenId>> {
+        let streams: Vec<_> = (0..3).map(|which| submit(engine, long(which), None)).collect();
+        streams.into_iter().map(|stream| ids(&output(stream))).collect()
+    };
+    let expected = answers(&start(small_config(Role::Hybrid)));
+    let mut gpus = Gpus::default();
+    let engine = gpus.start(config);
+    assert_eq!(answers(&engine), expected);
+    closes(&engine);
+    assert!(0 < engine.status().counters.preemptions, "{:?}", engine.status());
+    gpus.end();
+}
+
+#[test]
+fn split_between_kinds_of_devices_equals_whole() {
+    let expected = expected();
+    let (shm, tcp) = (TransportChoice::SharedMemory, TransportChoice::Tcp);
+    #[rustfmt::skip]
+    let rows: [(&str, [bool; 2], TransportChoice, Change, Change); 5] = [
+        ("GPU to CPU",                  [true, false], shm, |_| {},                 |_| {}),
+        ("CPU to GPU",                  [false, true], shm, |_| {},                 |_| {}),
+        ("GPU to GPU, tcp",             [true, true],  tcp, |_| {},                 |_| {}),
+        ("GPU to CPU, blocks 16 to 32", [true, false], tcp, |_| {},                 |d| d.block_len = 32),
+        ("CPU to GPU in chunks, axes turned", [false, true], shm, |p| p.max_num_batched_tokens = 7, |d| {
+            d.axis_order = AxisOrder::HeadToken;
+        }),
+    ];
+    let mut gpus = Gpus::default();
+    for (row, on_gpu, transport, change_prefill, change_decode) in rows {
+        let (mut prefill, mut decode) = (small_config(Role::Prefill), small_config(Role::Decode));
+        (prefill.transport, decode.transport) = (transport, transport);
+        change_prefill(&mut prefill);
+        change_decode(&mut decode);
+        let mut start = |is_gpu, config| if is_gpu { gpus.start(config) } else { start(config) };
+        let pair = Pair { prefill: start(on_gpu[0], prefill), decode: start(on_gpu[1], decode) };
+        pair.link();
+        // Decode has some blocks in its prefix cache that it has computed itself; whoever computes in place reads them there.
+        let alone = output(submit(&pair.decode, small_request(3, Part::Whole), None));
+        assert_eq!(&ids(&alone), &expected[3], "{row}, decode alone");
+        for round in ["cold", "warm"] {
+            let submit_one = |which| pair.submit_request(&small_request(which, Part::Whole));
+            let streams: Vec<_> = (0..REQUESTS).map(submit_one).collect();
+            for (streams, expected) in streams.into_iter().zip(&expected) {
+                assert_eq!(&ids(&pair.output(streams)), expected, "{row}, {round}");
+            }
+        }
+        closes(&pair.prefill);
+        closes(&pair.decode);
+        let counters = pair.prefill.status().counters;
+        assert_eq!(counters.handoffs, 2 * u64::from(REQUESTS), "{row}: {counters:?}");
+        // A CPU computes in the arena of a GPU's worker, where the layout is the same.
+        assert_eq!(counters.handoff_in_place != 0, row == "CPU to GPU", "{row}: {counters:?}");
+    }
+    gpus.end();
+}
+
+#[test]
+fn a_cancelled_request_frees_both_sides() {
+    let mut gpus = Gpus::default();
+    let mut prefill = small_config(Role::Prefill);
+    prefill.max_num_batched_tokens = 16;
+    let pair = Pair { prefill: gpus.start(prefill), decode: gpus.start(small_config(Role::Decode)) };
+    pair.link();
+    for round in 0..8 {
+        let (prefill, decode) = pair.submit_request(&small_request(3, Part::Whole));
+        for _ in 0..round {
+            std::thread::yield_now(); // Meets other stages in other rounds; none must matter.
+        }
+        pair.decode.cancel(decode.0);
+        pair.prefill.cancel(prefill.0);
+    }
+    closes(&pair.prefill);
+    closes(&pair.decode);
+    let output = pair.output(pair.submit_request(&small_request(0, Part::Whole)));
+    assert_eq!(output.len(), SMALL_OUTPUT as usize, "it still serves");
+    gpus.end();
+}
+
+#[test]
+fn what_a_gpu_does_not_do_is_refused_before_weights_are_read() {
+    let fake: Arc<Fake> = Arc::new(Fake::new(Order::Forwards));
+    let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
+    let quantization = Some(tidemill_engine::handle::Quantization::Int8);
+    let config = EngineConfig { device, quantization, ..small_config(Role::Hybrid) };
+    let error = EngineHandle::start(config, &mut |_| {}).map(drop).expect_err("it is for the CPU alone");
+    assert!(error.to_string().contains("CPU alone"), "{error}");
+    fake.assert_nothing_left();
+}
+
+#[test]
+fn a_gpu_without_room_is_an_error_that_leaves_nothing() {
+    let fake = Arc::new(Fake::new(Order::Forwards).with_capacity(200 << 10));
+    let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
+    let config = EngineConfig { device, ..small_config(Role::Hybrid) };
+    let error = EngineHandle::start(config, &mut |_| {}).map(drop).expect_err("it has less");
+    assert!(format!("{error:?}").contains("OutOfMemory"), "{error:?}");
+    fake.assert_nothing_left();
+}
+
+#[test]
+fn a_gpu_that_fails_ends_its_requests_and_its_worker() {
+    let fake = Arc::new(Fake::new(Order::Forwards));
+    let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
+    let engine = start(EngineConfig { device, ..small_config(Role::Hybrid) });
+    fake.fail_after(12, CudaError::OutOfMemory { bytes: 1 });
+    let (_, stream) = submit(&engine, small_request(1, Part::Whole), None);
+    loop {
+        match stream.recv_timeout(LIMIT) {
+            Ok(EngineEvent::Token { .. }) => {}
+            Ok(EngineEvent::Failed { recovery: Recovery::Reroute, message }) => {
+                assert!(message.contains("the device failed"), "{message}");
+                break;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    ends(&engine);
+}
+
+const REQUESTS: u32 = 5;
+const SMALL_OUTPUT: u32 = 5;
