@@ -8,6 +8,7 @@
 
 mod boot;
 mod device;
+pub mod device_name;
 mod draft_model;
 mod driver;
 pub mod engine;

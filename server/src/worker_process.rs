@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use indicatif::MultiProgress;
 use tidemill_engine::engine::EngineHandle;
-use tidemill_engine::handle::{CudaGraphs, DeviceChoice, EngineConfig, LoadFormat, LoadProgress};
+use tidemill_engine::handle::{DeviceChoice, EngineConfig, LoadFormat, LoadProgress};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,8 @@ pub(crate) fn run(flags: &WorkerFlags) -> anyhow::Result<ExitCode> {
     let model = model_source::resolve(&flags.model, &bars)?;
     let draft_model = draft_model::resolve(&flags.engine, &flags.model, &model, &bars)?;
     let mut progress = ProgressReport { supervised: flags.supervised, stage: "" };
-    let config = EngineConfig { draft_model, ..engine_config(flags, &model) };
+    let device = flags.engine.device.open().with_context(|| format!("--device {}", flags.engine.device))?;
+    let config = EngineConfig { draft_model, ..engine_config(flags, &model, device) };
     let engine = EngineHandle::start(config, &mut |step| progress.report(step))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let served = runtime.block_on(serve(flags, &model.name, engine));
@@ -115,15 +116,15 @@ async fn until_dead(engine: &EngineHandle) {
     }
 }
 
-fn engine_config(flags: &WorkerFlags, model: &ResolvedModel) -> EngineConfig {
+fn engine_config(flags: &WorkerFlags, model: &ResolvedModel, device: DeviceChoice) -> EngineConfig {
     let engine = &flags.engine;
     let default_name = || format!("{}-{}", typed(flags.role), std::process::id());
     EngineConfig {
         name: flags.name.clone().unwrap_or_else(default_name),
         role: flags.role.role(),
         model: model.source.clone(),
-        device: DeviceChoice::Cpu,
-        cuda_graphs: CudaGraphs::Usual,
+        device,
+        cuda_graphs: engine.cuda_graphs(),
         load_format: match engine.load_format {
             LoadFormatName::Safetensors => LoadFormat::Safetensors,
             LoadFormatName::Dummy => LoadFormat::Dummy { seed: engine.seed },

@@ -140,3 +140,38 @@ fn the_doctor_reports_in_both_forms() {
     let report: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
     assert!(report["findings"].as_array().is_some_and(|findings| !findings.is_empty()), "{report}");
 }
+
+#[test]
+fn a_gpu_that_is_not_there_is_refused_with_the_reason() {
+    for command in [&["serve"][..], &["worker", "--role", "hybrid"]] {
+        let arguments: Vec<&str> = command.iter().copied().chain(["--device", "cuda:1000"]).collect();
+        let output = tidemill(&arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let said = text(&output.stderr);
+        assert!(said.contains("invalid value 'cuda:1000' for '--device <NAME>': "), "{said}");
+        // No machine has so many; most have none.
+        let reasons = [
+            "no driver for NVIDIA GPUs: libcuda.so.1 was not found",
+            "there is no GPU 1000: the driver sees ",
+            "the NVIDIA driver is for CUDA ",
+        ];
+        assert!(reasons.iter().any(|reason| said.contains(reason)), "{said}");
+    }
+}
+
+/// No library's folder, no home, no path: what is found there is in the binary and in the system's own places.
+#[test]
+fn an_empty_environment_is_enough() {
+    let doctor = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+        command.env_clear().arg("doctor").stdin(Stdio::null());
+        command.output().expect("the binary starts")
+    };
+    let output = doctor();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let said = text(&output.stdout);
+    let gpus = said.lines().find(|line| line.contains(" gpus ")).expect("has a line for GPUs");
+    if !std::path::Path::new("/proc/driver/nvidia").exists() {
+        assert!(gpus.contains("cpu only: "), "{gpus}");
+    }
+}

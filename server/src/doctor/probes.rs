@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::{fs, thread};
 
-use nvml_wrapper::Nvml;
 use rustix::process::{Resource, getrlimit};
+use tidemill_engine::device_name::{self, CudaError, GpuProperties};
 use tidemill_engine::handle::Isa;
 use tidemill_engine::memory::available_bytes;
 use tidemill_engine::network::{self, PortReport, Unavailable};
@@ -100,21 +100,25 @@ fn shared_memory() -> Finding {
 }
 
 fn gpus() -> Finding {
-    let listed = Nvml::init().and_then(|nvml| {
-        let count = nvml.device_count()?;
-        (0..count).map(|index| nvml.device_by_index(index)?.name()).collect::<Result<Vec<String>, _>>()
-    });
-    match listed {
-        Ok(names) if !names.is_empty() => Finding::limited(
-            "gpus",
-            names.join(", "),
-            "this version computes on the CPU; CUDA kernels are to come",
-        ),
-        _ if Path::new("/proc/driver/nvidia").exists() => {
-            Finding::limited("gpus", "a driver without a usable library", "is libnvidia-ml.so.1 installed?")
+    let gpus = match device_name::gpus() {
+        Ok(gpus) if !gpus.is_empty() => gpus,
+        Ok(_) => return Finding::absent("gpus", "cpu only: the NVIDIA driver sees no GPU"),
+        Err(CudaError::NoDriver { reason }) if Path::new("/proc/driver/nvidia").exists() => {
+            return Finding::limited("gpus", "a driver without a usable library", reason);
         }
-        _ => Finding::absent("gpus", "no NVIDIA driver"),
+        Err(reason) => return Finding::absent("gpus", format!("cpu only: {reason}")),
+    };
+    let names: Vec<String> = gpus.iter().map(|(gpu, _)| describe_gpu(gpu)).collect();
+    let names = names.join("; ");
+    match gpus.into_iter().find_map(|(_, reason)| reason) {
+        None => Finding::good("gpus", format!("{names}; used with --device cuda:N or auto")),
+        Some(reason) => Finding::limited("gpus", names, reason.to_string()),
     }
+}
+
+fn describe_gpu(gpu: &GpuProperties) -> String {
+    let GpuProperties { name, compute_capability, multiprocessors, .. } = gpu;
+    format!("{name} ({compute_capability}, {multiprocessors} multiprocessors)")
 }
 
 fn rdma() -> Finding {

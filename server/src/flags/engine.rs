@@ -3,7 +3,8 @@
 use std::str::FromStr;
 
 use clap::Args;
-use tidemill_engine::handle::{Isa, Quantization, UnknownIsa};
+use tidemill_engine::device_name::{DeviceName, UnknownDevice};
+use tidemill_engine::handle::{CudaGraphs, Isa, Quantization, UnknownIsa};
 
 use super::speculative::{DraftName, SpeculativeConfig};
 use super::values::{
@@ -107,6 +108,23 @@ pub(crate) struct EngineFlags {
     /// Threads that compute, each on its own core [default: one per core]
     #[arg(long, env = "TIDEMILL_THREADS", value_name = "N", value_parser = positive())]
     pub(crate) threads: Option<u32>,
+    /// What to compute on: cpu, cuda:N for GPU N, or auto for the first GPU where it is of use, else the CPU
+    #[arg(long, env = "TIDEMILL_DEVICE", value_name = "NAME", default_value_t, value_parser = device)]
+    pub(crate) device: DeviceName,
+    /// Sequences in a decode step for which a GPU records a graph, comma-separated [default: 1, 2, 4, then every eighth up
+    /// to 256 and every sixteenth up to 512]
+    #[arg(
+        long,
+        env = "TIDEMILL_CUDA_GRAPH_SIZES",
+        value_name = "N,…",
+        value_delimiter = ',',
+        value_parser = positive(),
+        conflicts_with = "enforce_eager"
+    )]
+    pub(crate) cuda_graph_sizes: Vec<u32>,
+    /// Launch each step of a GPU kernel by kernel, without graphs
+    #[arg(long, env = "TIDEMILL_ENFORCE_EAGER")]
+    pub(crate) enforce_eager: bool,
     /// Instructions to compute with, such as avx2 or portable, to compare them [default: the fastest there are]
     #[arg(long, env = "TIDEMILL_CPU_ISA", value_name = "NAME", value_parser = cpu_isa)]
     pub(crate) cpu_isa: Option<Isa>,
@@ -146,6 +164,12 @@ pub(crate) struct EngineFlags {
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Engine, per role")]
 pub(crate) struct RoleOverrides {
+    /// --device of prefill workers
+    #[arg(long, env = "TIDEMILL_PREFILL_DEVICE", value_name = "NAME", value_parser = device)]
+    prefill_device: Option<DeviceName>,
+    /// --device of decode workers
+    #[arg(long, env = "TIDEMILL_DECODE_DEVICE", value_name = "NAME", value_parser = device)]
+    decode_device: Option<DeviceName>,
     /// --block-size of prefill workers
     #[arg(long, env = "TIDEMILL_PREFILL_BLOCK_SIZE", value_name = "TOKENS", value_parser = block_size)]
     prefill_block_size: Option<u32>,
@@ -213,6 +237,12 @@ impl EngineFlags {
             ),
             RoleName::Hybrid => (None, None, None, None),
         };
+        let device = match role {
+            RoleName::Prefill => overrides.prefill_device,
+            RoleName::Decode => overrides.decode_device,
+            RoleName::Hybrid => None,
+        };
+        flags.device = device.unwrap_or(flags.device);
         flags.block_size = block_size.unwrap_or(flags.block_size);
         flags.kv_cache_dtype = dtype.unwrap_or(flags.kv_cache_dtype);
         flags.axis_order = order.unwrap_or(flags.axis_order);
@@ -221,10 +251,20 @@ impl EngineFlags {
         flags
     }
 
+    /// Which decode steps of a GPU are recorded.
+    pub(crate) fn cuda_graphs(&self) -> CudaGraphs {
+        match &self.cuda_graph_sizes[..] {
+            _ if self.enforce_eager => CudaGraphs::Off,
+            [] => CudaGraphs::Usual,
+            sizes => CudaGraphs::Sizes(sizes.to_vec()),
+        }
+    }
+
     /// The arguments that make a worker of these flags. `threads` is left out: `serve` hands out cores.
     pub(crate) fn to_arguments(&self) -> Vec<String> {
         let mut arguments = Vec::new();
         let mut set = |flag: &str, value: String| arguments.extend([format!("--{flag}"), value]);
+        set("device", self.device.to_string());
         set("max-num-seqs", self.max_num_seqs.to_string());
         set("max-num-batched-tokens", self.max_num_batched_tokens.to_string());
         set("max-queue", self.max_queue.to_string());
@@ -236,6 +276,10 @@ impl EngineFlags {
         set("transport", typed(self.transport));
         set("handoff", typed(self.handoff));
         set("digest", typed(self.digest));
+        if !self.cuda_graph_sizes.is_empty() {
+            let sizes: Vec<String> = self.cuda_graph_sizes.iter().map(u32::to_string).collect();
+            set("cuda-graph-sizes", sizes.join(","));
+        }
         if !self.rdma_devices.is_empty() {
             set("rdma-devices", self.rdma_devices.join(","));
         }
@@ -265,6 +309,7 @@ impl EngineFlags {
             ("--require-transport", self.require_transport),
             ("--no-in-place", self.no_in_place),
             ("--huge-pages", self.huge_pages),
+            ("--enforce-eager", self.enforce_eager),
         ];
         arguments.extend(switches.iter().filter(|(_, on)| *on).map(|(flag, _)| (*flag).to_owned()));
         arguments
@@ -292,6 +337,12 @@ fn block_size(text: &str) -> Result<u32, String> {
 pub(crate) fn cpu_isa(name: &str) -> Result<Isa, String> {
     let isa: Isa = name.parse().map_err(|error: UnknownIsa| error.to_string())?;
     if isa.is_available() { Ok(isa) } else { Err(format!("this machine does not have {isa}")) }
+}
+
+/// Refuses at once a GPU that is not there, with the reason.
+fn device(name: &str) -> Result<DeviceName, String> {
+    let device: DeviceName = name.parse().map_err(|error: UnknownDevice| error.to_string())?;
+    device.check().map(|()| device).map_err(|error| error.to_string())
 }
 
 /// The hub's usual branch.
@@ -344,6 +395,10 @@ mod tests {
             r#"{"method": "ngram", "num_speculative_tokens": 5}"#,
             "--cpu-isa",
             "portable",
+            "--decode-device",
+            "auto",
+            "--cuda-graph-sizes",
+            "1,8,3",
             "--quantization",
             "int4",
             "--huge-pages",
@@ -372,12 +427,45 @@ mod tests {
         assert_eq!((decode.transport, decode.handoff), (TransportName::Rdma, HandoffName::Pull));
         assert_eq!(decode.speculative_config.as_ref().map(|it| it.settings.most), Some(5));
         assert_eq!(prefill.cpu_isa, Some(Isa::Portable));
+        assert_eq!((prefill.device, decode.device), (DeviceName::Cpu, DeviceName::Auto));
+        assert_eq!(decode.cuda_graphs(), CudaGraphs::Sizes(vec![1, 8, 3]));
         assert_eq!(decode.quantization, Some(Quantization::Int4 { group: 32 }));
         assert_eq!(
             (decode.rdma_devices.join(" "), decode.rdma_gid_index),
             ("mlx5_0 mlx5_1:2".into(), Some(3))
         );
         assert!(prefill.huge_pages && decode.huge_pages);
+    }
+
+    #[test]
+    fn devices_that_are_unknown_or_absent_are_refused() {
+        let error = Cli::try_parse_from(["tidemill", "serve", "--device", "tpu"]).expect_err("is none");
+        assert!(error.to_string().contains("`tpu` is no device; there are cpu, auto, and cuda:0"), "{error}");
+        let beyond = Cli::try_parse_from(["tidemill", "serve", "--prefill-device", "cuda:1000"]);
+        let text = beyond.expect_err("no machine has so many").to_string();
+        let reason = DeviceName::Cuda(1000).check().expect_err("no machine has so many").to_string();
+        assert!(text.contains(&reason), "{text}");
+    }
+
+    #[test]
+    fn graphs_are_recorded_as_typed() {
+        for (typed, expected) in [
+            (&[][..], CudaGraphs::Usual),
+            (&["--cuda-graph-sizes", "4"], CudaGraphs::Sizes(vec![4])),
+            (&["--enforce-eager"], CudaGraphs::Off),
+        ] {
+            let arguments = ["tidemill", "serve"].iter().chain(typed);
+            let Command::Serve(serve) = Cli::parse_from(arguments).command else { panic!("typed serve") };
+            assert_eq!(serve.engine.cuda_graphs(), expected);
+            // And the worker hears of it.
+            let arguments = serve.engine.to_arguments();
+            let worker = ["tidemill", "worker", "--role", "hybrid"].map(str::to_owned).into_iter();
+            let Command::Worker(worker) = Cli::parse_from(worker.chain(arguments)).command else {
+                panic!("made a worker's arguments")
+            };
+            assert_eq!(worker.engine.cuda_graphs(), expected);
+        }
+        assert!(Cli::try_parse_from(["tidemill", "serve", "--cuda-graph-sizes", "0"]).is_err());
     }
 
     #[test]

@@ -283,7 +283,9 @@ impl State {
     }
 
     pub(super) fn is_done(&mut self, ticket: Ticket) -> Result<bool, CudaError> {
-        let Some(event) = self.event(ticket) else { return Ok(true) };
+        let Some(event) = self.event(ticket).filter(|_| !self.timeline.is_over(ticket.moment)) else {
+            return Ok(true);
+        };
         let done = event.is_done()?;
         if done {
             self.arrived(ticket);
