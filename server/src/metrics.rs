@@ -8,16 +8,19 @@
 mod links;
 mod names;
 mod request;
+mod worker;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use metrics::{Counter, Histogram, counter, gauge, histogram, with_local_recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use tidemill_engine::handle::{Counters, CreditLoad, Ledger, Role, SpeculationSums};
+use tidemill_engine::handle::{Counters, CreditLoad, Ledger, Role};
 use tidemill_engine_core::journey::FALLBACKS;
+
+use self::worker::WorkerSeries;
 
 pub(crate) use request::{Outcome, RequestRecord};
 
@@ -27,8 +30,8 @@ pub(crate) struct Metrics {
     handle: PrometheusHandle,
     model: String,
     requests: Requests,
-    /// Last report of each worker, by name.
-    workers: Mutex<BTreeMap<String, (u64, Counters)>>,
+    /// By name.
+    workers: Mutex<BTreeMap<String, WorkerSeries>>,
     observations: AtomicU64,
 }
 
@@ -106,21 +109,31 @@ impl Metrics {
 
     /// Records what a living worker reported.
     pub(crate) fn record_worker_status(&self, status: &WorkerStatusSnapshot<'_>) {
-        let grown = {
-            let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
-            let seen =
-                workers.entry(status.worker.to_owned()).or_insert((status.instance, Counters::default()));
-            if seen.0 != status.instance {
-                *seen = (status.instance, Counters::default());
+        let mut workers = self.workers();
+        let known = workers.get_mut(status.worker).filter(|it| it.is_of(status.role));
+        let series = match known {
+            Some(series) => series,
+            None => {
+                let last = workers.remove(status.worker).map(WorkerSeries::into_last);
+                let series = with_local_recorder(&self.recorder, || {
+                    WorkerSeries::register(&self.model, status.worker, status.role, last)
+                });
+                workers.entry(status.worker.to_owned()).or_insert(series)
             }
-            let grown = difference(&status.counters, &seen.1);
-            seen.1 = status.counters;
-            grown
         };
-        with_local_recorder(&self.recorder, || {
-            self.set_gauges(status);
-            self.add_counters(status.worker, &grown);
-        });
+        let accepted_at = series.record(status);
+        drop(workers);
+        for (place, value) in accepted_at {
+            let (model, engine) = (self.model.clone(), status.worker.to_owned());
+            let place = place.to_string();
+            with_local_recorder(&self.recorder, || {
+                counter!(
+                    names::SPECULATION_ACCEPTED_AT,
+                    "model_name" => model, "engine" => engine, "position" => place
+                )
+                .increment(value);
+            });
+        }
     }
 
     /// Records that a worker is gone; its gauges say so until it reports again.
@@ -168,11 +181,15 @@ impl Metrics {
     /// Records one value that a worker measured; `name` is as in the protocol. Unknown names come from newer workers
     /// and are dropped.
     pub(crate) fn record_sample(&self, worker: &str, name: &str, value: f64) {
-        let Some(&(_, full_name)) = names::SAMPLES.iter().find(|(short, _)| *short == name) else { return };
-        with_local_recorder(&self.recorder, || {
-            let (model, engine) = (self.model.clone(), worker.to_owned());
-            histogram!(full_name, "model_name" => model, "engine" => engine).record(value);
-        });
+        let Some(place) = names::SAMPLES.iter().position(|(short, _)| *short == name) else { return };
+        match self.workers().get(worker) {
+            Some(series) => series.samples[place].record(value),
+            // It measured something before its first status.
+            None => with_local_recorder(&self.recorder, || {
+                let (model, engine) = (self.model.clone(), worker.to_owned());
+                histogram!(names::SAMPLES[place].1, "model_name" => model, "engine" => engine).record(value);
+            }),
+        }
         self.observed(1);
     }
 
@@ -181,73 +198,8 @@ impl Metrics {
         with_local_recorder(&self.recorder, || counter!(names::REFUSALS, "reason" => reason).increment(1));
     }
 
-    fn set_gauges(&self, status: &WorkerStatusSnapshot<'_>) {
-        let (model, worker) = (self.model.clone(), status.worker.to_owned());
-        let ledger = &status.ledger;
-        let usage = f64::from(ledger.used().0) / f64::from(ledger.total.0.max(1));
-        for (name, value) in [
-            (names::RUNNING, f64::from(status.running)),
-            (names::WAITING, f64::from(status.waiting)),
-            (names::CACHE_USAGE, usage),
-        ] {
-            gauge!(name, "model_name" => model.clone(), "engine" => worker.clone()).set(value);
-        }
-        for (state, blocks) in [
-            ("free", ledger.free),
-            ("cached", ledger.cached),
-            ("held", ledger.held),
-            ("reserved", ledger.reserved),
-            ("quarantined", ledger.quarantined),
-        ] {
-            gauge!(names::BLOCKS, "worker" => worker.clone(), "state" => state).set(f64::from(blocks.0));
-        }
-        let CreditLoad { granted_bytes, waiting_bytes, waiting_handoffs } = status.credit;
-        for (name, value) in [
-            (names::GRANTED_BYTES, granted_bytes),
-            (names::WAITING_BYTES, waiting_bytes),
-            (names::WAITING_HANDOFFS, waiting_handoffs),
-        ] {
-            gauge!(name, "worker" => worker.clone()).set(value as f64);
-        }
-        counter!(names::WORKER_RESTARTS, "worker" => worker.clone()).increment(0);
-        for (_, name) in names::SAMPLES {
-            drop(histogram!(*name, "model_name" => model.clone(), "engine" => worker.clone()));
-        }
-        gauge!(names::WORKER_UP, "worker" => worker, "role" => status.role.as_str()).set(1.0);
-    }
-
-    fn add_counters(&self, worker: &str, grown: &Counters) {
-        for (name, value) in [
-            (names::PREFIX_QUERIES, grown.prefix_queries),
-            (names::PREFIX_HITS, grown.prefix_hits),
-            (names::PREEMPTIONS, grown.preemptions),
-            (names::SPECULATION_DRAFTS, grown.speculation.drafts),
-            (names::SPECULATION_DRAFTED, grown.speculation.drafted),
-            (names::SPECULATION_ACCEPTED, grown.speculation.accepted),
-        ] {
-            counter!(name, "model_name" => self.model.clone(), "engine" => worker.to_owned())
-                .increment(value);
-        }
-        for (place, value) in grown.speculation.accepted_at.iter().enumerate().filter(|(_, it)| 0 < **it) {
-            counter!(
-                names::SPECULATION_ACCEPTED_AT,
-                "model_name" => self.model.clone(), "engine" => worker.to_owned(), "position" => place.to_string()
-            )
-            .increment(*value);
-        }
-        for (name, value) in [
-            (names::SPECULATION_HELD_BACK, grown.speculation.held_back),
-            (names::STEPS, grown.steps),
-            (names::COMPUTED_PROMPT_TOKENS, grown.prompt_tokens),
-            (names::HANDOFFS, grown.handoffs),
-            (names::HANDOFF_BYTES, grown.handoff_bytes),
-            (names::HANDOFF_WRITES, grown.handoff_writes),
-            (names::HANDOFF_FAILURES, grown.handoff_failures),
-            (names::HANDOFF_REFUSALS, grown.handoff_refusals),
-            (names::HANDOFF_IN_PLACE, grown.handoff_in_place),
-        ] {
-            counter!(name, "worker" => worker.to_owned()).increment(value);
-        }
+    fn workers(&self) -> MutexGuard<'_, BTreeMap<String, WorkerSeries>> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Folds raw observations into buckets now and then: the exporter keeps each one until somebody reads
@@ -296,37 +248,6 @@ impl Requests {
             params_n: distribution(names::PARAMS_N),
             params_max_tokens: distribution(names::PARAMS_MAX_TOKENS),
         }
-    }
-}
-
-/// What was added since the last report. A sum that fell can only be a worker's mistake; it counts as no change.
-fn difference(now: &Counters, before: &Counters) -> Counters {
-    Counters {
-        steps: now.steps.saturating_sub(before.steps),
-        prompt_tokens: now.prompt_tokens.saturating_sub(before.prompt_tokens),
-        generation_tokens: now.generation_tokens.saturating_sub(before.generation_tokens),
-        prefix_queries: now.prefix_queries.saturating_sub(before.prefix_queries),
-        prefix_hits: now.prefix_hits.saturating_sub(before.prefix_hits),
-        preemptions: now.preemptions.saturating_sub(before.preemptions),
-        handoffs: now.handoffs.saturating_sub(before.handoffs),
-        handoff_bytes: now.handoff_bytes.saturating_sub(before.handoff_bytes),
-        handoff_writes: now.handoff_writes.saturating_sub(before.handoff_writes),
-        handoff_failures: now.handoff_failures.saturating_sub(before.handoff_failures),
-        handoff_in_place: now.handoff_in_place.saturating_sub(before.handoff_in_place),
-        handoff_refusals: now.handoff_refusals.saturating_sub(before.handoff_refusals),
-        handoff_seconds: (now.handoff_seconds - before.handoff_seconds).max(0.0),
-        speculation: speculation_difference(&now.speculation, &before.speculation),
-    }
-}
-
-fn speculation_difference(now: &SpeculationSums, before: &SpeculationSums) -> SpeculationSums {
-    let at = |place: usize| now.accepted_at[place].saturating_sub(before.accepted_at[place]);
-    SpeculationSums {
-        drafts: now.drafts.saturating_sub(before.drafts),
-        drafted: now.drafted.saturating_sub(before.drafted),
-        accepted: now.accepted.saturating_sub(before.accepted),
-        accepted_at: std::array::from_fn(at),
-        held_back: now.held_back.saturating_sub(before.held_back),
     }
 }
 

@@ -13,6 +13,7 @@
 //! A worker is named by its place in the view and told apart from its earlier lives by its instance number.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
 
@@ -64,8 +65,8 @@ pub struct WorkerView {
     pub total: BlockCount,
     /// Tokens per block.
     pub block_len: BlockLen,
-    /// Chained hashes that its prefix cache has.
-    pub cached: BTreeSet<u64>,
+    /// Chained hashes that its prefix cache has: many, so that views share them.
+    pub cached: Arc<BTreeSet<u64>>,
 }
 
 /// All workers, in an order that stays.
@@ -354,7 +355,7 @@ mod tests {
             free: BlockCount(value('f').unwrap_or(total)),
             total: BlockCount(total),
             block_len: BlockLen::new(4).unwrap(),
-            cached: cached.into_iter().take(value('c').unwrap_or(0) as usize).collect(),
+            cached: Arc::new(cached.into_iter().take(value('c').unwrap_or(0) as usize).collect()),
         }
     }
 
@@ -436,7 +437,7 @@ mod tests {
     fn each_worker_is_asked_in_its_own_block_length() {
         let mut coarse = worker(1, "d");
         coarse.block_len = BlockLen::new(8).unwrap();
-        coarse.cached = chain_hashes(&PROMPT, coarse.block_len).into_iter().collect();
+        coarse.cached = Arc::new(chain_hashes(&PROMPT, coarse.block_len).into_iter().collect());
         let links = BTreeSet::from([(0, 2), (0, 1)]);
         let mut view = ClusterView { workers: vec![worker(0, "p"), worker(2, "dc1"), coarse], links };
         let request = RouteRequest { tokens: &PROMPT, excluded: &[], turn: 0 };

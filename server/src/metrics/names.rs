@@ -65,8 +65,8 @@ metric_names! {
 }
 
 /// Names of samples in the worker protocol, and the histograms they go to.
-pub(super) const SAMPLES: &[(&str, &str)] =
-    &[("handoff_seconds", HANDOFF_DURATION), ("iteration_tokens", ITERATION_TOKENS)];
+pub(super) const SAMPLES: [(&str, &str); 2] =
+    [("handoff_seconds", HANDOFF_DURATION), ("iteration_tokens", ITERATION_TOKENS)];
 
 /// Buckets of each histogram; one that is not listed would become a summary, which cannot be added up.
 pub(super) const BUCKETS: &[(&str, &[f64])] = &[

@@ -65,7 +65,8 @@ pub(super) struct Live {
     pub(super) link: WorkerLink,
     pub(super) introduction: Introduction,
     status: EngineStatus,
-    cached: BTreeSet<u64>,
+    /// What its prefix cache has. Shared with views, which live for a moment: hardly ever is it copied.
+    cached: Arc<BTreeSet<u64>>,
     pub(super) links: Vec<PeerLink>,
     /// Whether its peers have been introduced.
     pub(super) is_introduced: bool,
@@ -252,7 +253,7 @@ impl Cluster {
             link: link.clone(),
             introduction,
             status: EngineStatus::default(),
-            cached: BTreeSet::new(),
+            cached: Arc::default(),
             links: Vec::new(),
             is_introduced: false,
             lost,
@@ -275,7 +276,7 @@ impl Cluster {
                     status.engine.ledger.total.0,
                 );
             }
-            self.take_status(index, status);
+            self.take_status(index, &status);
             if std::mem::take(&mut first) {
                 self.introduce(index, &link).await;
                 tracing::info!(worker = %engine.name, device = %engine.device, "worker is ready");
@@ -308,38 +309,36 @@ impl Cluster {
         self.changed.notify_waiters();
     }
 
-    fn take_status(&self, index: usize, status: WorkerStatus) {
+    fn take_status(&self, index: usize, status: &WorkerStatus) {
         let mut slots = self.lock();
         let Some(live) = &mut slots[index].live else { return };
-        live.status = status.engine;
-        if status.cache_reset {
-            live.cached.clear();
-        }
-        if !status.links.is_empty() {
-            // An empty list may be from before the introduction.
-            self.metrics.record_links(&live.introduction.engine.name, &live.links, &status.links);
-            live.links = status.links;
-        }
-        live.cached.extend(status.cache_added);
-        for hash in &status.cache_removed {
-            live.cached.remove(hash);
-        }
+        live.status = status.engine.clone();
+        live.take_cache_changes(status);
         let engine = &live.introduction.engine;
-        self.metrics.record_worker_status(&WorkerStatusSnapshot {
-            worker: &engine.name,
-            role: engine.role,
-            instance: engine.instance,
-            running: live.status.running,
-            waiting: live.status.waiting,
-            ledger: live.status.ledger,
-            counters: live.status.counters,
-            credit: live.status.credit,
-        });
-        for sample in &status.samples {
-            self.metrics.record_sample(&engine.name, &sample.name, sample.value);
-        }
+        let (name, role, instance) = (engine.name.clone(), engine.role, engine.instance);
+        // An empty list may be from before the introduction.
+        let links_before =
+            (!status.links.is_empty()).then(|| std::mem::replace(&mut live.links, status.links.clone()));
         drop(slots);
         self.changed.notify_waiters();
+        // Requests are routed meanwhile. A worker's statuses come one after the other, from one task.
+        if let Some(before) = links_before {
+            self.metrics.record_links(&name, &before, &status.links);
+        }
+        let EngineStatus { running, waiting, ledger, counters, credit, .. } = status.engine;
+        self.metrics.record_worker_status(&WorkerStatusSnapshot {
+            worker: &name,
+            role,
+            instance,
+            running,
+            waiting,
+            ledger,
+            counters,
+            credit,
+        });
+        for sample in &status.samples {
+            self.metrics.record_sample(&name, &sample.name, sample.value);
+        }
     }
 
     /// Marks a worker as gone and ends its streams. True when it was there.
@@ -383,6 +382,20 @@ impl Cluster {
 }
 
 impl Live {
+    fn take_cache_changes(&mut self, status: &WorkerStatus) {
+        if !status.cache_reset && status.cache_added.is_empty() && status.cache_removed.is_empty() {
+            return;
+        }
+        let cached = Arc::make_mut(&mut self.cached);
+        if status.cache_reset {
+            cached.clear();
+        }
+        cached.extend(&status.cache_added);
+        for hash in &status.cache_removed {
+            cached.remove(hash);
+        }
+    }
+
     pub(super) fn instance(&self) -> u64 {
         self.introduction.engine.instance
     }
@@ -413,7 +426,7 @@ impl SlotState {
                 free: BlockCount(0),
                 total: BlockCount(0),
                 block_len: ANY_BLOCK_LEN,
-                cached: BTreeSet::new(),
+                cached: Arc::default(),
             };
         };
         let (engine, status) = (&live.introduction.engine, &live.status);
@@ -432,7 +445,7 @@ impl SlotState {
             free: BlockCount(status.ledger.free.0 + status.ledger.cached.0),
             total: status.ledger.total,
             block_len: BlockLen::new(engine.block_len).unwrap_or(ANY_BLOCK_LEN),
-            cached: live.cached.clone(),
+            cached: Arc::clone(&live.cached),
         }
     }
 }

@@ -171,6 +171,7 @@ impl Drive {
                 }
                 routing::Route::None(why) => why,
             };
+            drop(view); // While it is held, a status that comes copies what it shares.
             let left = deadline.saturating_duration_since(Instant::now());
             if why == NoRoute::NeverFits || left.is_zero() {
                 return Happening::Unroutable(words(why).to_owned());

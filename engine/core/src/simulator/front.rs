@@ -160,7 +160,7 @@ impl World<'_> {
             free: status.free,
             total: worker.blocks,
             block_len: worker.shape.block_len,
-            cached: status.cached,
+            cached: status.cached.into(),
         };
         self.front.places.insert(from.instance, from.place);
         self.front.slots[from.place] =
@@ -419,7 +419,7 @@ impl Front {
             free: BlockCount(0),
             total: BlockCount(0),
             block_len: Shape::all()[0].block_len,
-            cached: BTreeSet::new(),
+            cached: Default::default(),
         };
         let workers =
             self.slots.iter().map(|slot| slot.as_ref().map_or_else(down, |slot| slot.view.clone())).collect();
