@@ -95,7 +95,7 @@ impl Scheduler {
         sequence.request.part = Part::Whole;
         self.unannounced.retain(|other| *other != id);
         self.roster.move_to(id, Stage::Running);
-        self.index_full_blocks(id);
+        self.index_full_blocks(id, TokenCount(0));
         Some(self.append(id, first_token))
     }
 

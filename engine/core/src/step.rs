@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use tidemill_kvtransfer_proto::units::TokenCount;
 
+use crate::blocks::Chain;
 use crate::plan::{Admission, Purpose, StepPlan};
 use crate::request::{FinishReason, Part, RequestId, TokenId};
 use crate::scheduler::{Limits, Scheduler};
@@ -88,7 +89,7 @@ impl Scheduler {
                 continue;
             }
             sequence.computed = TokenCount(work.first.0 + work.count.0);
-            self.index_full_blocks(work.request);
+            self.index_full_blocks(work.request, work.count);
             if work.samples {
                 let tokens = by_request.get(&work.request).expect("each work that samples has a token");
                 self.append_verified(work.request, tokens, plan.draft(work), &mut outcomes);
@@ -117,7 +118,7 @@ impl Scheduler {
                 // The token before was guessed: its keys and values are there.
                 let sequence = self.roster.get_mut(id).expect("it has not ended");
                 sequence.computed.0 += 1;
-                self.index_full_blocks(id);
+                self.index_full_blocks(id, TokenCount(1));
             }
             let outcome = self.append(id, *token);
             outcomes.push(outcome);
@@ -171,10 +172,15 @@ impl Scheduler {
         self.counters.preemptions += 1;
     }
 
-    /// Makes blocks findable that have become full.
-    pub(crate) fn index_full_blocks(&mut self, id: RequestId) {
+    /// Makes blocks findable that have become full: those of the `computed` tokens that are new, and a few of those left. An
+    /// adoption brings all blocks of a prompt at once; the next token does not wait until all of them can be found.
+    pub(crate) fn index_full_blocks(&mut self, id: RequestId, computed: TokenCount) {
+        let block_len = self.limits.block_len;
         let sequence = self.roster.get_mut(id).expect("the caller has just seen it");
-        sequence.indexed = self.pool.index(sequence.chain(self.limits.block_len));
+        let at_most = computed.blocks_to_hold(block_len).0 as usize + INDEXED_BESIDE;
+        let chain = sequence.chain(block_len);
+        let full = chain.full.min(chain.indexed + at_most);
+        sequence.indexed = self.pool.index(Chain { full, ..chain });
     }
 
     /// Gives a sequence its next token.
@@ -202,3 +208,6 @@ impl Scheduler {
         }
     }
 }
+
+/// Blocks that are made findable beside those that a step has filled: some ten microseconds.
+const INDEXED_BESIDE: usize = 32;

@@ -450,6 +450,41 @@ fn a_reservation_names_what_is_there_and_what_is_wanted() {
     assert!(world.scheduler.take_reservations().is_empty(), "each is told once");
 }
 
+/// The next token of a long prompt that was handed over does not wait until all its blocks can be found.
+#[test]
+fn what_was_adopted_becomes_findable_step_by_step() {
+    let limits = Limits { max_model_len: TokenCount(1000), ..limits() };
+    let mut scheduler = Scheduler::new(limits, BlockCount(200));
+    let id = RequestId(1);
+    let tokens: Vec<u32> = (0..400).collect();
+    scheduler
+        .submit(Request {
+            id,
+            prompt_len: TokenCount(400),
+            tokens,
+            sampling: SamplingParams::default(),
+            stop: StopConditions::after(50),
+            part: Part::DecodeFrom(HandoffId(1)),
+        })
+        .unwrap();
+    let plan = scheduler.plan();
+    scheduler.begin(&plan);
+    scheduler.finish(&plan, &[]);
+    assert_eq!(scheduler.take_reservations().len(), 1);
+    assert!(scheduler.adopt(id, 7).is_some());
+    let mut found = vec![scheduler.cached_hashes().count()];
+    for token in 0..6 {
+        let plan = scheduler.plan();
+        scheduler.begin(&plan);
+        scheduler.finish(&plan, &[(id, token)]);
+        scheduler.check();
+        found.push(scheduler.cached_hashes().count());
+    }
+    assert!(found.windows(2).all(|pair| pair[0] <= pair[1]), "{found:?}");
+    assert!(0 < found[0] && found[0] < 50, "a few at once: {found:?}");
+    assert!(100 <= *found.last().unwrap(), "in the end all: {found:?}");
+}
+
 #[test]
 fn counts_and_counters() {
     let world = World::after("w1:8 w2:20/1 step d3:4 p4:4 i5:4 step w6:9~1");
