@@ -23,6 +23,35 @@ pub(crate) fn killed(_rounds: usize) -> anyhow::Result<Vec<Row>> {
     runtime()?.block_on(killed_prefill())
 }
 
+/// How long before its first token the prompt of the demo model is computed, as its workers tell: of the models that there
+/// are it has the smallest head, so any other leaves more time.
+pub(crate) fn head_start() -> anyhow::Result<Duration> {
+    runtime()?.block_on(async {
+        let options = ["--no-enable-prefix-caching", "--transport", "shm"];
+        let cores = ["--prefill-cores", "0", "--decode-cores", "1"];
+        let split = Deployment::start(&[&options[..], &cores].concat());
+        for which in 0..PROMPTS {
+            first_two(&split.client, which).await?;
+        }
+        let start = Instant::now();
+        loop {
+            let metric = async |name| split.client.metric(name, "").await;
+            let handed_over = metric("tidemill_handoff_head_start_seconds_count").await;
+            if f64::from(PROMPTS) <= handed_over {
+                let in_place = metric("tidemill_handoff_in_place_total").await;
+                ensure!(
+                    f64::from(PROMPTS) <= in_place,
+                    "{in_place} of {PROMPTS} prompts were computed in place"
+                );
+                let seconds = metric("tidemill_handoff_head_start_seconds_sum").await;
+                return Ok(Duration::from_secs_f64(seconds / handed_over));
+            }
+            ensure!(start.elapsed() < LIMIT, "{handed_over} of {PROMPTS} prompts were handed over");
+            tokio::time::sleep(POLL).await;
+        }
+    })
+}
+
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
@@ -226,5 +255,7 @@ async fn wait_for(client: &Client, wanted: impl Fn(f64) -> bool) -> Option<()> {
 /// Starts of two deployments whose first tokens are compared.
 const STARTS: u32 = 4;
 const KILLS: u32 = 5;
+/// Prompts whose mean head start counts.
+const PROMPTS: u32 = 12;
 const POLL: Duration = Duration::from_millis(2);
 const LIMIT: Duration = Duration::from_secs(20);

@@ -29,8 +29,17 @@ pub(crate) struct Pair {
     decode: Worker,
     blocks: u32,
     next: u64,
-    /// How long before the first token the prefill engine says that the prompt is computed, if it does.
-    pub(crate) announces: Option<Duration>,
+    /// What the prefill engine says ahead of the first token of a prompt that it computes in place.
+    pub(crate) ahead: Option<Ahead>,
+}
+
+/// What an engine says ahead of a prompt's first token.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    /// Blocks that it computes in one step, and says so after it.
+    pub(crate) step: usize,
+    /// From the last of these steps to the first token.
+    pub(crate) head_start: Duration,
 }
 
 struct Worker {
@@ -67,12 +76,14 @@ pub(crate) fn billion(block_len: u32, dtype: KvDtype) -> KvLayout {
 impl Pair {
     /// Two workers whose arenas hold `blocks` blocks each, every page touched.
     pub(crate) fn new(layout: KvLayout, blocks: u32, way: Way, coverage: Coverage) -> anyhow::Result<Self> {
-        let prefill = Worker::start("prefill", 1, &layout, blocks, way, coverage)?;
+        // Where the prompt is computed in the peer's blocks there is no need for others.
+        let own = if way == Way::InPlace { 1 } else { blocks };
+        let prefill = Worker::start("prefill", 1, &layout, own, way, coverage)?;
         let decode = Worker::start("decode", 2, &layout, blocks, way, coverage)?;
         let peer = PeerAddress { name: "decode".into(), instance: 2, address: decode.endpoint.address() };
         let met = prefill.endpoint.meet(vec![peer], PATIENCE);
         met[0].outcome.as_ref().map_err(|error| anyhow::anyhow!("the workers do not meet: {error}"))?;
-        Ok(Self { layout, prefill, decode, blocks, next: 1, announces: None })
+        Ok(Self { layout, prefill, decode, blocks, next: 1, ahead: None })
     }
 
     /// Bytes of a handoff of `blocks` blocks.
@@ -99,7 +110,7 @@ impl Pair {
         });
         let HandoffEvent::Reserved(reserved) = self.prefill.next()?.1 else { bail!("no reservation came") };
         if let Path::InPlace(arena) = &reserved.path {
-            self.compute_in(arena, &reserved.targets);
+            self.compute_in(handoff, arena, &reserved.targets);
         }
         let began = Instant::now();
         if matches!(reserved.path, Path::Write) {
@@ -116,10 +127,10 @@ impl Pair {
                 self.prefill.endpoint.push(handoff, sources.iter().enumerate().map(write).collect());
             }
         }
-        if let Some(before) = self.announces {
+        if let Some(Ahead { head_start, .. }) = self.ahead {
             self.prefill.endpoint.computed(handoff);
-            let announced = Instant::now();
-            while announced.elapsed() < before {
+            let computed = Instant::now();
+            while computed.elapsed() < head_start {
                 std::hint::spin_loop();
             }
         }
@@ -138,11 +149,20 @@ impl Pair {
 }
 
 impl Pair {
-    /// What an engine does that computes in its peer's blocks: it stores into each of them.
-    fn compute_in(&self, arena: &Region, targets: &[BlockRef]) {
+    /// What an engine does that computes in its peer's blocks: it stores into each of them, and says how far it is.
+    fn compute_in(&self, handoff: HandoffId, arena: &Region, targets: &[BlockRef]) {
         let bytes = vec![5; self.layout.block_bytes()];
-        for target in targets {
-            arena.write(target.block.0 as usize * bytes.len(), &bytes);
+        let step = self.ahead.map_or(targets.len(), |ahead| ahead.step);
+        let mut computed = 0;
+        for targets in targets.chunks(step) {
+            for target in targets {
+                arena.write(target.block.0 as usize * bytes.len(), &bytes);
+            }
+            computed += targets.len() as u32;
+            if self.ahead.is_some() {
+                let tokens = TokenCount(computed * self.layout.block_len.tokens());
+                self.prefill.endpoint.filled(handoff, tokens);
+            }
         }
     }
 }

@@ -77,7 +77,7 @@ impl Driver {
             (Device::Cpu(runner), Tables::Host(tables)) => {
                 let sequences = pass.sequences(&tokens, tables);
                 let logits = runner.step(&Batch { sequences: &sequences }, &mut |layers| pusher.push(layers));
-                pass.end_prompts(endpoint);
+                pass.prompts_computed(endpoint, pusher.outgoing);
                 logits.for_each(|row| {
                     if let Some(share) = pass.share(row.sequence) {
                         results[row.sequence].take(&row, share, sampler);
@@ -90,7 +90,7 @@ impl Driver {
                 let batch = Batch { sequences: &sequences };
                 let outcome = runner.step(&batch, &choices, &mut |layers| pusher.push(layers))?;
                 pusher.land_all()?;
-                pass.end_prompts(endpoint);
+                pass.prompts_computed(endpoint, pusher.outgoing);
                 outcome.for_each(|row| match row {
                     OutcomeRow::Logits(row) => {
                         if let Some(share) = pass.share(row.sequence) {
@@ -180,10 +180,14 @@ impl<'a> Pass<'a> {
         on_device(&parts.sampling, &parts.stop, index)
     }
 
-    /// Tells peers that prompts are computed, before anybody is told of a first token.
-    fn end_prompts(self, endpoint: &Endpoint) {
-        for work in self.plan.work.iter().filter(|work| work.samples) {
-            if let Some(Part::PrefillFor(handoff)) = self.part(work) {
+    /// Tells peers up to where prompts are computed in place, and which are computed whole, before anybody is told of a first token.
+    fn prompts_computed(self, endpoint: &Endpoint, outgoing: &Outgoings) {
+        for work in &self.plan.work {
+            let Some(Part::PrefillFor(handoff)) = self.part(work) else { continue };
+            if outgoing.blocks_in_place(handoff).is_some() {
+                endpoint.filled(handoff, TokenCount(work.first.0 + work.count.0));
+            }
+            if work.samples {
                 endpoint.computed(handoff);
             }
         }

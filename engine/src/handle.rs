@@ -319,6 +319,8 @@ pub struct Counters {
     pub handoff_in_place: u64,
     /// Commits that were refused because epoch or digest did not match.
     pub handoff_refusals: u64,
+    /// Seconds from the end of the prompt until its first token was known, summed over handoffs.
+    pub handoff_head_start_seconds: f64,
     /// Seconds from the end of prefill to adoption, summed.
     pub handoff_seconds: f64,
     /// Guesses at tokens, and what became of them.

@@ -234,9 +234,10 @@ impl Driver {
                     self.core.expect(handoff, peer_instance, patience, now);
                 }
                 Command::Push(handoff, writes) => self.take_writes(handoff, writes),
+                Command::Filled(handoff, tokens) => self.core.filled(handoff, tokens),
                 Command::Computed(handoff) => {
                     self.vigil.begin(Instant::now());
-                    self.core.computed(handoff);
+                    self.core.computed(handoff, now);
                 }
                 Command::Finish(handoff, payload) => {
                     self.vigil.end(Instant::now());

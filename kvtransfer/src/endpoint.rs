@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tidemill_kvtransfer_proto::credit::CreditLoad;
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
-use tidemill_kvtransfer_proto::units::HandoffId;
+use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
 use crate::driver::Driver;
 use crate::error::{EndpointError, MeetError};
@@ -119,6 +119,7 @@ pub(crate) enum Command {
     Cancel(HandoffId),
     Expect { handoff: HandoffId, peer_instance: u64, patience: Duration },
     Push(HandoffId, Vec<PushWrite>),
+    Filled(HandoffId, TokenCount),
     Computed(HandoffId),
     Finish(HandoffId, Vec<u8>),
     Abandon(HandoffId, String),
@@ -236,9 +237,15 @@ impl Endpoint {
         self.order(Command::Push(handoff, writes));
     }
 
-    /// Prefill side: the whole prompt is in the cache, and [`finish`](Self::finish) follows as soon as the first token is
-    /// known. From here on the engine writes nothing more into the peer's blocks. What the commit needs beside its payload
-    /// is made ready meanwhile, and the thread stays awake for a moment. To say it is a favour, no duty.
+    /// Prefill side: the first `tokens` tokens of the prompt were computed right in the peer's blocks, and the engine writes
+    /// nothing more into their places. What the peer has to know of blocks that are full, and of the last one with the last
+    /// token, is said and proven meanwhile. To say it is a favour, no duty.
+    pub fn filled(&self, handoff: HandoffId, tokens: TokenCount) {
+        self.order(Command::Filled(handoff, tokens));
+    }
+
+    /// Prefill side: the whole prompt is computed, and [`finish`](Self::finish) follows as soon as the first token is known: the
+    /// thread stays awake for a moment. To say it is a favour, no duty.
     pub fn computed(&self, handoff: HandoffId) {
         self.order(Command::Computed(handoff));
     }

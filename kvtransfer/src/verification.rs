@@ -15,16 +15,22 @@ pub(crate) struct DigestJob {
     memory: Arc<Region>,
     /// Of the granules to look at, those that were.
     done: usize,
-    /// Which granules are looked at, when not all are, as (target, index).
+    /// Which granules are looked at, when not all are, as (block of the order, index).
     spots: Option<Vec<(usize, usize)>>,
+    /// By position among all targets of the handoff; zero before those of the order.
     digests: Vec<u64>,
 }
 
 impl DigestJob {
     /// Starts on blocks of `memory`.
     pub(crate) fn new(order: DigestOrder, memory: Arc<Region>) -> Self {
-        let digests = vec![0; order.targets.len()];
-        let spots = order.spots.then(|| spots(order.handoff, order.targets.len(), order.shape));
+        let digests = vec![0; order.first + order.targets.len()];
+        let ours = order.first..order.first + order.targets.len();
+        let spots = order.spots.then(|| {
+            let all = spots(order.handoff, order.all, order.shape).into_iter();
+            let here = all.filter(|(target, _)| ours.contains(target));
+            here.map(|(target, index)| (target - order.first, index)).collect()
+        });
         Self { order, memory, done: 0, spots, digests }
     }
 
@@ -33,10 +39,10 @@ impl DigestJob {
         (self.order.handoff, self.order.ticket)
     }
 
-    /// Goes on for a while; the digests, one for each target, when done.
+    /// Goes on for a while; the digests, one for each block of the order, when done.
     pub(crate) fn advance(&mut self) -> Option<Vec<u64>> {
         let Self {
-            order: DigestOrder { handoff, coverage, shape, targets, .. },
+            order: DigestOrder { handoff, coverage, shape, targets, first: first_target, .. },
             memory,
             done,
             spots,
@@ -57,13 +63,13 @@ impl DigestJob {
         let read = |start: usize, offset: usize, buffer: &mut [u8]| memory.read(start + offset, buffer);
         let mut sums = BlockDigests::new(*coverage, shape.granule, digests, read);
         for which in 0..now {
-            let (target, index) = place(which);
-            let start = targets[target].block.0 as usize * shape.block + index * shape.granule;
-            sums.add(shape.granule_of(*handoff, target, index), start);
+            let (block, index) = place(which);
+            let start = targets[block].block.0 as usize * shape.block + index * shape.granule;
+            sums.add(shape.granule_of(*handoff, *first_target + block, index), start);
         }
         sums.finish();
         *done += now;
-        (*done == all).then(|| std::mem::take(digests))
+        (*done == all).then(|| digests.split_off(*first_target))
     }
 }
 

@@ -147,6 +147,11 @@ fn play(way: Way, script: &str) {
             "reserved!" => reserved = Some(actor.expect_reserved()),
             "fill" => actor.fill_all(reserved.as_ref().expect("reserved first")),
             "half" => actor.fill(reserved.as_ref().expect("reserved first"), 0..1),
+            "some" => actor.endpoint.filled(HANDOFF, TokenCount(20)),
+            "all" => {
+                actor.endpoint.filled(HANDOFF, TokenCount(47));
+                actor.endpoint.computed(HANDOFF);
+            }
             "finish" => actor.endpoint.finish(HANDOFF, vec![1]),
             "abandon" => actor.endpoint.abandon(HANDOFF, "tired".into()),
             news => assert_eq!(format!("{}!", actor.news()), news, "{context}"),
@@ -173,6 +178,11 @@ fn every_stage_can_be_the_last() {
         "D reserve P expect reserved! abandon send-failed:abandoned! D reserve-failed:abandoned! released!",
         "D reserve P expect reserved! half abandon send-failed:abandoned! D reserve-failed:abandoned! released!",
         "D reserve P expect reserved! fill abandon send-failed:abandoned! D reserve-failed:abandoned! released!",
+        // What is computed is named ahead, where it is computed in place, and it may end there too.
+        "D reserve P expect reserved! fill some all finish D committed! adopt P delivered!",
+        "D reserve P expect reserved! fill some finish D committed! adopt P delivered!",
+        "D reserve P expect reserved! fill some D cancel P cancel-wanted! abandon send-failed:cancelled! D released!",
+        "D reserve P expect reserved! fill some all abandon send-failed:abandoned! D reserve-failed:abandoned! released!",
         // After `finish` the decode side has the say.
         "D reserve P expect reserved! fill finish abandon D committed! adopt P delivered!",
         // Nobody reserves in time; the reservation that comes too late is declined.

@@ -11,7 +11,7 @@ use tidemill_kvtransfer::{HandoffEvent, PushWrite, Slab, Source};
 use tidemill_kvtransfer_proto::codec::{FrameReader, encode};
 use tidemill_kvtransfer_proto::error::{CommitFault, TransferError};
 use tidemill_kvtransfer_proto::message::{
-    Attach, Commit, Hello, Message, Offer, OnFailure, PROTOCOL, Ready, Reserve, TransportKind,
+    Attach, Commit, Filled, Hello, Message, Offer, OnFailure, PROTOCOL, Ready, Reserve, TransportKind,
 };
 use tidemill_kvtransfer_proto::transport::stamp;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
@@ -163,8 +163,10 @@ fn writes_and_commits_of_another_epoch_are_refused() {
     impostor.say(&Message::Commit(Commit {
         handoff: HANDOFF,
         tokens,
+        first: 0,
         targets,
         digests,
+        seal: 0,
         payload: vec![],
         in_place: false,
     }));
@@ -182,6 +184,33 @@ fn writes_and_commits_of_another_epoch_are_refused() {
         (TURNED_DOWN, NOT_EXPECTED),
         "nothing lands after the end"
     );
+    decode.assert_nothing_leaked();
+}
+
+/// Only blocks that both sides have mapped can be final before the commit: what is written could still be written over.
+#[test]
+fn what_is_written_is_not_believed_to_be_final() {
+    let mut decode = Worker::start(config("decode", 2, Way::Tcp, 8));
+    let mut impostor = Impostor::connect(&decode, 66);
+    while decode.endpoint.link(66).is_none() {
+        std::thread::yield_now();
+    }
+    decode.reserve(HANDOFF, 66, 2);
+    let Some(Message::Reserve(reserve)) = impostor.hear() else { panic!("not reserved") };
+    let (handoff, tokens, targets) = (HANDOFF, reserve.tokens, reserve.targets);
+    let filled = Filled { handoff, first: 0, targets: targets.clone(), digests: vec![0; 2] };
+    impostor.say(&Message::Filled(filled));
+    let (targets, digests, payload) = (vec![], vec![], vec![]);
+    let commit = Commit { handoff, tokens, first: 2, targets, digests, seal: 0, payload, in_place: true };
+    impostor.say(&Message::Commit(commit));
+    assert!(matches!(impostor.hear(), Some(Message::Refused { handoff: HANDOFF, .. })));
+    match decode.event() {
+        HandoffEvent::ReserveFailed { error, .. } => {
+            assert_eq!(error, TransferError::BadCommit(CommitFault::Order { first: 2, named: 0 }));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(decode.news(), "released");
     decode.assert_nothing_leaked();
 }
 

@@ -528,6 +528,7 @@ mod tests {
                 ledger,
                 counters: Counters {
                     steps: 1,
+                    handoff_head_start_seconds: 0.25,
                     handoff_seconds: 0.5,
                     handoff_refusals: 3,
                     speculation: SpeculationSums {

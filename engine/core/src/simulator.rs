@@ -88,6 +88,10 @@ pub enum Mischief {
     ReadEarly,
     /// The same, and digests are taken for granted.
     SkipDigest,
+    /// Blocks of a peer are called final when the step begins that computes them.
+    NameEarly,
+    /// The device stores into blocks of a peer that were called final.
+    StoreAgain,
 }
 
 /// What a schedule is made of, beside its seed.
@@ -128,6 +132,8 @@ pub struct Summary {
     pub handoffs: [u64; 4],
     /// Handoffs that were computed in the peer's memory.
     pub in_place: u64,
+    /// Blocks that were named to the peer ahead of the commit.
+    pub named_ahead: u64,
     /// Handoffs between workers whose blocks have different shapes.
     pub converted: u64,
     /// Reservations that went into quarantine.
@@ -272,6 +278,7 @@ impl Summary {
         self.first_token = self.first_token.max(other.first_token);
         add_all(&mut self.handoffs, &other.handoffs);
         self.in_place += other.in_place;
+        self.named_ahead += other.named_ahead;
         self.converted += other.converted;
         self.quarantines += other.quarantines;
         self.replays += other.replays;
@@ -309,8 +316,8 @@ impl fmt::Display for Summary {
         writeln!(
             f,
             "handoffs delivered: {admitted} admitted byte by byte, {shared} through shared memory ({} of them computed \
-             in place), {written} by one-sided writes, {read} by one-sided reads; {} of all between blocks of different shapes",
-            self.in_place, self.converted
+             in place, {} blocks named ahead), {written} by one-sided writes, {read} by one-sided reads; {} of all between blocks of different shapes",
+            self.in_place, self.named_ahead, self.converted
         )?;
         writeln!(
             f,

@@ -26,7 +26,7 @@ fn a_cluster_without_faults_answers_everything_without_a_second_attempt() {
     assert_eq!((sum.answered, sum.failed, sum.cancelled), (sum.requests, 0, 0));
     assert_eq!((sum.turned_down, sum.late, sum.links_lost), (0, 0, 0), "{sum}");
     assert!(sum.handoffs.iter().all(|count| 10 < *count), "{sum}");
-    assert!(10 < sum.in_place && 10 < sum.converted, "{sum}");
+    assert!(10 < sum.in_place && 10 < sum.converted && 0 < sum.named_ahead, "{sum}");
 }
 
 /// Were anything on the way from a request to its first token found only by looking for it now and then, or after a time
@@ -63,6 +63,7 @@ fn schedules_that_once_failed() {
     let rows = [
         ("writes that are lost in silence end with their link",             84),
         ("a process that dies after its link was severed is noticed too",   127_978),
+        ("what was computed before its peer reserved is not called final",  25_061),
     ];
     for (name, seed) in rows {
         let outcome = attempt(seed, Options { faults: Faults::all(), mischief: None }, &mut Trace::default());
@@ -94,6 +95,8 @@ fn planted_bugs_are_found() {
         ("blocks are freed that a peer still reads",             Mischief::FreeOffered,     &["is not held for it"]),
         ("a read counts as complete when it is posted",          Mischief::ReadEarly,       &["commits what it has not written", "is not lent to it"]),
         ("… and nobody looks at digests",                        Mischief::SkipDigest,      &["foreign byte", "is not lent to it"]),
+        ("blocks are called final before they are computed",     Mischief::NameEarly,       &["a final block finds a foreign byte", "commits what it has not written"]),
+        ("blocks are stored into that were called final",        Mischief::StoreAgain,      &["foreign byte"]),
     ];
     for (name, mischief, checks) in rows {
         let options = Options { faults: Faults::all(), mischief: Some(mischief) };

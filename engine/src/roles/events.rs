@@ -175,6 +175,7 @@ impl Driver {
         self.counters.handoff_bytes += stats.bytes;
         self.counters.handoff_writes += stats.writes;
         self.counters.handoff_in_place += u64::from(stats.writes == 0);
+        self.counters.handoff_head_start_seconds += stats.head_start.as_secs_f64();
         self.counters.handoff_seconds += stats.took.as_secs_f64();
         let Some(request) = self.outgoing.end(handoff) else { return };
         self.scheduler.pushed(request);

@@ -10,7 +10,7 @@
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
 use crate::layout::KvLayout;
-use crate::units::HandoffId;
+use crate::units::{BlockRef, HandoffId};
 
 /// How much of each granule a digest looks at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,6 +33,11 @@ pub struct Granule {
     /// Its number within the block.
     pub index: u32,
 }
+
+/// A digest over the names and digests of the blocks of a handoff, in their order. Both sides add the blocks as they are
+/// named; who knows it at the end has named the same blocks, of the same epochs, with the same digests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seal(u64);
 
 /// How a block is cut into granules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,6 +159,29 @@ pub fn spots(handoff: HandoffId, targets: usize, shape: BlockShape) -> Vec<(usiz
     numbers.into_iter().map(|number| (number / per_block, number % per_block)).collect()
 }
 
+impl Seal {
+    /// Of no block yet.
+    pub const fn new(handoff: HandoffId) -> Self {
+        Self(handoff.0)
+    }
+
+    /// Adds the next blocks, with a digest for each.
+    pub fn add(&mut self, targets: &[BlockRef], digests: &[u64]) {
+        for (target, digest) in targets.iter().zip(digests) {
+            let mut bytes = [0; 20];
+            bytes[..4].copy_from_slice(&target.block.0.to_le_bytes());
+            bytes[4..12].copy_from_slice(&target.epoch.0.to_le_bytes());
+            bytes[12..].copy_from_slice(&digest.to_le_bytes());
+            self.0 = xxh3_64_with_seed(&bytes, self.0);
+        }
+    }
+
+    /// As it is sent.
+    pub const fn value(self) -> u64 {
+        self.0
+    }
+}
+
 impl BlockShape {
     /// That of blocks of this layout.
     pub fn of(layout: &KvLayout) -> Self {
@@ -214,6 +242,7 @@ const CHUNK: usize = 8192;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::{BlockId, Epoch};
 
     const GRANULE: Granule = Granule { handoff: HandoffId(1), target: 2, index: 3 };
 
@@ -245,6 +274,35 @@ mod tests {
         assert_eq!(full, digest(Coverage::Full, other, &bytes), "full digests do not depend on the handoff");
         let tiny = [1, 2, 3];
         assert_ne!(digest(Coverage::Sampled, GRANULE, &tiny), digest(Coverage::Sampled, GRANULE, &[1, 2, 4]));
+    }
+
+    #[test]
+    fn a_seal_names_blocks_epochs_digests_and_their_order() {
+        let block = |block, epoch| BlockRef { block: BlockId(block), epoch: Epoch(epoch) };
+        let of = |handoff, targets: &[BlockRef], digests: &[u64]| {
+            let mut seal = Seal::new(HandoffId(handoff));
+            seal.add(targets, digests);
+            seal.value()
+        };
+        let (one, other) = (block(1, 5), block(2, 6));
+        let seal = of(1, &[one, other], &[7, 8]);
+        let mut in_parts = Seal::new(HandoffId(1));
+        in_parts.add(&[one], &[7]);
+        in_parts.add(&[], &[]);
+        in_parts.add(&[other], &[8]);
+        assert_eq!(in_parts.value(), seal, "it does not matter in how many parts blocks are named");
+        #[rustfmt::skip]
+        let rows = [
+            ("another handoff",  of(2, &[one, other], &[7, 8])),
+            ("another block",    of(1, &[block(3, 5), other], &[7, 8])),
+            ("an older epoch",   of(1, &[block(1, 4), other], &[7, 8])),
+            ("other bytes",      of(1, &[one, other], &[7, 9])),
+            ("another order",    of(1, &[other, one], &[8, 7])),
+            ("a block less",     of(1, &[one], &[7])),
+        ];
+        for (name, different) in rows {
+            assert_ne!(different, seal, "{name}");
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod backlog;
 mod crediting;
 mod fetching;
 mod links;
+mod naming;
 mod prefilling;
 mod reserving;
 #[cfg(test)]
@@ -177,8 +178,12 @@ pub struct DigestOrder {
     pub coverage: Coverage,
     /// How the blocks are cut.
     pub shape: BlockShape,
-    /// The blocks.
+    /// The blocks: some of the handoff's targets, one after the other.
     pub targets: Vec<BlockRef>,
+    /// Position of the first of them among all.
+    pub first: usize,
+    /// How many targets the handoff has.
+    pub all: usize,
     /// Whether only [`spots`](crate::digest::spots) of them are looked at: both sides see the same memory.
     pub spots: bool,
 }
@@ -272,6 +277,8 @@ pub struct HandoffStats {
     pub bytes: u64,
     /// Writes posted, after neighbours were joined. Zero when everything was computed in place.
     pub writes: u64,
+    /// From the end of the prompt, where that was said ahead, to `finish`.
+    pub head_start: Duration,
     /// From `finish` to the peer's adoption.
     pub took: Duration,
 }
@@ -380,10 +387,10 @@ impl<S: WriteSource> EndpointCore<S> {
             || self.outgoing.get(&handoff).is_some_and(|it| it.hashes(ticket))
     }
 
-    /// The digests that were asked for, one for each target.
+    /// The digests that were asked for, one for each block.
     pub fn digested(&mut self, handoff: HandoffId, ticket: DigestTicket, digests: Vec<u64>) {
         if self.incoming.get(&handoff).is_some_and(|it| it.verifies(ticket)) {
-            self.compare(handoff, &digests);
+            self.compare(handoff, ticket, &digests);
         } else if self.outgoing.get(&handoff).is_some_and(|it| it.hashes(ticket)) {
             self.hashed(handoff, digests);
         }

@@ -103,6 +103,17 @@ pub enum CommitFault {
         /// Targets it has.
         targets: usize,
     },
+    /// It does not go on where the blocks end that were named ahead of it.
+    #[error("it goes on from target {first}, but {named} were named before it")]
+    Order {
+        /// Where it goes on.
+        first: usize,
+        /// Targets that were named ahead.
+        named: usize,
+    },
+    /// It does not stand for what was named ahead of it and in it.
+    #[error("its seal is not that of the blocks and digests that were named")]
+    Seal,
     /// The bytes of a block are not those that were sent.
     #[error("the bytes of target {index} are not those that were sent")]
     Digest {

@@ -17,6 +17,7 @@ pub mod handshake;
 pub mod layout;
 pub mod message;
 pub mod path;
+mod proof;
 pub mod reservation;
 pub mod sender;
 pub mod simulated_wire;

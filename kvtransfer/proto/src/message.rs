@@ -63,6 +63,8 @@ pub enum Message {
         /// How many pieces, counted from the first.
         pieces: u64,
     },
+    /// Prefill side: these blocks hold what they are to hold. Only where the prompt is computed in the blocks themselves.
+    Filled(Filled),
     /// Prefill side: everything is written.
     Commit(Commit),
     /// Decode side: verified and taken over. The prefill side may free its blocks.
@@ -269,6 +271,20 @@ pub struct Piece {
     pub stamp: u64,
 }
 
+/// Blocks that are final while others of the handoff are still being computed: the sender touches them no more. They are
+/// named and proven ahead of the commit, so that this has nothing more to say about them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filled {
+    /// Which handoff.
+    pub handoff: HandoffId,
+    /// How many of the targets of [`Reserve`] were named before these.
+    pub first: u32,
+    /// The next ones, as in [`Reserve`].
+    pub targets: Vec<BlockRef>,
+    /// One for each of them, see [`digest`](crate::digest).
+    pub digests: Vec<u64>,
+}
+
 /// All writes of a handoff have completed; this is what they must amount to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Commit {
@@ -276,10 +292,14 @@ pub struct Commit {
     pub handoff: HandoffId,
     /// As in [`Reserve`].
     pub tokens: TokenCount,
-    /// As in [`Reserve`]: names the epochs that the sender believed to write.
+    /// How many of the targets were named before, by [`Filled`].
+    pub first: u32,
+    /// The rest, as in [`Reserve`]: names the epochs that the sender believed to write.
     pub targets: Vec<BlockRef>,
-    /// One for each target, see [`digest`](crate::digest).
+    /// One for each of the rest, see [`digest`](crate::digest).
     pub digests: Vec<u64>,
+    /// The [`Seal`](crate::digest::Seal) of all targets with their digests, those named before included.
+    pub seal: u64,
     /// Opaque to this crate: the first token, the sampler's state.
     pub payload: Vec<u8>,
     /// Whether nothing was written: the prompt was computed in the targets themselves.
@@ -331,7 +351,7 @@ impl TransportKind {
 
 /// Version of the protocol. Raised when an old worker would misunderstand a new one; fields that an old worker
 /// may ignore do not raise it.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 #[cfg(test)]
 mod tests {

@@ -15,7 +15,8 @@
 use std::collections::BTreeMap;
 
 use crate::error::{CommitFault, TransferError};
-use crate::message::{Commit, Message};
+use crate::message::{Commit, Filled, Message};
+use crate::proof::Proof;
 use crate::transport::{RemoteRange, WriteFault, stamp};
 use crate::units::{BlockId, BlockRef, HandoffId, TokenCount};
 
@@ -56,10 +57,14 @@ pub enum ReservationEvent {
         /// Its reason.
         reason: String,
     },
+    /// The prefill side says that some blocks are final, ahead of its commit.
+    Filled(Filled),
     /// The prefill side says that everything is written.
     Commit(Commit),
-    /// The driver compared the digests of an examined commit with the memory.
+    /// The driver compared digests with the memory.
     Verified {
+        /// Of so many targets.
+        targets: usize,
         /// The first target that differs, if one does.
         outcome: Result<(), CommitFault>,
     },
@@ -93,8 +98,13 @@ pub enum ReservationEvent {
 pub enum ReservationAction {
     /// Say this to the peer, if it is still there.
     Send(Message),
-    /// Compare these digests, one for each target, with the memory; answer with `Verified`.
-    Verify(Vec<u64>),
+    /// Compare these digests with the memory; answer with `Verified`.
+    Verify {
+        /// The target that the first of them is for.
+        first: usize,
+        /// One for each target from there on.
+        digests: Vec<u64>,
+    },
     /// Tell the engine: filled and verified; the payload is what the peer sent along.
     TellCommitted(Vec<u8>),
     /// Tell the engine: there will be no KV.
@@ -113,6 +123,7 @@ pub struct Reservation {
     targets: Vec<BlockRef>,
     positions: BTreeMap<BlockId, u32>,
     state: ReservationState,
+    proof: Proof,
     commit: CommitProgress,
     peer_is_quiet: bool,
     /// Pieces that this side reads into the blocks.
@@ -123,7 +134,7 @@ pub struct Reservation {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum CommitProgress {
     Awaited,
-    /// Digests are being compared; no write is admitted any more.
+    /// It came; digests may still be being compared. No write is admitted any more.
     Verifying {
         payload: Vec<u8>,
     },
@@ -154,6 +165,7 @@ impl Reservation {
             targets,
             positions,
             state: State::Reserved,
+            proof: Proof::new(handoff),
             commit: CommitProgress::Awaited,
             peer_is_quiet: false,
             reads: 0,
@@ -180,8 +192,8 @@ impl Reservation {
         self.reads
     }
 
-    /// Whether the receiver may let a write land: it lies within targets of this reservation, names their
-    /// epochs, and the handoff still expects bytes.
+    /// Whether the receiver may let a write land: it lies within targets of this reservation that the peer has not said to
+    /// be final, names their epochs, and the handoff still expects bytes.
     ///
     /// # Errors
     ///
@@ -191,13 +203,18 @@ impl Reservation {
             return Err(WriteFault::NotExpected);
         }
         let blocks = range.blocks(block_bytes).ok_or(WriteFault::Outside)?;
+        let mut is_final = false;
         let covered = blocks.map(|block| {
-            let position = *self.positions.get(&block)?;
-            Some(self.targets[position as usize])
+            let position = *self.positions.get(&block)? as usize;
+            is_final |= position < self.proof.named();
+            Some(self.targets[position])
         });
         // One look-up per block and an early end, so that a hostile length costs nothing.
         let covered: Option<Vec<BlockRef>> = covered.collect();
         let covered = covered.ok_or(WriteFault::Outside)?;
+        if is_final {
+            return Err(WriteFault::NotExpected);
+        }
         if stamp(&covered) != range.stamp {
             return Err(WriteFault::Stale);
         }
@@ -216,8 +233,9 @@ impl Reservation {
             Event::Reading { pieces } => self.reading(pieces),
             Event::Read { pieces } => self.read(pieces),
             Event::Declined { reason } => self.declined(reason),
+            Event::Filled(filled) => self.filled(filled),
             Event::Commit(commit) => self.committed(commit),
-            Event::Verified { outcome } => self.verified(outcome),
+            Event::Verified { targets, outcome } => self.verified(targets, outcome),
             Event::Adopt => self.adopt(),
             Event::Refuse { reason } => self.refuse(reason),
             Event::Cancel => self.cancel(),
@@ -256,56 +274,68 @@ impl Reservation {
         }
     }
 
+    /// What is named here is not in what the commit will say again: it is examined as strictly.
+    fn filled(&mut self, filled: Filled) -> Vec<Action> {
+        if self.state != State::Filling || self.commit != CommitProgress::Awaited {
+            return Vec::new();
+        }
+        let first = self.proof.named();
+        match self.proof.name_ahead(&self.targets, &filled) {
+            Ok(true) if !filled.digests.is_empty() => {
+                vec![Action::Verify { first, digests: filled.digests }]
+            }
+            Ok(_) => Vec::new(),
+            Err(fault) => self.reject(fault),
+        }
+    }
+
     fn committed(&mut self, commit: Commit) -> Vec<Action> {
         if self.state != State::Filling || self.commit != CommitProgress::Awaited {
             return Vec::new();
         }
-        match self.examine(&commit) {
-            Ok(()) => {
-                self.commit = CommitProgress::Verifying { payload: commit.payload };
-                vec![Action::Verify(commit.digests)]
-            }
-            Err(fault) => self.reject(fault),
+        let first = self.proof.named();
+        if let Err(fault) = self.examine(&commit) {
+            return self.reject(fault);
         }
+        self.commit = CommitProgress::Verifying { payload: commit.payload };
+        if commit.digests.is_empty() {
+            return self.commit_if_proven();
+        }
+        vec![Action::Verify { first, digests: commit.digests }]
     }
 
     /// Everything about a commit that can be told without looking at the memory.
-    fn examine(&self, commit: &Commit) -> Result<(), CommitFault> {
+    fn examine(&mut self, commit: &Commit) -> Result<(), CommitFault> {
         if commit.tokens != self.tokens {
             return Err(CommitFault::Tokens { ours: self.tokens.0, theirs: commit.tokens.0 });
-        }
-        let longer = self.targets.len().max(commit.targets.len());
-        for index in 0..longer {
-            let (ours, theirs) = (self.targets.get(index).copied(), commit.targets.get(index).copied());
-            if ours != theirs {
-                return Err(CommitFault::Target { index, ours, theirs });
-            }
         }
         if 0 < self.reads {
             return Err(CommitFault::Early { reads: self.reads });
         }
-        if commit.digests.len() != self.targets.len() {
-            return Err(CommitFault::Shape { digests: commit.digests.len(), targets: self.targets.len() });
-        }
-        Ok(())
+        self.proof.name_rest(&self.targets, commit)
     }
 
-    fn verified(&mut self, outcome: Result<(), CommitFault>) -> Vec<Action> {
-        if self.state != State::Filling {
-            return Vec::new(); // Given up meanwhile.
+    fn verified(&mut self, targets: usize, outcome: Result<(), CommitFault>) -> Vec<Action> {
+        if self.state != State::Filling || !self.proof.awaits(targets) {
+            return Vec::new(); // Given up meanwhile, or nothing was to be compared.
         }
-        let CommitProgress::Verifying { payload } =
-            std::mem::replace(&mut self.commit, CommitProgress::Awaited)
-        else {
-            return Vec::new();
-        };
         match outcome {
             Ok(()) => {
-                self.state = State::Committed;
-                vec![Action::TellCommitted(payload)]
+                self.proof.compared(targets);
+                self.commit_if_proven()
             }
             Err(fault) => self.reject(fault),
         }
+    }
+
+    fn commit_if_proven(&mut self) -> Vec<Action> {
+        let CommitProgress::Verifying { payload } = &mut self.commit else { return Vec::new() };
+        if !self.proof.is_whole(&self.targets) {
+            return Vec::new();
+        }
+        let payload = std::mem::take(payload);
+        self.state = State::Committed;
+        vec![Action::TellCommitted(payload)]
     }
 
     fn reject(&mut self, fault: CommitFault) -> Vec<Action> {
@@ -417,6 +447,7 @@ impl Reservation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::Seal;
     use crate::units::Epoch;
 
     const HANDOFF: HandoffId = HandoffId(7);
@@ -429,15 +460,29 @@ mod tests {
         vec![target(4, 1), target(5, 9), target(2, 3)]
     }
 
+    const DIGESTS: [u64; 3] = [10, 11, 12];
+
+    fn seal() -> u64 {
+        let mut seal = Seal::new(HANDOFF);
+        seal.add(&targets(), &DIGESTS);
+        seal.value()
+    }
+
+    fn filled(first: usize, count: usize) -> Filled {
+        let targets = targets()[first..first + count].to_vec();
+        let digests = DIGESTS[first..first + count].to_vec();
+        Filled { handoff: HANDOFF, first: first as u32, targets, digests }
+    }
+
+    /// A commit that goes on from there.
+    fn rest(first: usize) -> Commit {
+        let Filled { first, targets, digests, .. } = filled(first, 3 - first);
+        let (tokens, seal) = (TokenCount(40), seal());
+        Commit { handoff: HANDOFF, tokens, first, targets, digests, seal, payload: vec![1], in_place: false }
+    }
+
     fn commit() -> Commit {
-        Commit {
-            handoff: HANDOFF,
-            tokens: TokenCount(40),
-            targets: targets(),
-            digests: vec![10, 11, 12],
-            payload: vec![1],
-            in_place: false,
-        }
+        rest(0)
     }
 
     /// A reservation in one of the states, reached the way it is in life.
@@ -447,6 +492,11 @@ mod tests {
             "reserved" => &[],
             "filling" => &["announced"],
             "verifying" => &["announced", "commit"],
+            "filling-2" => &["announced", "filled-2"],
+            "proven-2" => &["announced", "filled-2", "verified-2"],
+            "proven-3" => &["announced", "filled-2", "verified-2", "filled-1", "verified-1"],
+            "verifying-2" => &["announced", "filled-2", "commit-1"],
+            "verifying-3" => &["announced", "filled-2", "filled-1", "commit-0", "verified-2"],
             "committed" => &["announced", "commit", "verified"],
             "committed-quiet" => &["announced", "commit", "verified", "quiet"],
             "quarantined" => &["announced", "cancel"],
@@ -480,8 +530,29 @@ mod tests {
             "commit:tokens" => Event::Commit(Commit { tokens: TokenCount(39), ..commit() }),
             "commit:fewer" => Event::Commit(Commit { targets: targets()[..2].to_vec(), ..commit() }),
             "commit:digests" => Event::Commit(Commit { digests: vec![1], ..commit() }),
-            "verified" => Event::Verified { outcome: Ok(()) },
-            "differs" => Event::Verified { outcome: Err(CommitFault::Digest { index: 1 }) },
+            "commit:seal" => Event::Commit(Commit { seal: 7, ..commit() }),
+            "commit-1" => Event::Commit(rest(2)),
+            "commit-0" => Event::Commit(rest(3)),
+            "commit-0:seal" => Event::Commit(Commit { seal: 7, ..rest(3) }),
+            "filled-2" => Event::Filled(filled(0, 2)),
+            "filled-1" => Event::Filled(filled(2, 1)),
+            "filled-0" => Event::Filled(filled(0, 0)),
+            "filled:epoch" => {
+                let mut filled = filled(0, 2);
+                filled.targets[1].epoch = Epoch(8);
+                Event::Filled(filled)
+            }
+            "filled:digests" => Event::Filled(Filled { digests: vec![10], ..filled(0, 2) }),
+            "filled:more" => {
+                let mut filled = filled(0, 3);
+                filled.targets.push(target(9, 9));
+                filled.digests.push(13);
+                Event::Filled(filled)
+            }
+            "verified" => Event::Verified { targets: 3, outcome: Ok(()) },
+            "verified-2" => Event::Verified { targets: 2, outcome: Ok(()) },
+            "verified-1" => Event::Verified { targets: 1, outcome: Ok(()) },
+            "differs" => Event::Verified { targets: 2, outcome: Err(CommitFault::Digest { index: 1 }) },
             "adopt" => Event::Adopt,
             "refuse" => Event::Refuse { reason: reason() },
             "cancel" => Event::Cancel,
@@ -502,7 +573,8 @@ mod tests {
             Action::Send(Message::Refused { .. }) => "send-refused".to_owned(),
             Action::Send(Message::Adopted { .. }) => "send-adopted".to_owned(),
             Action::Send(other) => format!("{other:?}"),
-            Action::Verify(_) => "verify".to_owned(),
+            Action::Verify { first: 0, digests } if digests.len() == 3 => "verify".to_owned(),
+            Action::Verify { first, digests } => format!("verify:{first}+{}", digests.len()),
             Action::TellCommitted(_) => "committed!".to_owned(),
             Action::TellFailed(_) => "failed!".to_owned(),
             Action::TellReleased => "released!".to_owned(),
@@ -518,6 +590,7 @@ mod tests {
         let rows = [
             ("reserved",        "announced",      "filling"),
             ("reserved",        "declined",       "."),
+            ("reserved",        "filled-2",       "."),
             ("reserved",        "commit",         "."),
             ("reserved",        "verified",       "."),
             ("reserved",        "adopt",          "."),
@@ -534,6 +607,9 @@ mod tests {
             ("filling",         "commit:tokens",  "quarantined send-refused failed!"),
             ("filling",         "commit:fewer",   "quarantined send-refused failed!"),
             ("filling",         "commit:digests", "quarantined send-refused failed!"),
+            ("filling",         "commit:seal",    "quarantined send-refused failed!"),
+            ("filling",         "commit-1",       "quarantined send-refused failed!"),
+            ("filling",         "commit-0",       "quarantined send-refused failed!"),
             ("filling",         "verified",       "."),
             ("filling",         "differs",        "."),
             ("filling",         "adopt",          "."),
@@ -543,7 +619,38 @@ mod tests {
             ("filling",         "lost",           "quarantined failed!"),
             ("filling",         "proven",         "."),
 
+            ("filling",         "filled-2",       "filling verify:0+2"),
+            ("filling",         "filled-1",       "."),
+            ("filling",         "filled-0",       "."),
+            ("filling",         "filled:epoch",   "quarantined send-refused failed!"),
+            ("filling",         "filled:digests", "quarantined send-refused failed!"),
+            ("filling",         "filled:more",    "quarantined send-refused failed!"),
+            ("filling-2",       "filled-2",       "."),
+            ("filling-2",       "filled-1",       "filling verify:2+1"),
+            ("filling-2",       "verified-2",     "filling"),
+            ("filling-2",       "verified",       "."),
+            ("filling-2",       "differs",        "quarantined send-refused failed!"),
+            ("filling-2",       "commit",         "quarantined send-refused failed!"),
+            ("filling-2",       "commit-1",       "verifying verify:2+1"),
+            ("filling-2",       "cancel",         "quarantined send-cancel"),
+            ("filling-2",       "lost",           "quarantined failed!"),
+            ("filling-2",       "quiet",          "released failed! released!"),
+            ("proven-2",        "verified-2",     "."),
+            ("proven-2",        "commit-1",       "verifying verify:2+1"),
+            ("proven-2",        "commit-0",       "quarantined send-refused failed!"),
+            ("proven-3",        "commit-0",       "committed committed!"),
+            ("proven-3",        "commit-0:seal",  "quarantined send-refused failed!"),
+            ("proven-3",        "commit",         "quarantined send-refused failed!"),
+            ("verifying-2",     "verified-2",     "verifying"),
+            ("verifying-2",     "verified-1",     "verifying"),
+            ("verifying-2",     "verified",       "committed committed!"),
+            ("verifying-2",     "filled-1",       "."),
+            ("verifying-2",     "differs",        "quarantined send-refused failed!"),
+            ("verifying-3",     "verified-1",     "committed committed!"),
+            ("verifying-3",     "verified-2",     "."),
+
             ("verifying",       "commit",         "."),
+            ("verifying",       "filled-2",       "."),
             ("verifying",       "verified",       "committed committed!"),
             ("verifying",       "differs",        "quarantined send-refused failed!"),
             ("verifying",       "adopt",          "."),
@@ -637,6 +744,8 @@ mod tests {
             ("nothing is no write",              "filling",     range(410, 0, &[]),              Err(WriteFault::Outside)),
             ("the end of the address space",     "filling",     range(u64::MAX, 20, &[four]),    Err(WriteFault::Outside)),
             ("before the announcement",          "reserved",    range(410, 20, &[four]),         Err(WriteFault::NotExpected)),
+            ("a target that is said to be final", "filling-2",  range(410, 20, &[four]),         Err(WriteFault::NotExpected)),
+            ("one that is not",                  "filling-2",   range(299, 1, &[two]),           Ok(())),
             ("while digests are compared",       "verifying",   range(410, 20, &[four]),         Err(WriteFault::NotExpected)),
             ("after the commit",                 "committed",   range(410, 20, &[four]),         Err(WriteFault::NotExpected)),
             ("after a cancel",                   "quarantined", range(410, 20, &[four]),         Err(WriteFault::NotExpected)),

@@ -61,7 +61,7 @@ pub enum SenderEvent {
     },
     /// The decode side took over.
     Adopted,
-    /// The decode side does not accept the commit.
+    /// The decode side does not accept the commit, or what was named ahead of it.
     Refused {
         /// Its reason.
         reason: String,
@@ -211,11 +211,7 @@ impl Sender {
     }
 
     fn refused(&mut self, reason: String) -> Vec<Action> {
-        if self.state != State::Committing {
-            return Vec::new();
-        }
-        self.cause = Some(TransferError::Refused { reason });
-        self.end()
+        self.give_up(TransferError::Refused { reason })
     }
 
     fn give_up(&mut self, cause: TransferError) -> Vec<Action> {
@@ -307,7 +303,7 @@ mod tests {
             ("",                        "finish",       "committing commit"),
             ("",                        "abandon",      "abandoned send-quiet failed!"),
             ("",                        "adopted",      "."),
-            ("",                        "refused",      "."),
+            ("",                        "refused",      "stopping stop!"),
             ("",                        "cancelled",    "stopping stop!"),
             ("",                        "lost",         "stopping stop!"),
 
@@ -317,7 +313,7 @@ mod tests {
             ("push",                    "finish",       "pushing"),
             ("push",                    "abandon",      "stopping drop"),
             ("push",                    "adopted",      "."),
-            ("push",                    "refused",      "."),
+            ("push",                    "refused",      "stopping stop! drop"),
             ("push",                    "cancelled",    "stopping stop! drop"),
             ("push",                    "lost",         "stopping stop! drop"),
             ("push settle",             "finish",       "committing commit"),

@@ -9,7 +9,7 @@ use tidemill_kvtransfer_proto::credit::Ask;
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{
-    Attach, Commit, Hello, Message, Offer, Offered, OnFailure, Paths, Piece, Ready, Refuse, Reserve,
+    Attach, Commit, Filled, Hello, Message, Offer, Offered, OnFailure, Paths, Piece, Ready, Refuse, Reserve,
     TransportKind, Welcome,
 };
 use tidemill_kvtransfer_proto::path::{MAX_PATHS, PathEnd};
@@ -90,17 +90,22 @@ fn reserve() -> impl Strategy<Value = Reserve> {
     )
 }
 
-fn commit() -> impl Strategy<Value = Commit> {
+fn filled() -> impl Strategy<Value = Filled> {
     let digests = prop::collection::vec(any::<u64>(), 0..40);
+    (handoff(), any::<u32>(), blocks(), digests).prop_map(|(handoff, first, targets, digests)| Filled {
+        handoff,
+        first,
+        targets,
+        digests,
+    })
+}
+
+fn commit() -> impl Strategy<Value = Commit> {
     let payload = prop::collection::vec(any::<u8>(), 0..200);
-    (handoff(), any::<u32>(), blocks(), digests, payload, any::<bool>()).prop_map(
-        |(handoff, tokens, targets, digests, payload, in_place)| Commit {
-            handoff,
-            tokens: TokenCount(tokens),
-            targets,
-            digests,
-            payload,
-            in_place,
+    (filled(), any::<u32>(), any::<u64>(), payload, any::<bool>()).prop_map(
+        |(Filled { handoff, first, targets, digests }, tokens, seal, payload, in_place)| {
+            let tokens = TokenCount(tokens);
+            Commit { handoff, tokens, first, targets, digests, seal, payload, in_place }
         },
     )
 }
@@ -154,6 +159,7 @@ fn message() -> impl Strategy<Value = Message> {
             .prop_map(|(transport, fallback, busy)| Message::Ready(Ready { transport, fallback, busy })),
         reserve().prop_map(Message::Reserve),
         (handoff(), reason()).prop_map(|(handoff, reason)| Message::Decline { handoff, reason }),
+        filled().prop_map(Message::Filled),
         commit().prop_map(Message::Commit),
         handoff().prop_map(|handoff| Message::Adopted { handoff }),
         (handoff(), reason()).prop_map(|(handoff, reason)| Message::Refused { handoff, reason }),

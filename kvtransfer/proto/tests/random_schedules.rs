@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use tidemill_kvtransfer_proto::digest::{Coverage, Granule, granule_digest};
+use tidemill_kvtransfer_proto::digest::{Coverage, Granule, Seal, granule_digest};
 use tidemill_kvtransfer_proto::error::CommitFault;
 use tidemill_kvtransfer_proto::message::{Commit, Message, Reserve};
 use tidemill_kvtransfer_proto::reservation::{
@@ -254,11 +254,15 @@ impl World {
             match action {
                 SenderAction::Send(message) => self.to_decode.send(message, &mut self.chance),
                 SenderAction::Commit { payload } => {
+                    let mut seal = Seal::new(handoff);
+                    seal.add(&prefill.reserve.targets, &prefill.digests);
                     let commit = Commit {
                         handoff,
                         tokens: prefill.reserve.tokens,
+                        first: 0,
                         targets: prefill.reserve.targets.clone(),
                         digests: prefill.digests.clone(),
+                        seal: seal.value(),
                         payload,
                         in_place: false,
                     };
@@ -285,9 +289,10 @@ impl World {
         for action in actions {
             match action {
                 ReservationAction::Send(message) => self.to_prefill.send(message, &mut self.chance),
-                ReservationAction::Verify(digests) => {
+                ReservationAction::Verify { digests, .. } => {
                     let outcome = self.verify(handoff, &digests);
-                    self.decode(handoff, ReservationEvent::Verified { outcome });
+                    let targets = digests.len();
+                    self.decode(handoff, ReservationEvent::Verified { targets, outcome });
                 }
                 ReservationAction::TellCommitted(payload) => {
                     assert_eq!(payload, handoff.0.to_le_bytes());

@@ -1,8 +1,9 @@
 //! Whatever happens to a reservation, in whatever order: rules that hold after each event.
 
 use proptest::prelude::*;
+use tidemill_kvtransfer_proto::digest::Seal;
 use tidemill_kvtransfer_proto::error::CommitFault;
-use tidemill_kvtransfer_proto::message::Commit;
+use tidemill_kvtransfer_proto::message::{Commit, Filled};
 use tidemill_kvtransfer_proto::reservation::{
     Reservation, ReservationAction as Action, ReservationEvent as Event, ReservationState as State,
 };
@@ -19,27 +20,52 @@ fn targets() -> Vec<BlockRef> {
         .into()
 }
 
-/// A commit that fits, or one that differs in one thing.
+const DIGESTS: [u64; 3] = [1, 2, 3];
+
+/// The seal of all targets.
+fn seal() -> u64 {
+    let mut seal = Seal::new(HANDOFF);
+    seal.add(&targets(), &DIGESTS);
+    seal.value()
+}
+
+/// One or two of the blocks as they are named ahead of the commit, in one of several with a mistake.
+fn filled() -> impl Strategy<Value = Filled> {
+    (0..3usize, 1..=2usize, 0..8u32).prop_map(|(first, count, mistake)| {
+        let end = 3.min(first + count);
+        let (mut targets, mut digests) = (targets()[first..end].to_vec(), DIGESTS[first..end].to_vec());
+        match mistake {
+            0 => targets[0].epoch.0 -= 1,
+            1 => digests.push(4),
+            _ => {}
+        }
+        Filled { handoff: HANDOFF, first: first as u32, targets, digests }
+    })
+}
+
+/// A commit that goes on from some block and fits, or one that differs in one thing.
 fn commit() -> impl Strategy<Value = Commit> {
-    let good = Commit {
-        handoff: HANDOFF,
-        tokens: TOKENS,
-        targets: targets(),
-        digests: vec![1, 2, 3],
-        payload: vec![9],
-        in_place: false,
-    };
-    prop_oneof![
-        4 => Just(good.clone()),
-        1 => Just(Commit { tokens: TokenCount(47), ..good.clone() }),
-        1 => Just(Commit { digests: vec![1, 2], ..good.clone() }),
-        1 => Just(Commit { targets: targets()[1..].to_vec(), ..good.clone() }),
-        1 => (0..3usize).prop_map(move |index| {
-            let mut commit = good.clone();
-            commit.targets[index].epoch.0 -= 1;
-            commit
-        }),
-    ]
+    (0..=3usize, 0..10u32).prop_map(|(first, mistake)| {
+        let mut commit = Commit {
+            handoff: HANDOFF,
+            tokens: TOKENS,
+            first: first as u32,
+            targets: targets()[first..].to_vec(),
+            digests: DIGESTS[first..].to_vec(),
+            seal: seal(),
+            payload: vec![9],
+            in_place: false,
+        };
+        match mistake {
+            0 => commit.tokens = TokenCount(47),
+            1 => commit.digests.push(4),
+            2 => drop(commit.targets.pop()),
+            3 => commit.seal += 1,
+            4 => commit.targets.iter_mut().for_each(|it| it.epoch.0 -= 1),
+            _ => {}
+        }
+        commit
+    })
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -47,9 +73,10 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         3 => Just(Event::Announced),
         1 => Just(Event::Declined { reason: reason() }),
+        4 => filled().prop_map(Event::Filled),
         4 => commit().prop_map(Event::Commit),
-        3 => Just(Event::Verified { outcome: Ok(()) }),
-        1 => Just(Event::Verified { outcome: Err(CommitFault::Digest { index: 1 }) }),
+        6 => (1..=3usize).prop_map(|targets| Event::Verified { targets, outcome: Ok(()) }),
+        1 => Just(Event::Verified { targets: 1, outcome: Err(CommitFault::Digest { index: 1 }) }),
         2 => Just(Event::Adopt),
         1 => Just(Event::Refuse { reason: reason() }),
         1 => Just(Event::Cancel),
@@ -65,7 +92,8 @@ proptest! {
     #[test]
     fn rules_that_no_order_of_events_breaks(events in prop::collection::vec(event(), 0..25)) {
         let mut it = Reservation::new(HANDOFF, TOKENS, targets()).expect("distinct blocks");
-        let (mut announced, mut quiet, mut good_commit, mut verified) = (false, false, false, false);
+        let (mut announced, mut quiet, mut good_commit) = (false, false, false);
+        let (mut named, mut compared) = (0, 0);
         let (mut committed, mut over) = (0, 0);
         for event in events {
             let before = it.state();
@@ -75,14 +103,30 @@ proptest! {
             // The peer's word counts once there is something that it can be about.
             let says_quiet = matches!(event, Event::Declined { .. } | Event::Quiet { .. } | Event::QuietProven);
             quiet |= says_quiet && announced;
-            if let Event::Commit(commit) = &event && expects_bytes {
-                good_commit = commit.targets == targets() && commit.tokens == TOKENS && commit.digests.len() == 3;
+            match &event {
+                Event::Filled(filled) if expects_bytes && filled.first as usize == named => {
+                    let end = named + filled.targets.len();
+                    let is_good = filled.targets == targets()[named..end] && filled.digests == DIGESTS[named..end];
+                    prop_assert_eq!(is_good, it.state() == State::Filling, "it is examined at once");
+                    named = if is_good { end } else { named };
+                }
+                Event::Commit(commit) if expects_bytes => {
+                    good_commit = commit.first as usize == named
+                        && commit.targets == targets()[named..]
+                        && commit.digests == DIGESTS[named..]
+                        && commit.tokens == TOKENS
+                        && commit.seal == seal();
+                    named = if good_commit { 3 } else { named };
+                }
+                Event::Verified { targets, outcome: Ok(()) } if before == State::Filling && compared + targets <= named => {
+                    compared += targets;
+                }
+                _ => {}
             }
-            verified |= good_commit && event == (Event::Verified { outcome: Ok(()) });
             for action in &actions {
                 match action {
                     Action::TellCommitted(payload) => {
-                        prop_assert!(good_commit && verified, "committed without a proven commit");
+                        prop_assert!(good_commit && compared == 3, "committed without a proven commit");
                         prop_assert_eq!(payload, &[9]);
                         committed += 1;
                     }
@@ -94,7 +138,7 @@ proptest! {
                         over += 1;
                         prop_assert_eq!((event.clone(), committed), (Event::Adopt, 1));
                     }
-                    Action::Send(_) | Action::Verify(_) | Action::TellFailed(_) => {}
+                    Action::Send(_) | Action::Verify { .. } | Action::TellFailed(_) => {}
                 }
             }
             prop_assert!(committed <= 1 && over <= 1, "told once: {committed} commits, {over} ends");
@@ -104,7 +148,8 @@ proptest! {
             }
             let range = RemoteRange { handoff: HANDOFF, offset: 4 * BLOCK as u64, len: 10, stamp: stamp(&targets()[..1]) };
             let may_land = it.admit(&range, BLOCK).is_ok();
-            prop_assert_eq!(may_land, it.state() == State::Filling && !good_commit, "bytes land only while expected");
+            let is_expected = it.state() == State::Filling && named == 0;
+            prop_assert_eq!(may_land, is_expected, "bytes land only while expected");
         }
     }
 

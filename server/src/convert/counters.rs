@@ -42,6 +42,7 @@ pub(super) fn counters_to_wire(counters: &Counters) -> proto::Counters {
         handoff_writes: counters.handoff_writes,
         handoff_failures: counters.handoff_failures,
         handoff_in_place: counters.handoff_in_place,
+        handoff_head_start_seconds: counters.handoff_head_start_seconds,
         handoff_seconds: counters.handoff_seconds,
         handoff_refusals: counters.handoff_refusals,
         speculation: Some(speculation_to_wire(&counters.speculation)),
@@ -62,6 +63,7 @@ pub(super) fn counters_from_wire(wire: proto::Counters) -> Counters {
         handoff_failures: wire.handoff_failures,
         handoff_in_place: wire.handoff_in_place,
         handoff_refusals: wire.handoff_refusals,
+        handoff_head_start_seconds: wire.handoff_head_start_seconds,
         handoff_seconds: wire.handoff_seconds,
         speculation: wire.speculation.map(|it| speculation_from_wire(&it)).unwrap_or_default(),
     }

@@ -57,6 +57,7 @@ metric_names! {
     describe_gauge GRANTED_BYTES = "tidemill_handoff_granted_bytes", "Bytes that prefill workers may have on their way to a worker over a network.";
     describe_gauge WAITING_BYTES = "tidemill_handoff_waiting_bytes", "Bytes that prefill workers would send to a worker, and that wait for its leave.";
     describe_gauge WAITING_HANDOFFS = "tidemill_handoff_waiting", "Handoffs whose bytes wait for a worker's leave.";
+    describe_histogram HEAD_START = "tidemill_handoff_head_start_seconds", "From the end of a prompt until its first token was known: what can be done ahead for a handoff has that long.";
     describe_histogram HANDOFF_DURATION = "tidemill_handoff_duration_seconds", "From the end of prefill to adoption.";
     describe_histogram RECOVERY = "tidemill_recovery_seconds", "From the first sign that a worker or handoff failed until its request was with others.";
     describe_gauge LINK_SPEED = "tidemill_link_bytes_per_second", "Speed of the way for KV cache between two workers, as a probe measured it; zero when there is no such way now.";
@@ -65,8 +66,11 @@ metric_names! {
 }
 
 /// Names of samples in the worker protocol, and the histograms they go to.
-pub(super) const SAMPLES: [(&str, &str); 2] =
-    [("handoff_seconds", HANDOFF_DURATION), ("iteration_tokens", ITERATION_TOKENS)];
+pub(super) const SAMPLES: [(&str, &str); 3] = [
+    ("handoff_head_start_seconds", HEAD_START),
+    ("handoff_seconds", HANDOFF_DURATION),
+    ("iteration_tokens", ITERATION_TOKENS),
+];
 
 /// Buckets of each histogram; one that is not listed would become a summary, which cannot be added up.
 pub(super) const BUCKETS: &[(&str, &[f64])] = &[
@@ -77,6 +81,7 @@ pub(super) const BUCKETS: &[(&str, &[f64])] = &[
     (ITERATION_TOKENS, STEP_TOKENS),
     (TIME_TO_FIRST_TOKEN, SHORT_SECONDS),
     (INTER_TOKEN_LATENCY, SHORT_SECONDS),
+    (HEAD_START, TINY_SECONDS),
     (HANDOFF_DURATION, SHORT_SECONDS),
     (RECOVERY, SHORT_SECONDS),
     (E2E_LATENCY, LONG_SECONDS),
@@ -90,6 +95,8 @@ const TOKENS: &[f64] =
     &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6];
 const STEP_TOKENS: &[f64] =
     &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+const TINY_SECONDS: &[f64] =
+    &[2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0];
 const SHORT_SECONDS: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
     20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,

@@ -33,6 +33,9 @@ impl Samples {
         for _ in 0..handoffs {
             let seconds = (now.handoff_seconds - before.handoff_seconds) / handoffs as f64;
             collected.push("handoff_seconds", seconds);
+            let seconds =
+                (now.handoff_head_start_seconds - before.handoff_head_start_seconds) / handoffs as f64;
+            collected.push("handoff_head_start_seconds", seconds);
         }
     }
 
@@ -66,6 +69,7 @@ mod tests {
             generation_tokens,
             handoffs,
             handoff_seconds,
+            handoff_head_start_seconds: handoff_seconds / 2.0,
             ..Counters::default()
         };
         samples.add(&sums(1, 64, 0, 0, 0.0));
@@ -77,7 +81,9 @@ mod tests {
             ("iteration_tokens", 64.0),
             ("iteration_tokens", 9.0),
             ("handoff_seconds", 0.25),
+            ("handoff_head_start_seconds", 0.125),
             ("handoff_seconds", 0.25),
+            ("handoff_head_start_seconds", 0.125),
         ];
         assert_eq!(taken, expected.map(|(name, value)| (name.to_owned(), value)));
         assert!(samples.take().is_empty(), "each is taken once");

@@ -15,7 +15,14 @@ pub(super) fn short(message: &Message) -> String {
             format!("reserve {} blocks {blocks:?}", reserve.handoff)
         }
         Message::Decline { handoff, reason } => format!("decline {handoff}: {reason}"),
-        Message::Commit(commit) => format!("commit {}", commit.handoff),
+        Message::Filled(filled) => {
+            let (first, count) = (filled.first, filled.targets.len());
+            format!("filled {}: {count} blocks after {first}", filled.handoff)
+        }
+        Message::Commit(commit) => {
+            let (first, count) = (commit.first, commit.targets.len());
+            format!("commit {}: {count} blocks after {first}", commit.handoff)
+        }
         Message::Adopted { handoff } => format!("adopted {handoff}"),
         Message::Refused { handoff, reason } => format!("refused {handoff}: {reason}"),
         Message::Cancel { handoff } => format!("cancel {handoff}"),

@@ -8,7 +8,7 @@ use tidemill_kvtransfer_proto::endpoint_core::{
 };
 use tidemill_kvtransfer_proto::error::TransferError;
 use tidemill_kvtransfer_proto::transport::Completion;
-use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, Moment};
+use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, Moment, TokenCount};
 
 use super::Mischief;
 use super::engine::EngineInput;
@@ -26,6 +26,7 @@ pub(super) enum Order {
     Cancel(HandoffId),
     Expect(HandoffId, u64),
     Push(HandoffId, Vec<TargetWrite<Piece>>),
+    Filled(HandoffId, TokenCount),
     Computed(HandoffId),
     Finish(HandoffId, Vec<u8>),
     Abandon(HandoffId),
@@ -79,7 +80,8 @@ impl World<'_> {
                 Order::Cancel(handoff) => core.cancel(handoff),
                 Order::Expect(handoff, peer) => core.expect(handoff, peer, RESERVATION_LIMIT, now),
                 Order::Push(handoff, writes) => core.push(handoff, writes, now),
-                Order::Computed(handoff) => core.computed(handoff),
+                Order::Filled(handoff, tokens) => core.filled(handoff, tokens),
+                Order::Computed(handoff) => core.computed(handoff, now),
                 Order::Finish(handoff, payload) => core.finish(handoff, payload, now),
                 Order::Abandon(handoff) => core.abandon(handoff, "given up".to_owned(), now),
             }
@@ -232,7 +234,7 @@ impl World<'_> {
         let digest = |(position, target): (usize, &BlockRef)| {
             let start = target.block.0 as usize * order.shape.block;
             (0..order.shape.block / order.shape.granule).fold(0u64, |sum, index| {
-                let granule = order.shape.granule_of(order.handoff, position, index);
+                let granule = order.shape.granule_of(order.handoff, order.first + position, index);
                 let at = start + index * order.shape.granule;
                 sum.wrapping_add(granule_digest(
                     order.coverage,
@@ -247,7 +249,8 @@ impl World<'_> {
         let digests = order.targets.iter().enumerate().map(digest).collect();
         let believes = self.plants(Mischief::SkipDigest) && order.owner.is_none();
         let life = self.life(process).expect("just seen");
-        let digests = life.committed.remove(&order.handoff).filter(|_| believes).unwrap_or(digests);
+        let claimed = life.claimed.remove(&(order.handoff, order.first));
+        let digests = claimed.filter(|_| believes).unwrap_or(digests);
         life.core.digested(order.handoff, order.ticket, digests);
         self.act(process);
     }

@@ -247,6 +247,7 @@ impl World<'_> {
             self.finish_step(process, &plan, &[]);
             return self.wake_engine(process, 5);
         }
+        self.name_early(process, &plan);
         let slowness = self.workers[process.place].slowness;
         let tokens = u64::from(plan.tokens().0);
         let layer_time = slowness * (self.micros(50, 400) + tokens * 20);
@@ -290,6 +291,7 @@ impl World<'_> {
             capture.compute(layer, tokens);
             if let Some((handoff, owner)) = capture.in_place {
                 self.check_in_place(capture, handoff, owner);
+                self.store_again(capture, layer);
             }
         }
         self.meet_reservations(process);

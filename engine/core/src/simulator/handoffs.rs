@@ -4,11 +4,12 @@ use tidemill_kvtransfer_proto::endpoint_core::{
     EndpointEvent, QuietProof, ReserveOrder, ReservedHandoff, TargetWrite,
 };
 use tidemill_kvtransfer_proto::layout::Bridge;
+use tidemill_kvtransfer_proto::message::Filled;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, HandoffId, TokenCount};
 
 use super::Mischief;
 use super::endpoint::Order;
-use super::engine::{OutgoingHandoff, Target, expect};
+use super::engine::{Capture, OutgoingHandoff, Target, expect};
 use super::model::{LAYERS, Shape};
 use super::world::{Process, World};
 use crate::events::{EngineEvent, Recovery};
@@ -152,14 +153,54 @@ impl World<'_> {
         }
     }
 
-    /// The prompt is computed, though its first token is not known.
+    /// Some more of prompts is computed, or all of one, though its first token is not known.
     pub(super) fn tell_computed(&mut self, process: Process, plan: &StepPlan) {
-        for work in plan.work.iter().filter(|work| work.samples) {
-            let part = self.life(process).expect("it runs").requests.get(&work.request).map(|it| it.part);
-            if let Some(Part::PrefillFor(handoff)) = part {
+        for work in &plan.work {
+            let life = self.life(process).expect("it runs");
+            let part = life.requests.get(&work.request).map(|it| it.part);
+            let Some(Part::PrefillFor(handoff)) = part else { continue };
+            let target = life.outgoing.get(&handoff).map(|it| &it.target);
+            if matches!(target, Some(Target::InPlace { .. })) {
+                let computed = TokenCount(work.first.0 + work.count.0);
+                self.order(process, Order::Filled(handoff, computed));
+            }
+            if work.samples {
                 self.order(process, Order::Computed(handoff));
             }
         }
+    }
+
+    /// A planted bug: blocks are called final before they are computed.
+    pub(super) fn name_early(&mut self, process: Process, plan: &StepPlan) {
+        if self.plants(Mischief::NameEarly) {
+            self.tell_computed(process, plan);
+        }
+    }
+
+    /// A planted bug: the device stores into what a step before has computed, and called final.
+    pub(super) fn store_again(&self, capture: &Capture, layer: usize) {
+        if self.plants(Mischief::StoreAgain)
+            && let Some(before) = (capture.work.first.0 as usize).checked_sub(1)
+        {
+            capture.memory.write(&capture.table, layer, before, 0);
+        }
+    }
+
+    /// A peer says that blocks are final: they hold what the request's own tokens make.
+    pub(super) fn check_filled(&mut self, process: Process, filled: &Filled) {
+        let life = self.life(process).expect("it runs");
+        let Some(&(request, _)) = life.incoming.get(&filled.handoff) else { return };
+        let Some(job) = life.requests.get(&request).map(|it| it.job) else { return };
+        let table: Vec<BlockId> = life.scheduler.block_table(request).iter().map(|it| it.block).collect();
+        let memory = life.memory.clone();
+        let known = life.scheduler.tokens(request).len();
+        let named = |block: &BlockId| filled.targets.iter().any(|it| it.block == *block);
+        let block_len = memory.shape().tokens();
+        for (index, _) in table.iter().enumerate().filter(|(_, block)| named(block)) {
+            let positions = index * block_len..known.min((index + 1) * block_len);
+            expect(&memory, &table, positions, &self.front.job(job).contents, "who is told of a final block");
+        }
+        self.summary.named_ahead += filled.targets.len() as u64;
     }
 
     pub(super) fn push_layers(

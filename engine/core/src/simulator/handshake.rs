@@ -5,7 +5,7 @@ use std::time::Duration;
 use tidemill_kvtransfer_proto::endpoint_core::LinkUp;
 use tidemill_kvtransfer_proto::handshake::Contact;
 use tidemill_kvtransfer_proto::message::{
-    Hello, Message, Offer, OnFailure, PROTOCOL, Ready, Refuse, TransportKind, Welcome,
+    Commit, Filled, Hello, Message, Offer, OnFailure, PROTOCOL, Ready, Refuse, TransportKind, Welcome,
 };
 use tidemill_kvtransfer_proto::units::{HandoffId, Moment};
 
@@ -108,8 +108,16 @@ impl World<'_> {
         let Some(life) = self.life(process) else { return };
         if life.up.get(&peer.instance).is_some_and(|(up, _, _)| *up == conn) {
             life.last_delivery.insert(peer.instance, local);
-            if let Message::Commit(commit) = &message {
-                life.committed.insert(commit.handoff, commit.digests.clone());
+            if let Message::Filled(filled) = &message {
+                self.check_filled(process, filled);
+            }
+            let Some(life) = self.life(process) else { return };
+            match &message {
+                Message::Filled(Filled { handoff, first, digests, .. })
+                | Message::Commit(Commit { handoff, first, digests, .. }) => {
+                    life.claimed.insert((*handoff, *first as usize), digests.clone());
+                }
+                _ => {}
             }
             life.core.hear(peer.instance, message, now);
             return self.act(process);

@@ -45,8 +45,8 @@ pub(super) struct Life {
     pub(super) last_delivery: BTreeMap<u64, u64>,
     pub(super) peers: BTreeMap<u64, Peer>,
     pub(super) endpoint_turn_at: Option<u64>,
-    /// For a planted bug: digests that peers have sent.
-    pub(super) committed: BTreeMap<HandoffId, Vec<u64>>,
+    /// For a planted bug: digests that peers have sent, of the targets from that one on.
+    pub(super) claimed: BTreeMap<(HandoffId, usize), Vec<u64>>,
 }
 
 impl Life {
@@ -90,7 +90,7 @@ impl Life {
             last_delivery: BTreeMap::new(),
             peers: BTreeMap::new(),
             endpoint_turn_at: None,
-            committed: BTreeMap::new(),
+            claimed: BTreeMap::new(),
         }
     }
 

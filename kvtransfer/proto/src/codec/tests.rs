@@ -10,8 +10,8 @@ use crate::credit::Ask;
 use crate::digest::Coverage;
 use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{
-    Attach, Commit, Hello, Offer, Offered, OnFailure, Paths, Piece, Ready, Refuse, Reserve, TransportKind,
-    Welcome,
+    Attach, Commit, Filled, Hello, Offer, Offered, OnFailure, Paths, Piece, Ready, Refuse, Reserve,
+    TransportKind, Welcome,
 };
 use crate::path::PathEnd;
 use crate::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
@@ -82,11 +82,15 @@ fn messages() -> Vec<Message> {
             coverage: Coverage::Full,
         }),
         Message::Decline { handoff, reason: reason.clone() },
+        Message::Filled(Filled { handoff, first: 3, targets: blocks(2), digests: vec![0, u64::MAX] }),
+        Message::Filled(Filled { handoff, first: 0, targets: vec![], digests: vec![] }),
         Message::Commit(Commit {
             handoff,
             tokens: TokenCount(0),
+            first: 1 << 20,
             targets: blocks(2),
             digests: vec![0, u64::MAX],
+            seal: u64::MAX,
             payload: vec![0, 255, 3],
             in_place: true,
         }),
@@ -192,8 +196,10 @@ fn a_message_that_is_too_long_is_not_sent() {
     let message = Message::Commit(Commit {
         handoff: HandoffId(1),
         tokens: TokenCount(1),
+        first: 0,
         targets: vec![],
         digests: vec![],
+        seal: 0,
         payload: vec![0; MAX_FRAME],
         in_place: false,
     });
@@ -215,6 +221,7 @@ fn weight(message: &Message) -> usize {
             it.fallback.as_ref().map_or(0, String::capacity) + it.busy.capacity() * size_of::<HandoffId>()
         }
         Message::Reserve(it) => refs(&it.cached) + refs(&it.targets),
+        Message::Filled(it) => refs(&it.targets) + it.digests.capacity() * 8,
         Message::Commit(it) => refs(&it.targets) + it.digests.capacity() * 8 + it.payload.capacity(),
         Message::Decline { reason, .. } | Message::Refused { reason, .. } | Message::Quiet { reason, .. } => {
             reason.capacity()

@@ -2,6 +2,7 @@
 //!
 //! Tags are never used for another meaning; a field that is no longer needed leaves a gap.
 
+mod commits;
 mod credit;
 mod layout;
 mod offers;
@@ -20,7 +21,7 @@ use self::layout::Layout;
 pub(super) struct Envelope {
     #[prost(
         oneof = "Body",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23"
     )]
     body: Option<Body>,
 }
@@ -42,7 +43,7 @@ enum Body {
     #[prost(message, tag = "7")]
     Decline(Reason),
     #[prost(message, tag = "8")]
-    Commit(Commit),
+    Commit(commits::Commit),
     #[prost(message, tag = "9")]
     Adopted(Reason),
     #[prost(message, tag = "10")]
@@ -67,6 +68,8 @@ enum Body {
     Offer(offers::Offered),
     #[prost(message, tag = "20")]
     Fetched(offers::Fetched),
+    #[prost(message, tag = "21")]
+    Filled(commits::Filled),
     #[prost(message, tag = "22")]
     PathAnew(paths::PathAnew),
     #[prost(uint32, tag = "23")]
@@ -163,22 +166,6 @@ struct Reserve {
     coverage: u32,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct Commit {
-    #[prost(fixed64, tag = "1")]
-    handoff: u64,
-    #[prost(uint32, tag = "2")]
-    tokens: u32,
-    #[prost(message, optional, tag = "3")]
-    targets: Option<Blocks>,
-    #[prost(fixed64, repeated, tag = "4")]
-    digests: Vec<u64>,
-    #[prost(bytes = "vec", tag = "5")]
-    payload: Vec<u8>,
-    #[prost(bool, tag = "6")]
-    in_place: bool,
-}
-
 /// A handoff and, where there is one, the reason for what happens to it.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Reason {
@@ -209,6 +196,7 @@ impl From<Message> for Envelope {
             }),
             Message::Reserve(it) => Body::Reserve(it.into()),
             Message::Decline { handoff, reason: why } => Body::Decline(reason(handoff, why)),
+            Message::Filled(it) => Body::Filled(it.into()),
             Message::Commit(it) => Body::Commit(it.into()),
             Message::Adopted { handoff } => Body::Adopted(reason(handoff, String::new())),
             Message::Refused { handoff, reason: why } => Body::Refused(reason(handoff, why)),
@@ -253,6 +241,7 @@ impl TryFrom<Envelope> for Message {
             }),
             Body::Reserve(it) => Self::Reserve(it.try_into()?),
             Body::Decline(it) => Self::Decline { handoff: HandoffId(it.handoff), reason: it.reason },
+            Body::Filled(it) => Self::Filled(it.try_into()?),
             Body::Commit(it) => Self::Commit(it.try_into()?),
             Body::Adopted(it) => Self::Adopted { handoff: HandoffId(it.handoff) },
             Body::Refused(it) => Self::Refused { handoff: HandoffId(it.handoff), reason: it.reason },
@@ -364,24 +353,6 @@ impl TryFrom<Reserve> for message::Reserve {
             targets: block_refs(it.targets)?,
             coverage: from_wire_number(&[Coverage::Sampled, Coverage::Full], it.coverage, "coverage")?,
         })
-    }
-}
-
-impl From<message::Commit> for Commit {
-    fn from(it: message::Commit) -> Self {
-        let message::Commit { handoff, tokens, targets, digests, payload, in_place } = it;
-        let (handoff, tokens, targets) = (handoff.0, tokens.0, Some(targets.into()));
-        Self { handoff, tokens, targets, digests, payload, in_place }
-    }
-}
-
-impl TryFrom<Commit> for message::Commit {
-    type Error = CodecError;
-
-    fn try_from(it: Commit) -> Result<Self, CodecError> {
-        let Commit { handoff, tokens, targets, digests, payload, in_place } = it;
-        let (handoff, tokens) = (HandoffId(handoff), TokenCount(tokens));
-        Ok(Self { handoff, tokens, targets: block_refs(targets)?, digests, payload, in_place })
     }
 }
 

@@ -173,6 +173,7 @@ impl<S: WriteSource> EndpointCore<S> {
             Message::Decline { handoff, reason } => {
                 self.hear_of_reservation(peer, handoff, ReservationEvent::Declined { reason });
             }
+            Message::Filled(filled) => self.hear_filled(peer, filled),
             Message::Commit(commit) => {
                 self.note_in_place(peer, &commit);
                 self.hear_of_reservation(peer, commit.handoff, ReservationEvent::Commit(commit));

@@ -7,24 +7,26 @@ use std::time::Duration;
 use super::backlog::Backlog;
 use super::fetching::Offers;
 use super::links::LinkState;
+use super::naming::Naming;
 use super::writing::WriteSource;
-use super::{
-    DigestOrder, DigestTicket, EndpointCore, EndpointEvent, HandoffStats, ReservedHandoff, check_shape,
-};
+use super::{EndpointCore, EndpointEvent, HandoffStats, ReservedHandoff, check_shape};
 use crate::credit::CreditLine;
 use crate::digest::{BlockShape, Coverage};
 use crate::error::TransferError;
 use crate::layout::Bridge;
-use crate::message::{self, Commit, Message};
+use crate::message::{self, Message};
 use crate::sender::{Sender, SenderAction, SenderEvent};
-use crate::units::{BlockId, BlockRef, HandoffId, Moment, TokenCount};
+use crate::units::{BlockId, BlockLen, BlockRef, HandoffId, Moment, TokenCount};
 
 /// A handoff with this side as prefill side.
 #[derive(Clone, Debug)]
 pub(super) struct Outgoing<S> {
     pub(super) peer: u64,
     pub(super) sender: Sender,
-    tokens: TokenCount,
+    pub(super) tokens: TokenCount,
+    /// Tokens that lie in blocks before the targets.
+    pub(super) before: TokenCount,
+    pub(super) block_len: BlockLen,
     pub(super) targets: Vec<BlockRef>,
     /// Where among the targets a block of the peer is.
     pub(super) positions: BTreeMap<BlockId, usize>,
@@ -44,20 +46,11 @@ pub(super) struct Outgoing<S> {
     /// Of what was posted so far, one for each target.
     pub(super) digests: Vec<u64>,
     pub(super) stats: HandoffStats,
+    /// When the engine said that the whole prompt is computed.
+    pub(super) computed: Option<Moment>,
     finished: Option<Moment>,
-    /// Digests of what was computed in place.
-    hashing: Hashing,
-    /// What goes along with the commit, while that waits for digests.
-    payload: Option<Vec<u8>>,
-}
-
-/// How far the digests are of what was computed in place.
-#[derive(Clone, Debug, Default)]
-enum Hashing {
-    #[default]
-    NotBegun,
-    Running(DigestTicket),
-    Done(Vec<u64>),
+    /// What the peer was told of blocks that are computed in place.
+    pub(super) naming: Naming,
 }
 
 /// A handoff of which only one half is known.
@@ -83,10 +76,6 @@ impl<S> Outgoing<S> {
     /// Whether the engine may be storing into the peer's memory by itself.
     pub(super) fn computes_in_place(&self) -> bool {
         self.in_place && self.stats.writes == 0
-    }
-
-    pub(super) fn hashes(&self, ticket: DigestTicket) -> bool {
-        matches!(self.hashing, Hashing::Running(ours) if ours == ticket)
     }
 }
 
@@ -167,6 +156,8 @@ impl<S: WriteSource> EndpointCore<S> {
             peer,
             sender: Sender::new(handoff),
             tokens,
+            before: TokenCount(first_block.saturating_mul(layout.block_len.tokens())),
+            block_len: layout.block_len,
             targets: targets.clone(),
             positions: targets.iter().map(|it| it.block).zip(0..).collect(),
             coverage,
@@ -178,9 +169,9 @@ impl<S: WriteSource> EndpointCore<S> {
             offers,
             digests: vec![0; targets.len()],
             stats: HandoffStats::default(),
+            computed: None,
             finished: None,
-            hashing: Hashing::NotBegun,
-            payload: None,
+            naming: Naming::new(handoff),
         };
         self.outgoing.insert(handoff, outgoing);
         self.tell(EndpointEvent::Reserved(ReservedHandoff {
@@ -256,21 +247,11 @@ impl<S: WriteSource> EndpointCore<S> {
         }
     }
 
-    /// The engine has computed the whole prompt and will not touch the peer's blocks again; `finish` follows. What can be
-    /// done for the commit without its payload is done meanwhile.
-    pub fn computed(&mut self, handoff: HandoffId) {
-        let Some(outgoing) = self.outgoing.get(&handoff) else { return };
-        let peer = outgoing.peer;
-        if outgoing.sender.accepts_writes() && outgoing.computes_in_place() {
-            self.begin_hashing(handoff);
-            self.beat(peer);
-        }
-    }
-
     /// The engine is done, and has pushed everything.
     pub fn finish(&mut self, handoff: HandoffId, payload: Vec<u8>, now: Moment) {
         if let Some(outgoing) = self.outgoing.get_mut(&handoff) {
             outgoing.finished.get_or_insert(now);
+            outgoing.stats.head_start = outgoing.computed.map(|since| now.since(since)).unwrap_or_default();
         }
         self.apply_to_sender(handoff, SenderEvent::Finish { payload }, now);
     }
@@ -340,57 +321,6 @@ impl<S: WriteSource> EndpointCore<S> {
         let Some(mut outgoing) = self.outgoing.remove(&handoff) else { return HandoffStats::default() };
         outgoing.stats.took = outgoing.finished.map(|since| now.since(since)).unwrap_or_default();
         outgoing.stats
-    }
-
-    /// Every byte is there: says so, once the digests are.
-    fn commit(&mut self, handoff: HandoffId, payload: Vec<u8>) {
-        let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return };
-        if !outgoing.computes_in_place() {
-            let digests = std::mem::take(&mut outgoing.digests);
-            return self.send_commit(handoff, digests, payload);
-        }
-        if let Hashing::Done(digests) = &mut outgoing.hashing {
-            let digests = std::mem::take(digests);
-            return self.send_commit(handoff, digests, payload);
-        }
-        outgoing.payload = Some(payload);
-        self.begin_hashing(handoff);
-    }
-
-    /// Has digests taken of what was computed in place, unless that was asked for before.
-    fn begin_hashing(&mut self, handoff: HandoffId) {
-        let Some(outgoing) = self.outgoing.get(&handoff) else { return };
-        let Hashing::NotBegun = outgoing.hashing else { return };
-        let (peer, coverage, shape) = (outgoing.peer, outgoing.coverage, outgoing.shape);
-        let targets = outgoing.targets.clone();
-        let (owner, spots) = (Some(peer), coverage == Coverage::Sampled);
-        let ticket = self.order_digests(|ticket| DigestOrder {
-            ticket,
-            handoff,
-            owner,
-            coverage,
-            shape,
-            targets,
-            spots,
-        });
-        if let Some(outgoing) = self.outgoing.get_mut(&handoff) {
-            outgoing.hashing = Hashing::Running(ticket);
-        }
-    }
-
-    pub(super) fn hashed(&mut self, handoff: HandoffId, digests: Vec<u64>) {
-        let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return };
-        match outgoing.payload.take() {
-            Some(payload) => self.send_commit(handoff, digests, payload),
-            None => outgoing.hashing = Hashing::Done(digests),
-        }
-    }
-
-    fn send_commit(&mut self, handoff: HandoffId, digests: Vec<u64>, payload: Vec<u8>) {
-        let Some(outgoing) = self.outgoing.get(&handoff) else { return };
-        let (peer, tokens, targets) = (outgoing.peer, outgoing.tokens, outgoing.targets.clone());
-        let in_place = outgoing.computes_in_place();
-        self.send(peer, Message::Commit(Commit { handoff, tokens, targets, digests, payload, in_place }));
     }
 }
 

@@ -26,12 +26,21 @@ pub(super) struct Incoming {
     via: Option<(LinkId, QuietProof)>,
     /// What this side reads, where it reads.
     pub(super) pull: Option<Pull>,
-    /// Digests in the making, and what they should be.
-    verification: Option<(DigestTicket, Vec<u64>)>,
+    /// Digests in the making.
+    verifications: Vec<Verification>,
     /// Whether the peer says that it computed in the blocks, and can have done so.
     in_place: bool,
     /// When it is wanted.
     pub(super) deadline: Moment,
+}
+
+/// Digests in the making, and what they should be.
+#[derive(Clone, Debug)]
+struct Verification {
+    ticket: DigestTicket,
+    /// Position of the first block among the targets.
+    first: usize,
+    expected: Vec<u64>,
 }
 
 impl Incoming {
@@ -45,7 +54,7 @@ impl Incoming {
     }
 
     pub(super) fn verifies(&self, ticket: DigestTicket) -> bool {
-        self.verification.as_ref().is_some_and(|(ours, _)| *ours == ticket)
+        self.verifications.iter().any(|it| it.ticket == ticket)
     }
 
     /// Bytes that the peer has to write.
@@ -95,7 +104,7 @@ impl<S: WriteSource> EndpointCore<S> {
             announcement,
             via: None,
             pull: None,
-            verification: None,
+            verifications: Vec::new(),
             in_place: false,
             deadline: now.plus(order.within.min(LATEST)),
         };
@@ -188,14 +197,31 @@ impl<S: WriteSource> EndpointCore<S> {
         self.apply_to_reservation(handoff, event);
     }
 
-    /// Notes whether a commit is about blocks that were computed in: only memory that both have mapped can be.
+    /// Blocks are final, ahead of the commit. Only blocks that the peer computes in can be: what is written comes by ways
+    /// that do not end before the commit.
+    pub(super) fn hear_filled(&mut self, peer: u64, filled: message::Filled) {
+        let handoff = filled.handoff;
+        if !self.can_compute_here(peer) {
+            return self.log(peer, handoff, "it named blocks ahead that it cannot have computed in");
+        }
+        if let Some(incoming) = self.incoming.get_mut(&handoff).filter(|it| it.peer == peer) {
+            incoming.in_place = true;
+        }
+        self.hear_of_reservation(peer, handoff, ReservationEvent::Filled(filled));
+    }
+
+    /// Notes whether a commit is about blocks that were computed in.
     pub(super) fn note_in_place(&mut self, peer: u64, commit: &message::Commit) {
-        let link = self.link(peer);
-        let is_possible =
-            link.is_some_and(|it| it.proof == QuietProof::Process && it.bridge == Ok(Bridge::Identical));
+        let is_possible = self.can_compute_here(peer);
         if let Some(incoming) = self.incoming.get_mut(&commit.handoff).filter(|it| it.peer == peer) {
             incoming.in_place = commit.in_place && is_possible;
         }
+    }
+
+    /// Whether the peer can compute in this side's blocks: it has them mapped, and has an equal layout.
+    fn can_compute_here(&self, peer: u64) -> bool {
+        let link = self.link(peer);
+        link.is_some_and(|it| it.proof == QuietProof::Process && it.bridge == Ok(Bridge::Identical))
     }
 
     /// Whether the peer can know that nothing of it will land any more.
@@ -257,7 +283,9 @@ impl<S: WriteSource> EndpointCore<S> {
         for action in actions {
             match action {
                 ReservationAction::Send(message) => self.send(peer, message),
-                ReservationAction::Verify(digests) => self.begin_verification(handoff, digests),
+                ReservationAction::Verify { first, digests } => {
+                    self.begin_verification(handoff, first, digests);
+                }
                 ReservationAction::TellCommitted(payload) => {
                     let tokens = self.incoming[&handoff].reservation.tokens();
                     self.tell(EndpointEvent::Committed { handoff, tokens, payload });
@@ -282,12 +310,12 @@ impl<S: WriteSource> EndpointCore<S> {
         }
     }
 
-    fn begin_verification(&mut self, handoff: HandoffId, expected: Vec<u64>) {
-        let Some(targets) = self.incoming.get(&handoff).map(|it| it.reservation.targets().to_vec()) else {
-            return;
-        };
+    fn begin_verification(&mut self, handoff: HandoffId, first: usize, expected: Vec<u64>) {
+        let Some(incoming) = self.incoming.get(&handoff) else { return };
+        let all = incoming.targets();
+        let targets = incoming.reservation.targets()[first..first + expected.len()].to_vec();
         let (coverage, shape) = (self.rules.coverage, self.shape);
-        let spots = self.incoming[&handoff].in_place && coverage == Coverage::Sampled;
+        let spots = incoming.in_place && coverage == Coverage::Sampled;
         let ticket = self.order_digests(|ticket| DigestOrder {
             ticket,
             handoff,
@@ -295,23 +323,27 @@ impl<S: WriteSource> EndpointCore<S> {
             coverage,
             shape,
             targets,
+            first,
+            all,
             spots,
         });
         if let Some(incoming) = self.incoming.get_mut(&handoff) {
-            incoming.verification = Some((ticket, expected));
+            incoming.verifications.push(Verification { ticket, first, expected });
         }
     }
 
-    pub(super) fn compare(&mut self, handoff: HandoffId, digests: &[u64]) {
+    pub(super) fn compare(&mut self, handoff: HandoffId, ticket: DigestTicket, digests: &[u64]) {
         let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
-        let Some((_, expected)) = incoming.verification.take() else { return };
+        let Some(place) = incoming.verifications.iter().position(|it| it.ticket == ticket) else { return };
+        let Verification { first, expected, .. } = incoming.verifications.remove(place);
         let longer = digests.len().max(expected.len());
         let differs = (0..longer).find(|&index| digests.get(index) != expected.get(index));
         let outcome = match differs {
             None => Ok(()),
-            Some(index) => Err(CommitFault::Digest { index }),
+            Some(index) => Err(CommitFault::Digest { index: first + index }),
         };
-        self.apply_to_reservation(handoff, ReservationEvent::Verified { outcome });
+        let targets = expected.len();
+        self.apply_to_reservation(handoff, ReservationEvent::Verified { targets, outcome });
     }
 }
 

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::digest::Seal;
 use crate::layout::{AxisOrder, HeadRange, KvDtype};
 use crate::message::{Offer, OnFailure, PROTOCOL};
 use crate::support::Zeros;
@@ -99,52 +100,93 @@ fn the_clock_rings_when_a_standstill_has_lasted_too_long() {
     assert_eq!(scene.core.next_tick(), Some(posted.plus(STALL)));
 }
 
-/// What was computed in place is hashed when the engine says that it is computed, or at the latest when it has finished.
+/// Blocks that are computed in place are hashed and named as soon as the engine says that they are final; the commit names
+/// the rest.
 #[test]
-fn when_what_was_computed_in_place_is_hashed() {
+fn when_what_was_computed_in_place_is_named() {
     use QuietProof::{Admission, Process};
     #[rustfmt::skip]
     let rows = [
-        // what is shown                                   way         what happens                        what is asked for or said
-        ("at the end, if nothing was said before",         Process,    "finish hashed",                    "hash commit"),
-        ("as soon as it is computed",                      Process,    "computed hashed finish",           "hash beat commit"),
-        ("… and only once",                                Process,    "computed computed finish hashed",  "hash beat beat commit"),
-        ("… though the end may come before the digests",   Process,    "computed finish hashed",           "hash beat commit"),
-        ("not after it was given up",                      Process,    "cancelled computed",               ""),
-        ("not if the peer's memory is out of reach",       Admission,  "computed finish",                  "commit"),
+        // what is shown                                   way         what happens                            what is asked for or said, of which blocks
+        ("at the end, if nothing was said before",         Process,    "finish hashed",                        "hash:0+2 commit:0+2"),
+        ("as soon as it is computed",                      Process,    "8 hashed finish",                      "hash:0+2 filled:0+2 commit:2+0"),
+        ("… and only once",                                Process,    "8 8 hashed 8 finish",                  "hash:0+2 filled:0+2 commit:2+0"),
+        ("… though the end may come before the digests",   Process,    "8 finish hashed",                      "hash:0+2 commit:0+2"),
+        ("full blocks ahead of the others",                Process,    "4 hashed 8 hashed finish",             "hash:0+1 filled:0+1 hash:1+1 filled:1+1 commit:2+0"),
+        ("… one piece of work after the other",            Process,    "4 8 hashed hashed finish",             "hash:0+1 filled:0+1 hash:1+1 filled:1+1 commit:2+0"),
+        ("… even if the end comes before its digests",     Process,    "4 finish hashed hashed",               "hash:0+1 filled:0+1 hash:1+1 commit:1+1"),
+        ("… or nothing is said of the others",             Process,    "5 hashed finish hashed",               "hash:0+1 filled:0+1 hash:1+1 commit:1+1"),
+        ("not while a block has room",                     Process,    "3 finish hashed",                      "hash:0+2 commit:0+2"),
+        ("not after it was given up",                      Process,    "cancelled 8",                          "stop"),
+        ("… nor when that was while digests were taken",   Process,    "4 cancelled hashed",                   "hash:0+1 stop"),
+        ("nothing is written where it was computed",       Process,    "4 hashed push",                        "hash:0+1 filled:0+1 stop"),
+        ("a peer that turns it down has the engine stop",  Process,    "4 hashed refused",                     "hash:0+1 filled:0+1 stop"),
+        ("not if the peer's memory is out of reach",       Admission,  "4 8 finish",                           "commit:0+2"),
     ];
     for (name, proof, happenings, expected) in rows {
         let mut scene = Scene::new(proof);
         scene.is_asked();
-        let mut ordered = None;
+        let mut ordered: VecDeque<DigestOrder> = VecDeque::new();
         let mut seen = Vec::new();
         for word in happenings.split(' ') {
             let (core, now) = (&mut scene.core, scene.now);
             match word {
-                "computed" => core.computed(OTHER),
                 "finish" => core.finish(OTHER, vec![1], now),
                 "cancelled" => core.hear(PEER, Message::Cancel { handoff: OTHER }, now),
-                "hashed" => core.digested(OTHER, ordered.expect("digests were asked for"), vec![5, 6]),
-                other => panic!("`{other}` is no happening"),
+                "refused" => {
+                    core.hear(PEER, Message::Refused { handoff: OTHER, reason: "why".to_owned() }, now);
+                }
+                "push" => {
+                    let source = Some(Zeros { offset: 0, len: core.shape.granule });
+                    core.push(OTHER, vec![TargetWrite { target_index: 0, offset: 0, source }], now);
+                }
+                "hashed" => {
+                    let order = ordered.pop_front().expect("digests were asked for");
+                    let digests = [5, 6][order.first..order.first + order.targets.len()].to_vec();
+                    core.digested(OTHER, order.ticket, digests);
+                }
+                tokens => {
+                    let tokens = TokenCount(tokens.parse().expect("a number of tokens"));
+                    core.filled(OTHER, tokens);
+                }
             }
             while let Some(action) = core.next_action() {
-                match action {
+                seen.extend(match action {
                     EndpointAction::TakeDigests(order) => {
-                        assert!(ordered.replace(order.ticket).is_none(), "{name}: once");
-                        seen.push("hash");
+                        let word = format!("hash:{}+{}", order.first, order.targets.len());
+                        assert_eq!((order.all, order.owner), (2, Some(PEER)), "{name}");
+                        ordered.push_back(order);
+                        Some(word)
                     }
-                    EndpointAction::Send { message: Message::Heartbeat { .. }, .. } => seen.push("beat"),
+                    EndpointAction::Send { message: Message::Filled(filled), .. } => {
+                        let (first, count) = (filled.first as usize, filled.targets.len());
+                        assert_eq!(filled.digests, [5, 6][first..first + count], "{name}");
+                        Some(format!("filled:{first}+{count}"))
+                    }
                     EndpointAction::Send { message: Message::Commit(commit), .. } => {
-                        let digests = if proof == Process { vec![5, 6] } else { vec![0, 0] };
-                        assert_eq!((commit.digests, commit.payload), (digests, vec![1]), "{name}");
-                        seen.push("commit");
+                        let digests = if proof == Process { [5, 6] } else { [0, 0] };
+                        let (first, count) = (commit.first as usize, commit.targets.len());
+                        assert_eq!(
+                            (commit.digests, commit.payload),
+                            (digests[first..].to_vec(), vec![1]),
+                            "{name}"
+                        );
+                        let mut seal = Seal::new(OTHER);
+                        seal.add(&other_targets(), &digests);
+                        assert_eq!(commit.seal, seal.value(), "{name}: it stands for all");
+                        Some(format!("commit:{first}+{count}"))
                     }
-                    _ => {}
-                }
+                    EndpointAction::Tell(EndpointEvent::CancelWanted { .. }) => Some("stop".to_owned()),
+                    _ => None,
+                });
             }
         }
         assert_eq!(seen.join(" "), expected, "{name}");
     }
+}
+
+fn other_targets() -> Vec<BlockRef> {
+    [3, 4].map(|block| BlockRef { block: BlockId(block), epoch: Epoch(1) }).to_vec()
 }
 
 /// A core with one announced reservation, and the moment.
@@ -184,13 +226,12 @@ impl Scene {
 
     /// The peer has blocks that this side is to fill.
     fn is_asked(&mut self) {
-        let targets = [3, 4].map(|block| BlockRef { block: BlockId(block), epoch: Epoch(1) });
         let reserve = crate::message::Reserve {
             handoff: OTHER,
             tokens: TokenCount(8),
             first_block: 0,
             cached: Vec::new(),
-            targets: targets.to_vec(),
+            targets: other_targets(),
             coverage: Coverage::Full,
         };
         self.core.expect(OTHER, PEER, Duration::from_secs(1), self.now);

@@ -54,8 +54,13 @@ impl<S: WriteSource> EndpointCore<S> {
         if !outgoing.sender.accepts_writes() || writes.is_empty() {
             return;
         }
-        let Some(ranges) = outgoing.ranges(handoff, &writes) else {
-            self.log(0, handoff, "it pushed outside the targets, their layers or its source");
+        let ranges = outgoing.ranges(handoff, &writes).filter(|_| !outgoing.naming.has_begun());
+        let Some(ranges) = ranges else {
+            self.log(
+                0,
+                handoff,
+                "it pushed outside the targets, their layers or its source, or into what it had computed",
+            );
             let reason = "this side pushed what it must not".to_owned();
             return self.apply_to_sender(handoff, SenderEvent::WriteFailed { reason }, now);
         };

@@ -39,7 +39,7 @@ impl World {
     /// Digests of the decode worker's blocks, as they are now.
     pub(crate) fn digests(&self, order: &DigestOrder) -> Vec<u64> {
         let digest = |(position, target): (usize, &tidemill_kvtransfer_proto::units::BlockRef)| {
-            let granule = order.shape.granule_of(order.handoff, position, 0);
+            let granule = order.shape.granule_of(order.handoff, order.first + position, 0);
             let number = self.memory[target.block.0 as usize];
             granule_digest(order.coverage, granule, BLOCK, |at, buffer| fill(number, at, buffer))
         };

@@ -8,19 +8,19 @@ use tidemill_kvtransfer_proto::endpoint_core::{
 };
 use tidemill_kvtransfer_proto::message::Message;
 use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, WriteFault, WriteId};
-use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId};
+use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
 use crate::content::Content;
 use crate::moves::Move;
 use crate::settings::rules;
-use crate::world::{BLOCK, Checked, Config, DECODE, Link, NOW, Planted, Wire, World, content};
+use crate::world::{BLOCK, Checked, Config, DECODE, Link, NOW, Planted, TOKENS, Wire, World, content};
 
 /// From the engine to its endpoint.
 #[derive(Clone, Copy, Debug)]
 enum Order {
     Expect,
     Push(usize),
-    Computed,
+    Filled(TokenCount),
     Finish,
     Abandon,
 }
@@ -224,11 +224,9 @@ impl World {
         let position = work.done;
         work.done += 1;
         let target = work.targets[position];
-        let is_last = work.done == work.targets.len();
+        let filled = TokenCount(work.done as u32 * TOKENS);
         if self.config.wire == Wire::InPlace {
-            if is_last {
-                self.prefill().orders.push_back((handoff, Order::Computed));
-            }
+            self.prefill().orders.push_back((handoff, Order::Filled(filled)));
             return self.store(handoff, content(handoff, position), target.block);
         }
         self.prefill().orders.push_back((handoff, Order::Push(position)));
@@ -260,7 +258,7 @@ impl World {
                 let target_index = position as u32;
                 core.push(handoff, vec![TargetWrite { target_index, offset: 0, source }], NOW);
             }
-            Order::Computed => core.computed(handoff),
+            Order::Filled(tokens) => core.filled(handoff, tokens),
             Order::Finish => core.finish(handoff, vec![1], NOW),
             Order::Abandon => core.abandon(handoff, "r".into(), NOW),
         }
