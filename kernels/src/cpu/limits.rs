@@ -15,7 +15,10 @@ use super::{
     Isa,
     amx::{TILE_ROWS, TILE_UNITS, Tile, Tiles},
 };
-use crate::matrix::{PANEL, Quantization, WeightDtype, WeightFormat};
+use crate::{
+    aligned::AlignedBuffer,
+    matrix::{PANEL, Quantization, WeightDtype, WeightFormat},
+};
 use std::{
     hint::black_box,
     sync::atomic::{AtomicU64, Ordering},
@@ -40,6 +43,25 @@ impl Arithmetic {
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
         }
+    }
+}
+
+/// Numbers in memory of the kind that weights lie in: what is read of them per second is the limit of reading weights.
+#[derive(Debug)]
+pub struct Numbers(AlignedBuffer);
+
+impl Numbers {
+    /// `count` ones.
+    pub fn ones(count: usize) -> Self {
+        let mut numbers = AlignedBuffer::zeroed_beside_others(count * size_of::<f32>());
+        // Written, or the system would back them all with one page of zeros, which fits into every cache.
+        numbers.as_mut_slice::<f32>().fill(1.0);
+        Self(numbers)
+    }
+
+    /// All of them.
+    pub fn as_slice(&self) -> &[f32] {
+        self.0.as_slice()
     }
 }
 

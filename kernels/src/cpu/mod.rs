@@ -44,7 +44,7 @@ use crate::{
 };
 pub use isa::{Isa, UnknownIsa};
 pub(crate) use kv_codec::encode_int8;
-pub use limits::Arithmetic;
+pub use limits::{Arithmetic, Numbers};
 use std::{io, ops::Range, sync::Mutex, thread};
 
 /// How a [`Cpu`] is set up.

@@ -16,6 +16,7 @@ mod pack;
 mod rows;
 
 use crate::aligned::AlignedBuffer;
+pub use crate::aligned::{HUGE_PAGE_SETTING, has_huge_pages};
 use bytemuck::AnyBitPattern;
 use half::{bf16, f16};
 use pack::{PanelSizes, Panels, pack, widen_row};
@@ -160,9 +161,9 @@ impl PackedMatrix {
             outputs,
             inputs,
             format,
-            panels: AlignedBuffer::zeroed(count * sizes.panel),
-            scales: AlignedBuffer::zeroed(count * sizes.scales),
-            corrections: AlignedBuffer::zeroed(count * sizes.corrections * size_of::<i32>()),
+            panels: AlignedBuffer::zeroed_beside_others(count * sizes.panel),
+            scales: AlignedBuffer::zeroed_beside_others(count * sizes.scales),
+            corrections: AlignedBuffer::zeroed_beside_others(count * sizes.corrections * size_of::<i32>()),
         }
     }
 

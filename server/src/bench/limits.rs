@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tidemill_kernels::cpu::{Arithmetic, Cpu};
+use tidemill_kernels::cpu::{Arithmetic, Cpu, Numbers};
 use tidemill_kernels::matrix::{WeightDtype, WeightFormat};
 
 use super::statistics::Distribution;
@@ -22,14 +22,13 @@ pub(super) struct Limits {
 pub(super) struct Yardstick {
     cpu: Arc<Cpu>,
     /// More than any cache holds.
-    memory: Vec<f32>,
+    memory: Numbers,
     measured: Vec<Limits>,
 }
 
 impl Yardstick {
     pub(super) fn new(cpu: Arc<Cpu>) -> Self {
-        // Not zeros: the system would back them all with one page, which fits into every cache.
-        Self { cpu, memory: vec![1.0; MEMORY / size_of::<f32>()], measured: Vec::new() }
+        Self { cpu, memory: Numbers::ones(MEMORY / size_of::<f32>()), measured: Vec::new() }
     }
 
     /// The limits now, operations being those of `arithmetic`: the best of some tries, as a limit is not what is usual.
@@ -37,7 +36,7 @@ impl Yardstick {
         let best = |rate: &mut dyn FnMut() -> f64| (0..TRIES).map(|_| rate()).fold(0.0, f64::max);
         let read = best(&mut || {
             let start = Instant::now();
-            std::hint::black_box(self.cpu.sum(&self.memory));
+            std::hint::black_box(self.cpu.sum(self.memory.as_slice()));
             MEMORY as f64 / start.elapsed().as_secs_f64()
         });
         let flop = best(&mut || {
