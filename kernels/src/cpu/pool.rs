@@ -1,7 +1,8 @@
 //! The threads that a step runs on: the caller and some workers.
 //!
-//! Work is handed out chunk by chunk from a counter, so that a thread which loses its core for a while leaves the rest
-//! to the others. Between jobs a worker spins for some microseconds, since the operations of a step follow each other
+//! Work is handed out chunk by chunk, so that a thread which loses its core for a while leaves the rest to the others.
+//! Each thread first takes neighbouring chunks from a share of its own: it reads weights as one stream, and the same ones
+//! in every step. Between jobs a worker spins for some microseconds, since the operations of a step follow each other
 //! closely, and then parks.
 
 use super::{
@@ -36,7 +37,8 @@ struct Shared {
     gate: Gate,
     /// Written by the owner while the gate is closed and quiet, read by workers that are inside.
     job: UnsafeCell<Job>,
-    next_chunk: AtomicUsize,
+    /// One for each thread.
+    shares: Box<[Share]>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// Whether the owner sleeps on `quiet`.
     owner_waits: Mutex<bool>,
@@ -49,6 +51,14 @@ struct Shared {
 unsafe impl Sync for Shared {}
 // SAFETY: a `Job` is two pointers that are used only inside the gate, whatever thread drops them.
 unsafe impl Send for Shared {}
+
+/// The next chunk of those that one thread takes before others do, on a cache line (and the one that is fetched with it)
+/// of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share {
+    next: AtomicUsize,
+}
 
 /// A borrowed `F: Fn(ThreadIndex, usize) + Sync` without its type and lifetime.
 #[derive(Clone, Copy)]
@@ -65,7 +75,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             gate: Gate::new(),
             job: UnsafeCell::new(Job { body: ptr::null(), call: call::<fn(ThreadIndex, usize)>, chunks: 0 }),
-            next_chunk: AtomicUsize::new(0),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             panic: Mutex::new(None),
             owner_waits: Mutex::new(false),
             quiet: Condvar::new(),
@@ -120,7 +130,9 @@ impl Pool {
         // SAFETY: the gate is closed and quiet (new, or left so by the previous call), and `&mut self` makes this the
         // only owner: nobody reads or writes `job` now.
         unsafe { *shared.job.get() = job };
-        shared.next_chunk.store(0, Ordering::Relaxed);
+        for (thread, share) in shared.shares.iter().enumerate() {
+            share.next.store(shared.first_chunk(chunks, thread), Ordering::Relaxed);
+        }
         shared.gate.open();
         for worker in &self.workers[..helpers] {
             worker.thread().unpark();
@@ -155,6 +167,11 @@ impl fmt::Debug for Pool {
 }
 
 impl Shared {
+    /// Where the share of a thread begins; it ends where the next one's begins.
+    fn first_chunk(&self, chunks: usize, thread: ThreadIndex) -> usize {
+        chunks * thread / self.shares.len()
+    }
+
     fn wait_until_quiet(&self) {
         for _ in 0..SPINS {
             if self.gate.is_quiet() {
@@ -227,24 +244,30 @@ fn work(shared: &Shared, thread: ThreadIndex) {
     }
 }
 
-/// Takes chunks until there are none left.
+/// Takes chunks until there are none left: of the thread's own share, then of the others'.
 ///
 /// # Safety
 ///
 /// `job.body` is alive for the whole call.
 unsafe fn run_chunks(shared: &Shared, job: Job, thread: ThreadIndex) {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        loop {
-            let chunk = shared.next_chunk.fetch_add(1, Ordering::Relaxed);
-            if chunk >= job.chunks {
-                return;
+        let threads = shared.shares.len();
+        for owner in (thread..threads).chain(0..thread) {
+            let end = shared.first_chunk(job.chunks, owner + 1);
+            loop {
+                let chunk = shared.shares[owner].next.fetch_add(1, Ordering::Relaxed);
+                if end <= chunk {
+                    break;
+                }
+                // SAFETY: `call` was made for the type behind `body`, which is alive by this function's contract.
+                unsafe { (job.call)(job.body, thread, chunk) };
             }
-            // SAFETY: `call` was made for the type behind `body`, which is alive by this function's contract.
-            unsafe { (job.call)(job.body, thread, chunk) };
         }
     }));
     if let Err(panic) = outcome {
-        shared.next_chunk.store(job.chunks, Ordering::Relaxed);
+        for share in &shared.shares {
+            share.next.store(job.chunks, Ordering::Relaxed);
+        }
         lock(&shared.panic).get_or_insert(panic);
     }
 }
