@@ -27,7 +27,7 @@ fn a_row_of_a_product_is_the_same_in_any_batch() {
             }
             for threads in 1..=3 {
                 let cpu = cpu(isa, threads).unwrap();
-                for batch in [2, 3, 4, 5, 6, 7, 8, 9, 13, 109, 110] {
+                for batch in [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 109, 110] {
                     for first in [0, rows - batch] {
                         let mut actual = vec![f32::NAN; batch * outputs];
                         cpu.matmul(&mut actual, &x[first * inputs..(first + batch) * inputs], &w, None);

@@ -259,6 +259,11 @@ impl PackedMatrix {
         bytemuck::cast_slice(&self.panels.as_slice::<u8>()[index * bytes..(index + 1) * bytes])
     }
 
+    /// All panels, and bytes of each.
+    pub(crate) fn all_panels(&self) -> (&[u8], usize) {
+        (self.panels.as_slice(), self.format.panel_bytes(self.inputs))
+    }
+
     /// Scales of one panel of int8.
     pub(crate) fn int8_scales(&self, panel: usize) -> &[f32; PANEL] {
         &self.scales.as_slice().as_chunks().0[panel]

@@ -5,7 +5,7 @@
 //! `x`: 2^-9 of each element, as in every framework that computes in bf16.
 
 use super::{
-    lines::{Dots, Line, Rows, add_lines},
+    lines::{Ahead, Dots, Line, Rows, add_lines},
     operand::ROOMY_ROWS,
 };
 use crate::{
@@ -20,6 +20,7 @@ pub(super) struct Bf16Pairs(pub(super) Avx512Bf16);
 
 impl Dots for Bf16Pairs {
     const MAX_ROWS: usize = ROOMY_ROWS;
+    const HAS_ALL_HEIGHTS: bool = true;
 
     #[inline(always)]
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -27,11 +28,12 @@ impl Dots for Bf16Pairs {
         x: Rows<'_, ROWS>,
         w: &PackedMatrix,
         first_panel: usize,
+        ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
         // SAFETY: the machine has the features: `self` exists.
         let zero = unsafe { _mm512_setzero_ps() };
-        add_lines(self, [[zero; PANELS]; ROWS], x.units, panels)
+        add_lines(self, [[zero; PANELS]; ROWS], x.units, panels, ahead)
             .map(|sums| sums.map(|sums| self.values(sums)))
     }
 }
@@ -42,6 +44,7 @@ impl Line for Bf16Pairs {
     type Sums = __m512;
     type Sum = f32;
     const UNITS: usize = 1;
+    const ASKS: bool = true;
 
     #[inline(always)]
     fn weights(self, line: &[u32; PANEL]) -> __m512bh {

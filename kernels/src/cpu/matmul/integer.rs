@@ -3,7 +3,7 @@
 //! Scales are applied in the order and rounding of [`reference::matmul_quantized`](crate::reference::matmul_quantized),
 //! so that all instruction sets give its bits.
 
-use super::lines::{Dots, Line, Rows, add_lines};
+use super::lines::{Ahead, Dots, Line, Rows, add_lines, ask_after};
 use crate::matrix::{PANEL, PackedMatrix};
 
 /// A [`Line`] of int8 or int4 weights.
@@ -39,6 +39,7 @@ pub(super) fn scaled(sums: [i32; PANEL], scales: &[f32; PANEL], x_scale: f32) ->
 
 impl<L: IntegerLine> Dots for Int8<L> {
     const MAX_ROWS: usize = L::MAX_ROWS;
+    const HAS_ALL_HEIGHTS: bool = true;
 
     #[inline(always)]
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -46,12 +47,22 @@ impl<L: IntegerLine> Dots for Int8<L> {
         x: Rows<'_, ROWS>,
         w: &PackedMatrix,
         first_panel: usize,
+        ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
         let starts: [L::Sums; PANELS] = std::array::from_fn(|panel| {
-            if L::UNSIGNED_X { self.0.load(w.int8_corrections(first_panel + panel)) } else { self.0.splat(0) }
+            if L::ASKS {
+                ask_after(w.int8_scales(first_panel + panel), PANELS);
+            }
+            if L::UNSIGNED_X {
+                let corrections = w.int8_corrections(first_panel + panel);
+                ask_after(corrections, PANELS);
+                self.0.load(corrections)
+            } else {
+                self.0.splat(0)
+            }
         });
-        let sums = add_lines(self.0, [starts; ROWS], x.units, panels);
+        let sums = add_lines(self.0, [starts; ROWS], x.units, panels, ahead);
         let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
         for ((values, sums), x_scale) in values.iter_mut().zip(sums).zip(x.scales) {
             for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
@@ -73,6 +84,7 @@ impl<L: IntegerLine> Dots for Int4<L> {
         x: Rows<'_, ROWS>,
         w: &PackedMatrix,
         first_panel: usize,
+        ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let line = self.line;
         let panels: [&[L::Stored]; PANELS] = std::array::from_fn(|panel| w.panel(first_panel + panel));
@@ -85,7 +97,7 @@ impl<L: IntegerLine> Dots for Int4<L> {
             // Halves of bytes count from 0 to 15: eight too many.
             let starts: [[L::Sums; PANELS]; ROWS] = x_sums.map(|sum| [line.splat(sum); PANELS]);
             let panels = panels.map(|panel| &panel[group * lines..(group + 1) * lines]);
-            let sums = add_lines(line, starts, x_units, panels);
+            let sums = add_lines(line, starts, x_units, panels, ahead);
             for (panel, scales) in scales.iter().enumerate() {
                 let scales = scales[group].map(|bits| f32::from_bits(u32::from(bits) << 16));
                 for (values, sums) in values.iter_mut().zip(&sums) {

@@ -70,6 +70,7 @@ impl Line for VnniInt8 {
     type Sums = __m512i;
     type Sum = i32;
     const UNITS: usize = 1;
+    const ASKS: bool = true;
 
     #[inline(always)]
     fn weights(self, line: &[u32; PANEL]) -> __m512i {

@@ -18,6 +18,8 @@ pub(super) struct Rows<'a, const ROWS: usize> {
 pub(super) trait Dots: Copy {
     /// The highest tile whose sums fit the registers.
     const MAX_ROWS: usize;
+    /// Whether there is code for every height of a tile, and not only for some.
+    const HAS_ALL_HEIGHTS: bool = false;
 
     /// The products of all rows of a tile with some neighbouring panels. Inlined into code for the instructions.
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -25,6 +27,7 @@ pub(super) trait Dots: Copy {
         x: Rows<'_, ROWS>,
         w: &PackedMatrix,
         first_panel: usize,
+        ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS];
 }
 
@@ -40,6 +43,8 @@ pub(super) trait Line: Copy {
     type Sum: Copy;
     /// Units of `x` for one line.
     const UNITS: usize;
+    /// Whether higher tiles ask memory for what comes next.
+    const ASKS: bool = false;
 
     /// Reads a line.
     fn weights(self, line: &Self::Stored) -> Self::Weights;
@@ -49,6 +54,61 @@ pub(super) trait Line: Copy {
     fn values(self, sums: Self::Sums) -> [Self::Sum; PANEL];
 }
 
+/// The panels to ask memory for while others are multiplied.
+///
+/// A processor that multiplies for some rows looks only a few lines ahead, so that it computes and waits for memory in
+/// turns. Each tile therefore asks for its part of the panels that come next, evenly, into the second-level cache. Few
+/// rows do better without: memory's own guesses at one stream of lines are then as early as any.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ahead {
+    at: *const u8,
+    /// Bytes to ask for beside each line.
+    step: usize,
+}
+
+impl Ahead {
+    /// For the `turn`th of `turns` tiles, each times `at_once` panels from `panel` on.
+    #[inline(always)]
+    pub(super) fn new(w: &PackedMatrix, panel: usize, at_once: usize, turn: usize, turns: usize) -> Self {
+        let (panels, panel_bytes) = w.all_panels();
+        let bytes = at_once * panel_bytes;
+        let step = if bytes <= MOST_AHEAD { at_once * CACHE_LINE / turns } else { 0 };
+        // Perhaps beyond the matrix: asking reads nothing.
+        Self { at: panels.as_ptr().wrapping_add(panel * panel_bytes + bytes + bytes / turns * turn), step }
+    }
+
+    /// Asks for what goes with a line.
+    #[inline(always)]
+    fn ask<const PANELS: usize>(self, line: usize) {
+        let at = self.at.wrapping_add(line * self.step);
+        for index in 0..PANELS {
+            if index * CACHE_LINE < self.step {
+                ask(at.wrapping_add(index * CACHE_LINE));
+            }
+        }
+    }
+}
+
+/// Asks for the same of as many panels further on.
+#[inline(always)]
+pub(super) fn ask_after<T>(of_panel: &[T; PANEL], panels: usize) {
+    ask(of_panel.as_ptr().wrapping_add(panels * PANEL).cast());
+}
+
+/// Asks for a cache line, into the second-level cache.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn ask(at: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: a hint, which reads nothing and is ignored where there is nothing.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+}
+
+/// Asks for a cache line: not on this processor.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn ask(_at: *const u8) {}
+
 /// Adds `ROWS` rows times `PANELS` panels to `sums`, line by line in order.
 #[inline(always)]
 pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
@@ -56,10 +116,14 @@ pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
     mut sums: [[L::Sums; PANELS]; ROWS],
     x: &[[u32; ROWS]],
     panels: [&[L::Stored]; PANELS],
+    ahead: Ahead,
 ) -> [[L::Sums; PANELS]; ROWS] {
     let lines = x.len() / L::UNITS;
     let panels = panels.map(|panel| &panel[..lines]);
     for (index, x) in x.chunks_exact(L::UNITS).enumerate() {
+        if L::ASKS && PANELS > 1 && ROWS >= ASKING_ROWS {
+            ahead.ask::<PANELS>(index);
+        }
         for (panel, lines) in panels.iter().enumerate() {
             let weights = line.weights(&lines[index]);
             for (unit, x) in x.iter().enumerate() {
@@ -71,3 +135,12 @@ pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
     }
     sums
 }
+
+/// Rows of a tile from which on asking pays.
+const ASKING_ROWS: usize = 5;
+
+/// Bytes of panels that may wait in the second-level cache beside those that are multiplied.
+const MOST_AHEAD: usize = 384 << 10;
+
+/// Bytes of a cache line.
+const CACHE_LINE: usize = 64;

@@ -22,7 +22,7 @@ mod wide;
 
 use self::{
     integer::{Int4, Int8, PortableInt4, PortableInt8},
-    lines::{Dots, Rows},
+    lines::{Ahead, Dots, Rows},
     operand::{Form, Operand},
     wide::Wide,
 };
@@ -72,9 +72,10 @@ pub(crate) fn multiply(
         if rows == 0 {
             continue;
         }
+        let threads = pool.threads();
         let operand = memory.arrange(x, w, Form::of(w.format(), level), pool, level);
         let plans: [Plan; MOST_PRODUCTS] = std::array::from_fn(|index| {
-            products.get(index).map_or(Plan::NONE, |product| Plan::new(product.w, &operand))
+            products.get(index).map_or(Plan::NONE, |product| Plan::new(product.w, &operand, threads))
         });
         assert!(products.len() <= MOST_PRODUCTS, "matmul: at most {MOST_PRODUCTS} products at a time");
         let chunks = plans.iter().map(|plan| plan.chunks()).sum();
@@ -116,14 +117,18 @@ struct Plan {
 impl Plan {
     const NONE: Self = Self { panels: 0, group: 0, groups: 0, blocks: 0 };
 
-    fn new(w: &PackedMatrix, operand: &Operand<'_>) -> Self {
+    fn new(w: &PackedMatrix, operand: &Operand<'_>, threads: usize) -> Self {
         let tiling = operand.tiling;
         let panels = w.outputs().div_ceil(PANEL);
         // One row is worth its bytes; of many rows, about four cost as much as reading the weights once.
         let uses = tiling.rows.min(ROWS_PER_BLOCK).div_ceil(4);
         let weights = w.inputs() * PANEL * uses;
-        let group = MIN_CHUNK_WEIGHTS.div_ceil(weights).next_multiple_of(tiling.panels_at_once());
+        let least = MIN_CHUNK_WEIGHTS.div_ceil(weights).next_multiple_of(tiling.panels_at_once());
         let blocks = tiling.count.div_ceil(tiling.tiles_per_block());
+        // Each block of rows comes from far away for each group of panels, as long as there is work for all threads.
+        let many = (GROUP_BYTES / w.all_panels().1).min(panels * blocks / (threads * CHUNKS_PER_THREAD));
+        let many = many / tiling.panels_at_once() * tiling.panels_at_once();
+        let group = if blocks > 1 { least.max(many) } else { least };
         Self { panels, group, groups: panels.div_ceil(group), blocks }
     }
 
@@ -150,6 +155,14 @@ struct Chunk<'a> {
     operand: &'a Operand<'a>,
     panels: Range<usize>,
     tiles: Range<usize>,
+}
+
+/// A tile of a chunk times some panels, from `panel` on.
+#[derive(Clone, Copy)]
+struct Part {
+    tile: usize,
+    panel: usize,
+    ahead: Ahead,
 }
 
 /// A chunk and the instructions for its weights.
@@ -192,11 +205,13 @@ impl Chunk<'_> {
     #[inline(always)]
     fn multiply<D: Dots>(self, dots: D) {
         let step = self.operand.tiling.panels_at_once();
+        let turns = self.tiles.len();
         let mut panel = self.panels.start;
         while panel < self.panels.end {
             let at_once = if panel + step <= self.panels.end { step } else { 1 };
-            for tile in self.tiles.clone() {
-                self.tile_of_height(dots, tile, panel, at_once);
+            for (turn, tile) in self.tiles.clone().enumerate() {
+                let ahead = Ahead::new(self.product.w, panel, at_once, turn, turns);
+                self.tile_of_height(dots, Part { tile, panel, ahead }, at_once);
             }
             panel += at_once;
         }
@@ -204,33 +219,60 @@ impl Chunk<'_> {
 
     /// Every height of a tile and number of panels that [`Tiling`](operand::Tiling) gives out, as code of its own.
     #[inline(always)]
-    fn tile_of_height<D: Dots>(&self, dots: D, tile: usize, panel: usize, at_once: usize) {
-        if D::MAX_ROWS == operand::ROOMY_ROWS {
-            match (self.operand.tiling.slots, at_once) {
-                (1, 4) => self.tile::<D, 1, 4>(dots, tile, panel),
-                (1, _) => self.tile::<D, 1, 1>(dots, tile, panel),
-                (2, 4) => self.tile::<D, 2, 4>(dots, tile, panel),
-                (2, _) => self.tile::<D, 2, 1>(dots, tile, panel),
-                (4, 4) => self.tile::<D, 4, 4>(dots, tile, panel),
-                (4, _) => self.tile::<D, 4, 1>(dots, tile, panel),
-                (6, 4) => self.tile::<D, 6, 4>(dots, tile, panel),
-                (6, _) => self.tile::<D, 6, 1>(dots, tile, panel),
-                (8, 2) => self.tile::<D, 8, 2>(dots, tile, panel),
-                (8, _) => self.tile::<D, 8, 1>(dots, tile, panel),
-                (_, 2) => self.tile::<D, 12, 2>(dots, tile, panel),
-                (_, _) => self.tile::<D, 12, 1>(dots, tile, panel),
+    fn tile_of_height<D: Dots>(&self, dots: D, part: Part, at_once: usize) {
+        let slots = self.operand.tiling.slots;
+        if D::MAX_ROWS == operand::ROOMY_ROWS && D::HAS_ALL_HEIGHTS {
+            match (slots, at_once) {
+                (1, _) => self.tile::<D, 1, 1>(dots, part),
+                (2, 4) => self.tile::<D, 2, 4>(dots, part),
+                (2, _) => self.tile::<D, 2, 1>(dots, part),
+                (3, 4) => self.tile::<D, 3, 4>(dots, part),
+                (3, _) => self.tile::<D, 3, 1>(dots, part),
+                (4, 4) => self.tile::<D, 4, 4>(dots, part),
+                (4, _) => self.tile::<D, 4, 1>(dots, part),
+                (5, 4) => self.tile::<D, 5, 4>(dots, part),
+                (5, _) => self.tile::<D, 5, 1>(dots, part),
+                (6, 4) => self.tile::<D, 6, 4>(dots, part),
+                (6, _) => self.tile::<D, 6, 1>(dots, part),
+                (7, 2) => self.tile::<D, 7, 2>(dots, part),
+                (7, _) => self.tile::<D, 7, 1>(dots, part),
+                (8, 2) => self.tile::<D, 8, 2>(dots, part),
+                (8, _) => self.tile::<D, 8, 1>(dots, part),
+                (9, 2) => self.tile::<D, 9, 2>(dots, part),
+                (9, _) => self.tile::<D, 9, 1>(dots, part),
+                (10, 2) => self.tile::<D, 10, 2>(dots, part),
+                (10, _) => self.tile::<D, 10, 1>(dots, part),
+                (11, 2) => self.tile::<D, 11, 2>(dots, part),
+                (11, _) => self.tile::<D, 11, 1>(dots, part),
+                (_, 2) => self.tile::<D, 12, 2>(dots, part),
+                (_, _) => self.tile::<D, 12, 1>(dots, part),
+            }
+        } else if D::MAX_ROWS == operand::ROOMY_ROWS {
+            match (slots, at_once) {
+                (1, 4) => self.tile::<D, 1, 4>(dots, part),
+                (1, _) => self.tile::<D, 1, 1>(dots, part),
+                (2, 4) => self.tile::<D, 2, 4>(dots, part),
+                (2, _) => self.tile::<D, 2, 1>(dots, part),
+                (4, 4) => self.tile::<D, 4, 4>(dots, part),
+                (4, _) => self.tile::<D, 4, 1>(dots, part),
+                (6, 4) => self.tile::<D, 6, 4>(dots, part),
+                (6, _) => self.tile::<D, 6, 1>(dots, part),
+                (8, 2) => self.tile::<D, 8, 2>(dots, part),
+                (8, _) => self.tile::<D, 8, 1>(dots, part),
+                (_, 2) => self.tile::<D, 12, 2>(dots, part),
+                (_, _) => self.tile::<D, 12, 1>(dots, part),
             }
         } else {
-            match (self.operand.tiling.slots, at_once) {
-                (1, 4) => self.tile::<D, 1, 4>(dots, tile, panel),
-                (1, _) => self.tile::<D, 1, 1>(dots, tile, panel),
-                (2, 2) => self.tile::<D, 2, 2>(dots, tile, panel),
-                (2, _) => self.tile::<D, 2, 1>(dots, tile, panel),
-                (3, 2) => self.tile::<D, 3, 2>(dots, tile, panel),
-                (3, _) => self.tile::<D, 3, 1>(dots, tile, panel),
-                (4, _) => self.tile::<D, 4, 1>(dots, tile, panel),
-                (5, _) if D::MAX_ROWS > 4 => self.tile::<D, 5, 1>(dots, tile, panel),
-                (_, _) if D::MAX_ROWS > 4 => self.tile::<D, 6, 1>(dots, tile, panel),
+            match (slots, at_once) {
+                (1, 4) => self.tile::<D, 1, 4>(dots, part),
+                (1, _) => self.tile::<D, 1, 1>(dots, part),
+                (2, 2) => self.tile::<D, 2, 2>(dots, part),
+                (2, _) => self.tile::<D, 2, 1>(dots, part),
+                (3, 2) => self.tile::<D, 3, 2>(dots, part),
+                (3, _) => self.tile::<D, 3, 1>(dots, part),
+                (4, _) => self.tile::<D, 4, 1>(dots, part),
+                (5, _) if D::MAX_ROWS > 4 => self.tile::<D, 5, 1>(dots, part),
+                (_, _) if D::MAX_ROWS > 4 => self.tile::<D, 6, 1>(dots, part),
                 (slots, _) => unreachable!("tiles of {slots} rows"),
             }
         }
@@ -238,9 +280,10 @@ impl Chunk<'_> {
 
     /// `ROWS` rows times `PANELS` panels.
     #[inline(always)]
-    fn tile<D: Dots, const ROWS: usize, const PANELS: usize>(&self, dots: D, tile: usize, panel: usize) {
+    fn tile<D: Dots, const ROWS: usize, const PANELS: usize>(&self, dots: D, part: Part) {
+        let Part { tile, panel, ahead } = part;
         let x: Rows<'_, ROWS> = self.operand.rows(tile);
-        let values = dots.tile::<ROWS, PANELS>(x, self.product.w, panel);
+        let values = dots.tile::<ROWS, PANELS>(x, self.product.w, panel, ahead);
         let rows = self.operand.tiling.rows_of(tile);
         for (row, values) in rows.zip(&values) {
             for (index, values) in values.iter().enumerate() {
@@ -325,6 +368,12 @@ pub(crate) const MOST_QUANTIZED: usize = 1 << 17;
 
 /// Rows of a chunk: with 2048 inputs of f32 they fill three quarters of a second-level cache of 1 MiB.
 const ROWS_PER_BLOCK: usize = 96;
+
+/// Bytes of panels that a block of rows is multiplied with while it is in the second-level cache.
+const GROUP_BYTES: usize = 256 << 10;
+
+/// Chunks that a thread should have at least, so that one that is slowed down leaves work to others.
+const CHUNKS_PER_THREAD: usize = 4;
 
 /// Weights per chunk, and elements of `x` to rearrange: some microseconds, so that waking a thread is worth it.
 const MIN_CHUNK_WEIGHTS: usize = 1 << 16;

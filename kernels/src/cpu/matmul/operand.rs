@@ -49,7 +49,7 @@ pub(super) struct Tiling {
     /// Rows that a tile is computed with: those beyond its own are zeros, and nobody looks at what becomes of them.
     pub(super) slots: usize,
     pub(super) count: usize,
-    max_rows: usize,
+    form: Form,
 }
 
 /// Working memory of products.
@@ -115,10 +115,16 @@ impl Form {
             }
         }
     }
+
+    /// As [`Dots::HAS_ALL_HEIGHTS`](super::lines::Dots::HAS_ALL_HEIGHTS) of the products that want it.
+    const fn has_all_heights(self) -> bool {
+        matches!(self.units, Units::Bf16 | Units::Int8 { .. })
+    }
 }
 
 impl Tiling {
-    fn new(rows: usize, Form { units, max_rows }: Form) -> Self {
+    fn new(rows: usize, form: Form) -> Self {
+        let Form { units, max_rows } = form;
         // Sums of groups take registers beside those of steps.
         let highest = match units {
             Units::Grouped { .. } => max_rows.min(GROUPED_ROWS),
@@ -126,8 +132,9 @@ impl Tiling {
         };
         // Tiles of AMX always have all their rows; others are cut evenly.
         let height = if max_rows == TILE_ROWS { TILE_ROWS } else { rows.div_ceil(rows.div_ceil(highest)) };
-        let slots = if max_rows == ROOMY_ROWS { ROOMY_SLOTS[height] } else { height };
-        Self { rows, height, slots, count: rows.div_ceil(height), max_rows }
+        let slots =
+            if max_rows == ROOMY_ROWS && !form.has_all_heights() { ROOMY_SLOTS[height] } else { height };
+        Self { rows, height, slots, count: rows.div_ceil(height), form }
     }
 
     /// The rows of a tile.
@@ -136,9 +143,11 @@ impl Tiling {
     }
 
     /// Low tiles take several panels at once: a multiply-add takes four cycles and one or two begin in each, so that few
-    /// registers of sums leave the units idle.
+    /// registers of sums leave the units idle. A single row waits for memory alone, which gives one stream of lines
+    /// faster than four of them.
     pub(super) const fn panels_at_once(&self) -> usize {
-        match (self.max_rows, self.slots) {
+        match (self.form.max_rows, self.slots) {
+            (ROOMY_ROWS, 1) if self.form.has_all_heights() => 1,
             (_, 1) | (ROOMY_ROWS, 2..=6) => 4,
             (ROOMY_ROWS | TILE_ROWS, _) | (_, 2 | 3) => 2,
             _ => 1,
@@ -146,7 +155,7 @@ impl Tiling {
     }
 
     pub(super) const fn tiles_per_block(&self) -> usize {
-        ROWS_PER_BLOCK / self.max_rows
+        ROWS_PER_BLOCK / self.form.max_rows
     }
 }
 
@@ -338,7 +347,11 @@ fn interleave(rows: &[u32], len: usize, units: &mut [u32], slots: usize) {
         4 => interleave_rows::<4>(rows, len, units),
         5 => interleave_rows::<5>(rows, len, units),
         6 => interleave_rows::<6>(rows, len, units),
+        7 => interleave_rows::<7>(rows, len, units),
         8 => interleave_rows::<8>(rows, len, units),
+        9 => interleave_rows::<9>(rows, len, units),
+        10 => interleave_rows::<10>(rows, len, units),
+        11 => interleave_rows::<11>(rows, len, units),
         TILE_ROWS => block_rows(rows, len, units),
         _ => interleave_rows::<12>(rows, len, units),
     }

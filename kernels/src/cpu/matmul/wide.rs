@@ -1,7 +1,7 @@
 //! Weights as they are stored, widened to f32 in registers, times f32.
 
 use super::{
-    lines::{Dots, Line, Rows, add_lines},
+    lines::{Ahead, Dots, Line, Rows, add_lines},
     operand::{NARROW_ROWS, ROOMY_ROWS},
 };
 use crate::{
@@ -51,10 +51,11 @@ where
         x: Rows<'_, ROWS>,
         w: &PackedMatrix,
         first_panel: usize,
+        ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
         let zeros = [[self.simd.panel_zero(); PANELS]; ROWS];
-        add_lines(self, zeros, x.units, panels).map(|sums| sums.map(|sums| self.values(sums)))
+        add_lines(self, zeros, x.units, panels, ahead).map(|sums| sums.map(|sums| self.values(sums)))
     }
 }
 
