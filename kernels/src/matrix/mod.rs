@@ -264,6 +264,11 @@ impl PackedMatrix {
         (self.panels.as_slice(), self.format.panel_bytes(self.inputs))
     }
 
+    /// All scales, and bytes of those of each panel.
+    pub(crate) fn all_scales(&self) -> (&[u8], usize) {
+        (self.scales.as_slice(), self.format.panel_sizes(self.inputs).scales)
+    }
+
     /// Scales of one panel of int8.
     pub(crate) fn int8_scales(&self, panel: usize) -> &[f32; PANEL] {
         &self.scales.as_slice().as_chunks().0[panel]

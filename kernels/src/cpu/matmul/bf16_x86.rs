@@ -33,7 +33,7 @@ impl Dots for Bf16Pairs {
         let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
         // SAFETY: the machine has the features: `self` exists.
         let zero = unsafe { _mm512_setzero_ps() };
-        add_lines(self, [[zero; PANELS]; ROWS], x.units, panels, ahead)
+        add_lines(self, [[zero; PANELS]; ROWS], x.units, panels, ahead.lines)
             .map(|sums| sums.map(|sums| self.values(sums)))
     }
 }
@@ -44,7 +44,7 @@ impl Line for Bf16Pairs {
     type Sums = __m512;
     type Sum = f32;
     const UNITS: usize = 1;
-    const ASKS: bool = true;
+    const ASKS_FROM: usize = 5;
 
     #[inline(always)]
     fn weights(self, line: &[u32; PANEL]) -> __m512bh {

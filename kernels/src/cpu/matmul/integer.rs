@@ -3,7 +3,10 @@
 //! Scales are applied in the order and rounding of [`reference::matmul_quantized`](crate::reference::matmul_quantized),
 //! so that all instruction sets give its bits.
 
-use super::lines::{Ahead, Dots, Line, Rows, add_lines, ask_after};
+use super::{
+    lines::{Ahead, Dots, Line, Rows, add_lines, ask_after},
+    operand::ROOMY_ROWS,
+};
 use crate::matrix::{PANEL, PackedMatrix};
 
 /// A [`Line`] of int8 or int4 weights.
@@ -17,6 +20,21 @@ pub(super) trait IntegerLine: Line<Sum = i32> {
     fn splat(self, value: i32) -> Self::Sums;
     /// A value for each output.
     fn load(self, values: &[i32; PANEL]) -> Self::Sums;
+}
+
+/// An [`IntegerLine`] of groups that have scales of their own.
+pub(super) trait GroupedLine: IntegerLine {
+    /// Scales of a panel's outputs, and sums of what is scaled: in registers where there are enough.
+    type Values: Copy;
+
+    /// Zeros.
+    fn zeros(self) -> Self::Values;
+    /// Scales from bits of bf16.
+    fn scales(self, bits: &[u16; PANEL]) -> Self::Values;
+    /// `values + sums * scales`, each rounded by itself.
+    fn add_scaled(self, values: Self::Values, sums: Self::Sums, scales: Self::Values) -> Self::Values;
+    /// Values times `x_scale` in the order of outputs.
+    fn finished(self, values: Self::Values, x_scale: f32) -> [f32; PANEL];
 }
 
 /// Products with int8 weights.
@@ -51,9 +69,7 @@ impl<L: IntegerLine> Dots for Int8<L> {
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
         let starts: [L::Sums; PANELS] = std::array::from_fn(|panel| {
-            if L::ASKS {
-                ask_after(w.int8_scales(first_panel + panel), PANELS);
-            }
+            ask_after(w.int8_scales(first_panel + panel), PANELS);
             if L::UNSIGNED_X {
                 let corrections = w.int8_corrections(first_panel + panel);
                 ask_after(corrections, PANELS);
@@ -62,7 +78,7 @@ impl<L: IntegerLine> Dots for Int8<L> {
                 self.0.splat(0)
             }
         });
-        let sums = add_lines(self.0, [starts; ROWS], x.units, panels, ahead);
+        let sums = add_lines(self.0, [starts; ROWS], x.units, panels, ahead.lines);
         let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
         for ((values, sums), x_scale) in values.iter_mut().zip(sums).zip(x.scales) {
             for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
@@ -75,8 +91,10 @@ impl<L: IntegerLine> Dots for Int8<L> {
     }
 }
 
-impl<L: IntegerLine> Dots for Int4<L> {
+impl<L: GroupedLine> Dots for Int4<L> {
     const MAX_ROWS: usize = L::MAX_ROWS;
+    const HAS_ALL_HEIGHTS: bool = true;
+    const SIDE_BY_SIDE: bool = L::MAX_ROWS != ROOMY_ROWS;
 
     #[inline(always)]
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -90,31 +108,58 @@ impl<L: IntegerLine> Dots for Int4<L> {
         let panels: [&[L::Stored]; PANELS] = std::array::from_fn(|panel| w.panel(first_panel + panel));
         let scales: [&[[u16; PANEL]]; PANELS] =
             std::array::from_fn(|panel| w.int4_scales(first_panel + panel, self.group));
-        let units = self.group / INPUTS_PER_UNIT;
-        let lines = units / L::UNITS;
-        let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
-        for (group, (x_units, x_sums)) in x.units.chunks_exact(units).zip(x.group_sums).enumerate() {
-            // Halves of bytes count from 0 to 15: eight too many.
-            let starts: [[L::Sums; PANELS]; ROWS] = x_sums.map(|sum| [line.splat(sum); PANELS]);
-            let panels = panels.map(|panel| &panel[group * lines..(group + 1) * lines]);
-            let sums = add_lines(line, starts, x_units, panels, ahead);
+        let lines = self.group / (INPUTS_PER_UNIT * L::UNITS);
+        let mut values = [[line.zeros(); PANELS]; ROWS];
+        let groups = x.units.chunks_exact(self.group / INPUTS_PER_UNIT).zip(x.group_sums);
+        for (group, (units, group_sums)) in groups.enumerate() {
+            if ROWS >= L::ASKS_FROM {
+                ahead.scales.ask::<PANELS>(group);
+            }
+            // Loops and no `map`: its closure is a function without the instructions, and not always inlined.
+            let mut sums = [[line.splat(0); PANELS]; ROWS];
+            for (sums, &sum) in sums.iter_mut().zip(group_sums) {
+                // Halves of bytes count from 0 to 15: eight too many.
+                *sums = [line.splat(sum); PANELS];
+            }
+            // Parts of constant length, so that the smallest group needs no loop.
+            for (part, units) in units.as_chunks::<UNITS_OF_SMALLEST_GROUP>().0.iter().enumerate() {
+                let first = group * lines + part * (UNITS_OF_SMALLEST_GROUP / L::UNITS);
+                let mut rest = panels;
+                for panel in &mut rest {
+                    *panel = &panel[first..];
+                }
+                sums = add_lines(line, sums, units, rest, ahead.lines.from(first));
+            }
             for (panel, scales) in scales.iter().enumerate() {
-                let scales = scales[group].map(|bits| f32::from_bits(u32::from(bits) << 16));
+                let scales = line.scales(&scales[group]);
                 for (values, sums) in values.iter_mut().zip(&sums) {
-                    let outputs = line.values(sums[panel]);
-                    for ((value, sum), scale) in values[panel].iter_mut().zip(outputs).zip(scales) {
-                        *value += sum as f32 * scale;
-                    }
+                    values[panel] = line.add_scaled(values[panel], sums[panel], scales);
                 }
             }
         }
-        for (values, x_scale) in values.iter_mut().zip(x.scales) {
-            for value in values.as_flattened_mut() {
-                *value *= x_scale;
+        let mut products = [[[0.0; PANEL]; PANELS]; ROWS];
+        for ((products, values), x_scale) in products.iter_mut().zip(values).zip(x.scales) {
+            for (product, values) in products.iter_mut().zip(values) {
+                *product = line.finished(values, *x_scale);
             }
         }
-        values
+        products
     }
+}
+
+/// bf16 from their bits.
+#[inline(always)]
+pub(super) fn widened(bits: &[u16; PANEL]) -> [f32; PANEL] {
+    bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
+}
+
+/// `values + sums * scales`, each rounded by itself.
+#[inline(always)]
+pub(super) fn add_scaled(mut values: [f32; PANEL], sums: [i32; PANEL], scales: [f32; PANEL]) -> [f32; PANEL] {
+    for ((value, sum), scale) in values.iter_mut().zip(sums).zip(scales) {
+        *value += sum as f32 * scale;
+    }
+    values
 }
 
 /// Int8 in plain loops.
@@ -206,8 +251,35 @@ macro_rules! portable_integer_line {
 portable_integer_line!(PortableInt8);
 portable_integer_line!(PortableInt4);
 
+impl GroupedLine for PortableInt4 {
+    type Values = [f32; PANEL];
+
+    #[inline(always)]
+    fn zeros(self) -> [f32; PANEL] {
+        [0.0; PANEL]
+    }
+
+    #[inline(always)]
+    fn scales(self, bits: &[u16; PANEL]) -> [f32; PANEL] {
+        widened(bits)
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, values: [f32; PANEL], sums: [i32; PANEL], scales: [f32; PANEL]) -> [f32; PANEL] {
+        add_scaled(values, sums, scales)
+    }
+
+    #[inline(always)]
+    fn finished(self, values: [f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+        values.map(|value| value * x_scale)
+    }
+}
+
 /// Int8 of a unit.
 pub(super) const INPUTS_PER_UNIT: usize = 4;
+
+/// Units of 32 inputs: groups of 64 and 128 are two and four of these.
+const UNITS_OF_SMALLEST_GROUP: usize = 32 / INPUTS_PER_UNIT;
 
 /// The lower half of each byte.
 pub(super) const LOW_HALVES: u32 = 0x0f0f_0f0f;

@@ -5,7 +5,7 @@
 
 use super::{
     Chunk, Multiply,
-    integer::{Int4, Int8, IntegerLine, LOW_HALVES, PORTABLE_ROWS},
+    integer::{GroupedLine, Int4, Int8, IntegerLine, LOW_HALVES, PORTABLE_ROWS, add_scaled, widened},
     lines::Line,
     operand::ROOMY_ROWS,
 };
@@ -70,7 +70,7 @@ impl Line for VnniInt8 {
     type Sums = __m512i;
     type Sum = i32;
     const UNITS: usize = 1;
-    const ASKS: bool = true;
+    const ASKS_FROM: usize = 5;
 
     #[inline(always)]
     fn weights(self, line: &[u32; PANEL]) -> __m512i {
@@ -97,6 +97,7 @@ impl Line for VnniInt4 {
     type Sums = __m512i;
     type Sum = i32;
     const UNITS: usize = 2;
+    const ASKS_FROM: usize = 3;
 
     #[inline(always)]
     fn weights(self, line: &[u32; PANEL]) -> [__m512i; 2] {
@@ -140,6 +141,34 @@ macro_rules! vnni_integer_line {
 
 vnni_integer_line!(VnniInt8, unsigned x: true);
 vnni_integer_line!(VnniInt4, unsigned x: false);
+
+impl GroupedLine for VnniInt4 {
+    type Values = __m512;
+
+    #[inline(always)]
+    fn zeros(self) -> __m512 {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { zeros_512() }
+    }
+
+    #[inline(always)]
+    fn scales(self, bits: &[u16; PANEL]) -> __m512 {
+        // SAFETY: as in `zeros`.
+        unsafe { scales_512(bits) }
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, values: __m512, sums: __m512i, scales: __m512) -> __m512 {
+        // SAFETY: as in `zeros`.
+        unsafe { add_scaled_512(values, sums, scales) }
+    }
+
+    #[inline(always)]
+    fn finished(self, values: __m512, x_scale: f32) -> [f32; PANEL] {
+        // SAFETY: as in `zeros`.
+        unsafe { finished_512(values, x_scale) }
+    }
+}
 
 impl Line for Avx2Int8 {
     type Stored = [u32; PANEL];
@@ -218,6 +247,30 @@ macro_rules! avx2_integer_line {
 avx2_integer_line!(Avx2Int8);
 avx2_integer_line!(Avx2Int4);
 
+impl GroupedLine for Avx2Int4 {
+    type Values = [f32; PANEL];
+
+    #[inline(always)]
+    fn zeros(self) -> [f32; PANEL] {
+        [0.0; PANEL]
+    }
+
+    #[inline(always)]
+    fn scales(self, bits: &[u16; PANEL]) -> [f32; PANEL] {
+        widened(bits)
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, values: [f32; PANEL], sums: [__m256i; 2], scales: [f32; PANEL]) -> [f32; PANEL] {
+        add_scaled(values, self.values(sums), scales)
+    }
+
+    #[inline(always)]
+    fn finished(self, values: [f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+        values.map(|value| value * x_scale)
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn splat_512(value: i32) -> __m512i {
@@ -245,6 +298,36 @@ fn values_512(sums: __m512i) -> [i32; PANEL] {
     // SAFETY: sixteen elements are good for writes.
     unsafe { _mm512_storeu_si512(values.as_mut_ptr().cast(), sums) };
     values
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn zeros_512() -> __m512 {
+    _mm512_setzero_ps()
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn scales_512(bits: &[u16; PANEL]) -> __m512 {
+    // SAFETY: thirty-two bytes are good for reads through the reference.
+    let bits = unsafe { _mm256_loadu_si256(bits.as_ptr().cast()) };
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_scaled_512(values: __m512, sums: __m512i, scales: __m512) -> __m512 {
+    _mm512_add_ps(values, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn finished_512(values: __m512, x_scale: f32) -> [f32; PANEL] {
+    let scaled = _mm512_mul_ps(values, _mm512_set1_ps(x_scale));
+    let mut products = [0.0; PANEL];
+    // SAFETY: sixteen elements are good for writes.
+    unsafe { _mm512_storeu_ps(products.as_mut_ptr(), scaled) };
+    products
 }
 
 /// Adds products of `x` plus 128 with weights.

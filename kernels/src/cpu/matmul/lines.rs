@@ -20,6 +20,8 @@ pub(super) trait Dots: Copy {
     const MAX_ROWS: usize;
     /// Whether there is code for every height of a tile, and not only for some.
     const HAS_ALL_HEIGHTS: bool = false;
+    /// Whether that code is also for several panels at once.
+    const SIDE_BY_SIDE: bool = true;
 
     /// The products of all rows of a tile with some neighbouring panels. Inlined into code for the instructions.
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -43,8 +45,8 @@ pub(super) trait Line: Copy {
     type Sum: Copy;
     /// Units of `x` for one line.
     const UNITS: usize;
-    /// Whether higher tiles ask memory for what comes next.
-    const ASKS: bool = false;
+    /// Rows from which on a tile asks memory for what comes next.
+    const ASKS_FROM: usize = usize::MAX;
 
     /// Reads a line.
     fn weights(self, line: &Self::Stored) -> Self::Weights;
@@ -61,8 +63,15 @@ pub(super) trait Line: Copy {
 /// rows do better without: memory's own guesses at one stream of lines are then as early as any.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ahead {
+    pub(super) lines: Stream,
+    /// Scales of int4 groups.
+    pub(super) scales: Stream,
+}
+
+/// Addresses at even distances.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stream {
     at: *const u8,
-    /// Bytes to ask for beside each line.
     step: usize,
 }
 
@@ -70,20 +79,36 @@ impl Ahead {
     /// For the `turn`th of `turns` tiles, each times `at_once` panels from `panel` on.
     #[inline(always)]
     pub(super) fn new(w: &PackedMatrix, panel: usize, at_once: usize, turn: usize, turns: usize) -> Self {
-        let (panels, panel_bytes) = w.all_panels();
-        let bytes = at_once * panel_bytes;
-        let step = if bytes <= MOST_AHEAD { at_once * CACHE_LINE / turns } else { 0 };
-        // Perhaps beyond the matrix: asking reads nothing.
-        Self { at: panels.as_ptr().wrapping_add(panel * panel_bytes + bytes + bytes / turns * turn), step }
+        let stream = |all: &[u8], of_panel: usize, piece: usize| {
+            let bytes = at_once * of_panel;
+            let step = if bytes <= MOST_AHEAD { at_once * piece / turns } else { 0 };
+            // Perhaps beyond the matrix: asking reads nothing.
+            let at = all.as_ptr().wrapping_add(panel * of_panel + bytes + bytes / turns * turn);
+            Stream { at, step }
+        };
+        let (panels, of_panel) = w.all_panels();
+        let (scales, scales_of_panel) = w.all_scales();
+        Self {
+            lines: stream(panels, of_panel, CACHE_LINE),
+            scales: stream(scales, scales_of_panel, PANEL * size_of::<u16>()),
+        }
+    }
+}
+
+impl Stream {
+    /// The same, beginning with the `index`th address.
+    #[inline(always)]
+    pub(super) fn from(self, index: usize) -> Self {
+        Self { at: self.at.wrapping_add(index * self.step), ..self }
     }
 
-    /// Asks for what goes with a line.
+    /// Asks for what is at the `index`th address, at most so many cache lines.
     #[inline(always)]
-    fn ask<const PANELS: usize>(self, line: usize) {
-        let at = self.at.wrapping_add(line * self.step);
-        for index in 0..PANELS {
-            if index * CACHE_LINE < self.step {
-                ask(at.wrapping_add(index * CACHE_LINE));
+    pub(super) fn ask<const LINES: usize>(self, index: usize) {
+        let at = self.at.wrapping_add(index * self.step);
+        for line in 0..LINES {
+            if line * CACHE_LINE < self.step {
+                ask(at.wrapping_add(line * CACHE_LINE));
             }
         }
     }
@@ -116,12 +141,15 @@ pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
     mut sums: [[L::Sums; PANELS]; ROWS],
     x: &[[u32; ROWS]],
     panels: [&[L::Stored]; PANELS],
-    ahead: Ahead,
+    ahead: Stream,
 ) -> [[L::Sums; PANELS]; ROWS] {
     let lines = x.len() / L::UNITS;
-    let panels = panels.map(|panel| &panel[..lines]);
+    let mut panels = panels;
+    for panel in &mut panels {
+        *panel = &panel[..lines];
+    }
     for (index, x) in x.chunks_exact(L::UNITS).enumerate() {
-        if L::ASKS && PANELS > 1 && ROWS >= ASKING_ROWS {
+        if ROWS >= L::ASKS_FROM {
             ahead.ask::<PANELS>(index);
         }
         for (panel, lines) in panels.iter().enumerate() {
@@ -135,9 +163,6 @@ pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
     }
     sums
 }
-
-/// Rows of a tile from which on asking pays.
-const ASKING_ROWS: usize = 5;
 
 /// Bytes of panels that may wait in the second-level cache beside those that are multiplied.
 const MOST_AHEAD: usize = 384 << 10;

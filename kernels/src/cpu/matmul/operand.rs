@@ -118,7 +118,7 @@ impl Form {
 
     /// As [`Dots::HAS_ALL_HEIGHTS`](super::lines::Dots::HAS_ALL_HEIGHTS) of the products that want it.
     const fn has_all_heights(self) -> bool {
-        matches!(self.units, Units::Bf16 | Units::Int8 { .. })
+        !matches!(self.units, Units::F32)
     }
 }
 
@@ -147,6 +147,8 @@ impl Tiling {
     /// faster than four of them.
     pub(super) const fn panels_at_once(&self) -> usize {
         match (self.form.max_rows, self.slots) {
+            // Sums of groups take registers beside those of steps.
+            (ROOMY_ROWS, _) if matches!(self.form.units, Units::Grouped { .. }) => 1,
             (ROOMY_ROWS, 1) if self.form.has_all_heights() => 1,
             (_, 1) | (ROOMY_ROWS, 2..=6) => 4,
             (ROOMY_ROWS | TILE_ROWS, _) | (_, 2 | 3) => 2,

@@ -55,7 +55,7 @@ where
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
         let zeros = [[self.simd.panel_zero(); PANELS]; ROWS];
-        add_lines(self, zeros, x.units, panels, ahead).map(|sums| sums.map(|sums| self.values(sums)))
+        add_lines(self, zeros, x.units, panels, ahead.lines).map(|sums| sums.map(|sums| self.values(sums)))
     }
 }
 
