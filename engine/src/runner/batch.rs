@@ -59,12 +59,7 @@ impl<A> Batch<'_, A> {
         let mut first_row = 0;
         for (index, sequence) in self.sequences.iter().enumerate() {
             let tokens = sequence.tokens.len();
-            let offsets = match sequence.logits {
-                LogitsWanted::None => 0..0,
-                LogitsWanted::Last => tokens - 1..tokens,
-                LogitsWanted::Tail(count) => tokens - count..tokens,
-                LogitsWanted::All => 0..tokens,
-            };
+            let offsets = tokens - sequence.wanted_rows()..tokens;
             wanted.extend(offsets.map(|offset| WantedRow {
                 row: first_row + offset,
                 sequence: index,
@@ -93,16 +88,38 @@ impl<A> Batch<'_, A> {
 }
 
 impl<'a> Batch<'a> {
-    pub(super) fn fill_rows(&self, rows: &mut Vec<SequenceRows<'a>>) {
+    /// The last rows of every sequence, as many as `count` says, one after another. Sequences of none are left out.
+    pub(super) fn fill_rows(
+        &self,
+        rows: &mut Vec<SequenceRows<'a>>,
+        count: impl Fn(&BatchSequence<'a>) -> usize,
+    ) {
+        rows.clear();
         let mut first_row = 0;
         for sequence in self.sequences {
+            let count = count(sequence);
+            if count == 0 {
+                continue;
+            }
             rows.push(SequenceRows {
                 first_row,
-                rows: sequence.tokens.len(),
-                first_position: sequence.first_position as usize,
+                rows: count,
+                first_position: sequence.first_position as usize + sequence.tokens.len() - count,
                 blocks: sequence.blocks,
             });
-            first_row += sequence.tokens.len();
+            first_row += count;
+        }
+    }
+}
+
+impl<A> BatchSequence<'_, A> {
+    /// Rows with logits: the last ones.
+    pub(super) fn wanted_rows(&self) -> usize {
+        match self.logits {
+            LogitsWanted::None => 0,
+            LogitsWanted::Last => 1,
+            LogitsWanted::Tail(count) => count,
+            LogitsWanted::All => self.tokens.len(),
         }
     }
 }

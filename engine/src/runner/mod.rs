@@ -133,15 +133,23 @@ impl Runner {
     pub fn step(&mut self, batch: &Batch<'_>, after_layers: &mut dyn FnMut(Range<usize>)) -> Logits<'_> {
         batch.assert_within(&self.limits, &self.shape, self.model.spec.vocab_size);
         let mut sequences = recycled(std::mem::take(&mut self.sequences));
-        batch.fill_rows(&mut sequences);
+        batch.fill_rows(&mut sequences, |sequence| sequence.tokens.len());
         batch.fill_wanted(&mut self.logits.wanted);
-        let rows = batch.rows();
+        let mut rows = batch.rows();
         self.rotation.fill(batch);
         self.embed(batch);
         let model = Arc::clone(&self.model);
         for (layer, weights) in model.weights.layers.iter().enumerate() {
             self.keys_and_values(layer, weights, rows, &sequences);
             after_layers(layer..layer + 1);
+            if layer + 1 == model.weights.layers.len() {
+                // What comes after the last K and V only matters to rows with logits.
+                rows = self.keep_wanted();
+                batch.fill_rows(&mut sequences, BatchSequence::wanted_rows);
+            }
+            if rows == 0 {
+                break;
+            }
             self.attend(layer, weights, rows, &sequences);
             self.feed_forward(weights, rows);
         }
@@ -191,6 +199,20 @@ impl Runner {
         self.cpu.write_kv(&self.shape, layer, key, value, sequences);
     }
 
+    /// Moves the state and the query of rows whose logits are wanted together, and returns how many there are.
+    fn keep_wanted(&mut self) -> usize {
+        let RowBuffers { state, query, .. } = &mut self.rows;
+        let wanted = &self.logits.wanted;
+        for (rows, elements) in [(state, self.model.spec.hidden_size), (query, self.model.spec.query_size())]
+        {
+            for (place, &WantedRow { row, .. }) in wanted.iter().enumerate() {
+                // Never overwrites a row that is still to be moved: wanted rows are in rising order.
+                rows.copy_within(row * elements..(row + 1) * elements, place * elements);
+            }
+        }
+        wanted.len()
+    }
+
     /// Adds attention's output to the state.
     fn attend(&mut self, layer: usize, weights: &LayerWeights, rows: usize, sequences: &[SequenceRows<'_>]) {
         let spec = &self.model.spec;
@@ -219,16 +241,11 @@ impl Runner {
         add_projected(&self.cpu, state, gated, &weights.down);
     }
 
-    /// Normalises the rows whose logits are wanted, and no others.
+    /// Normalises the rows whose logits are wanted, which the last layer left alone.
     fn finish(&mut self) -> Logits<'_> {
         let spec = &self.model.spec;
-        let hidden = spec.hidden_size;
         let RowBuffers { state, normed, .. } = &mut self.rows;
-        for (place, &WantedRow { row, .. }) in self.logits.wanted.iter().enumerate() {
-            // Never overwrites a row that is still to be moved: wanted rows are in rising order.
-            state.copy_within(row * hidden..(row + 1) * hidden, place * hidden);
-        }
-        let wanted = self.logits.wanted.len() * hidden;
+        let wanted = self.logits.wanted.len() * spec.hidden_size;
         let weights = &self.model.weights;
         let normed = &mut normed[..wanted];
         self.cpu.rms_norm(normed, &state[..wanted], &weights.final_norm, spec.norm_eps);

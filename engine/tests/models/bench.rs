@@ -135,13 +135,20 @@ impl Bench {
 
     /// One step; returns each sequence's wanted logits.
     pub(crate) fn step(&mut self, work: &mut [Work<'_>], wanted: LogitsWanted) -> Vec<Vec<Vec<f32>>> {
+        let wanted = vec![wanted; work.len()];
+        self.step_each(work, &wanted)
+    }
+
+    /// One step whose sequences want different logits.
+    pub(crate) fn step_each(&mut self, work: &mut [Work<'_>], wanted: &[LogitsWanted]) -> Vec<Vec<Vec<f32>>> {
         let sequences: Vec<BatchSequence<'_>> = work
             .iter()
-            .map(|work| BatchSequence {
+            .zip(wanted)
+            .map(|(work, &logits)| BatchSequence {
                 tokens: work.tokens,
                 first_position: work.place.len as u32,
                 blocks: &work.place.blocks,
-                logits: wanted,
+                logits,
             })
             .collect();
         let mut rows = vec![Vec::new(); sequences.len()];

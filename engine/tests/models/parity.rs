@@ -156,6 +156,57 @@ fn all_bits(bench: &mut Bench, sequences: &[Vec<u32>], cut: Cut, company: Compan
     }
 }
 
+/// The last layer leaves out rows whose logits nobody wants: those of the others, and what later steps read of K and V,
+/// stay what they are.
+#[test]
+fn bits_do_not_depend_on_whose_logits_are_wanted() {
+    use LogitsWanted::{All, Last, None, Tail};
+    #[rustfmt::skip]
+    let rows: [(&str, [LogitsWanted; 3]); 5] = [
+        ("the last of each",                        [Last,    Last,    Last]),
+        ("none of the first",                       [None,    Last,    Tail(3)]),
+        ("none of the one in the middle",           [Tail(2), None,    All]),
+        ("none of the last",                        [All,     Tail(5), None]),
+        ("none at all",                             [None,    None,    None]),
+    ];
+    for name in ["llama3", "mistral", "qwen3"] {
+        let model = model(name);
+        let prompts = goldens(name).into_iter().map(|golden| golden.prompt);
+        let sequences: Vec<Vec<u32>> = prompts.filter(|prompt| 5 < prompt.len()).take(3).collect();
+        assert_eq!(sequences.len(), 3, "{name} has three prompts with a tail of five before the last token");
+        let mut bench = Bench::new(&model, Storage::PLAIN);
+        let whole = all_bits(&mut bench, &sequences, Cut::Whole, Company::Together);
+        for (row, wanted) in rows {
+            let mut bench = Bench::new(&model, Storage::PLAIN);
+            let mut places: Vec<_> = sequences.iter().map(|tokens| bench.place(tokens.len())).collect();
+            // All but the last token, then that one, which reads the K and V of all others.
+            for wanted in [wanted, [Last; 3]] {
+                let mut work: Vec<_> = places
+                    .iter_mut()
+                    .zip(&sequences)
+                    .map(|(place, tokens)| {
+                        let (done, end) = (place.len, tokens.len() - usize::from(place.len == 0));
+                        Work { place, tokens: &tokens[done..end] }
+                    })
+                    .collect();
+                let found = bench.step_each(&mut work, &wanted);
+                for (index, found) in found.iter().enumerate() {
+                    let end = places[index].len;
+                    let count = match wanted[index] {
+                        None => 0,
+                        Last => 1,
+                        Tail(count) => count,
+                        All => end,
+                    };
+                    let bits: Vec<Vec<u32>> =
+                        found.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect();
+                    assert!(bits == whole[index][end - count..end], "{name}: {row}, sequence {index}");
+                }
+            }
+        }
+    }
+}
+
 fn check_bits(name: &str) {
     check_bits_of(&model(name), name);
 }
