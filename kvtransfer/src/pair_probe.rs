@@ -5,7 +5,7 @@
 //! that should not be, which shows in production as handoffs that are slow for no visible reason.
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -51,8 +51,8 @@ pub struct Measured {
     pub worst_latency: Duration,
 }
 
-/// Answers measurements until `stop` is set. `started` is told the address; the one for small packets is a port
-/// further.
+/// Answers measurements until `stop` is set. `started` is told the address, whose port is one that is free where none was
+/// asked for; small packets are taken at the port after it.
 ///
 /// # Errors
 ///
@@ -63,12 +63,8 @@ pub fn serve(
     stop: &AtomicBool,
     started: impl FnOnce(SocketAddr),
 ) -> Result<(), ProbeError> {
-    let sink = SocketAddr::new(listen.ip(), listen.port().wrapping_add(1));
-    let sink = TcpListener::bind(sink).map_err(|source| ProbeError::Sink { address: sink, source })?;
+    let (endpoint, events, sink) = open(listen, transport)?;
     thread::spawn(move || swallow(&sink));
-    let (sender, events) = channel();
-    let config = config("doctor", SERVER, listen, transport)?;
-    let endpoint = Endpoint::start(config, Box::new(move |event| drop(sender.send(event))))?;
     started(endpoint.address());
     let mut server = Server { endpoint, waiting: VecDeque::new(), current: None, epoch: 0 };
     while !stop.load(Ordering::Relaxed) {
@@ -101,11 +97,42 @@ pub fn measure(peer: SocketAddr, transport: TransportChoice) -> Result<PairRepor
     let link = met.map(|met| met.outcome).unwrap_or(Err(crate::error::MeetError::TimedOut))?;
     let mut client = Client { endpoint, events, instance, next: 0 };
     let alone = client.phase()?;
-    let packets = Packets::start(SocketAddr::new(peer.ip(), peer.port().wrapping_add(1)))?;
+    let packets = Packets::start(beside(peer)?)?;
     let beside_packets = client.phase()?;
     let (transport, is_fallback) = (link.transport, link.is_fallback);
     let packets_per_second = packets.stop();
     Ok(PairReport { transport, is_fallback, alone, beside_packets, packets_per_second })
+}
+
+/// The answering side's end and, at the port after it, where small packets go.
+fn open(
+    listen: SocketAddr,
+    transport: TransportChoice,
+) -> Result<(Endpoint, Receiver<HandoffEvent>, TcpListener), ProbeError> {
+    // Two neighbouring ports cannot be asked of the system, so a few are tried.
+    let mut attempts = if listen.port() == 0 { PORT_PAIRS } else { 1 };
+    loop {
+        let (sender, events) = channel();
+        let config = config("doctor", SERVER, listen, transport)?;
+        let endpoint = Endpoint::start(config, Box::new(move |event| drop(sender.send(event))))?;
+        let sink = beside(endpoint.address()).and_then(|address| {
+            TcpListener::bind(address).map_err(|source| ProbeError::Sink { address, source })
+        });
+        attempts -= 1;
+        match sink {
+            Ok(sink) => return Ok((endpoint, events, sink)),
+            Err(error) if attempts == 0 => return Err(error),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Where small packets go, beside the address for handoffs.
+fn beside(address: SocketAddr) -> Result<SocketAddr, ProbeError> {
+    let no_such_port = || io::Error::new(io::ErrorKind::InvalidInput, "no port comes after it");
+    let port = address.port().checked_add(1);
+    let port = port.ok_or_else(|| ProbeError::Sink { address, source: no_such_port() })?;
+    Ok(SocketAddr::new(address.ip(), port))
 }
 
 /// The answering side: reserves what the plan says, one handoff after another, one client after another.
@@ -320,6 +347,8 @@ const LARGE_HANDOFFS: u64 = 5;
 /// Handoffs of a phase; there are two.
 const PHASE: u64 = SMALL_HANDOFFS + LARGE_HANDOFFS;
 const PACKET: usize = 64;
+/// Pairs of ports that are tried.
+const PORT_PAIRS: u32 = 32;
 const PATIENCE: Duration = Duration::from_secs(10);
 const STOP_LATENCY: Duration = Duration::from_millis(100);
 
@@ -332,7 +361,11 @@ mod tests {
         let stop = AtomicBool::new(false);
         let (told, address) = channel();
         thread::scope(|scope| {
-            let server = scope.spawn(|| serve_anywhere(&stop, |it| told.send(it).expect("the test waits")));
+            let server = scope.spawn(|| {
+                let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
+                let started = |address| told.send(address).expect("the test waits");
+                serve(anywhere, TransportChoice::Auto, &stop, started)
+            });
             let address = address.recv().expect("it starts");
             for transport in [TransportChoice::Tcp, TransportChoice::Auto] {
                 let report = measure(address, transport).expect("measured");
@@ -351,15 +384,17 @@ mod tests {
         });
     }
 
-    /// Two neighbouring ports cannot be asked of the system, so a few are tried.
-    fn serve_anywhere(stop: &AtomicBool, started: impl Fn(SocketAddr)) -> Result<(), ProbeError> {
-        loop {
-            let free = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
-            match serve(free, TransportChoice::Auto, stop, &started) {
-                Err(ProbeError::Sink { .. } | ProbeError::Endpoint(_)) => {}
-                done => return done,
-            }
-        }
+    #[test]
+    fn small_packets_go_to_the_next_port() {
+        let at = |port| beside(SocketAddr::from(([127, 0, 0, 1], port))).map(|address| address.port());
+        assert_eq!(at(18515).expect("there is one"), 18516);
+        let error = line(&at(u16::MAX).expect_err("there is none"));
+        assert_eq!(error, "no connection for small packets at 127.0.0.1:65535: no port comes after it");
+    }
+
+    fn line(error: &dyn std::error::Error) -> String {
+        let cause = error.source().expect("the system's word");
+        format!("{error}: {cause}")
     }
 
     #[test]

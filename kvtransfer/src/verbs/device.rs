@@ -146,11 +146,15 @@ impl Fabric {
     /// Where the thread that hears completions should run: on the processors of the first device's node, but not where
     /// something computes. `None` where the kernel does not say, or nothing is left.
     pub(crate) fn cores(&self) -> Option<Vec<usize>> {
-        let local = topology::parse_cpus(&self.nics.first()?.place.local_cpus)?;
-        let compute = &self.config.compute_cores;
-        Some(local.into_iter().filter(|core| !compute.contains(core)).collect())
-            .filter(|it: &Vec<_>| !it.is_empty())
+        cores_beside(&self.nics.first()?.place.local_cpus, &self.config.compute_cores)
     }
+}
+
+/// Those of the processors in a kernel's list where nothing computes; `None` when there are none.
+fn cores_beside(local: &str, compute: &[usize]) -> Option<Vec<usize>> {
+    let local = topology::parse_cpus(local)?;
+    Some(local.into_iter().filter(|core| !compute.contains(core)).collect())
+        .filter(|it: &Vec<_>| !it.is_empty())
 }
 
 /// Devices and ports to try, best first.
@@ -369,6 +373,21 @@ mod tests {
             }
         };
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn completions_are_heard_near_the_device_and_where_nothing_computes() {
+        #[rustfmt::skip]
+        let rows = [
+            ("on the device's node, beside what computes",  "0-3,8", &[0, 1, 9][..], Some(vec![2, 3, 8])),
+            ("anywhere on it where nothing does",           "4-5",   &[],            Some(vec![4, 5])),
+            ("nowhere in particular when all of it does",   "0-1",   &[0, 1, 2],     None),
+            ("nor where the kernel says nothing",           "",      &[0],           None),
+            ("nor what nobody understands",                 "3-1",   &[],            None),
+        ];
+        for (name, local, compute, expected) in rows {
+            assert_eq!(cores_beside(local, compute), expected, "{name}");
+        }
     }
 
     #[test]

@@ -29,9 +29,16 @@ pub(super) fn findings(peer: &str, transport: TransportName) -> anyhow::Result<V
 }
 
 fn resolve(peer: &str) -> anyhow::Result<SocketAddr> {
-    let mut addresses = peer.to_socket_addrs().or_else(|_| (peer, DOCTOR_PORT).to_socket_addrs());
-    let found = addresses.as_mut().ok().and_then(Iterator::next);
-    found.with_context(|| format!("`{peer}` is no host that can be found"))
+    // More than one colon is an address of IPv6, which has a port only behind its bracket.
+    let port = peer.rsplit_once(':').filter(|(host, _)| !host.contains(':') || host.ends_with(']'));
+    if let Some((_, port)) = port
+        && port.parse::<u16>().is_err()
+    {
+        anyhow::bail!("`{port}` in `{peer}` is no port, which is a number up to {}", u16::MAX);
+    }
+    let addresses = peer.to_socket_addrs().or_else(|_| (peer, DOCTOR_PORT).to_socket_addrs());
+    let not_found = || format!("`{peer}` is no host that can be found");
+    addresses.with_context(not_found)?.next().with_context(not_found)
 }
 
 fn judge(report: &PairReport) -> Vec<Finding> {
@@ -113,6 +120,18 @@ mod tests {
             SocketAddr::from(([127, 0, 0, 1], DOCTOR_PORT))
         );
         assert_eq!(resolve("127.0.0.1:7").expect("an address"), SocketAddr::from(([127, 0, 0, 1], 7)));
-        assert!(resolve("no such host").is_err());
+        assert_eq!(resolve("::1").expect("an address").port(), DOCTOR_PORT);
+        assert_eq!(resolve("[::1]:7").expect("an address").port(), 7);
+        let rows = [
+            ("no such host", "is no host that can be found"),
+            ("", "is no host that can be found"),
+            ("127.0.0.1:99999", "`99999` in `127.0.0.1:99999` is no port"),
+            ("127.0.0.1:", "is no port"),
+            ("[::1]:x", "`x` in `[::1]:x` is no port"),
+        ];
+        for (peer, expected) in rows {
+            let error = resolve(peer).expect_err(peer).to_string();
+            assert!(error.contains(expected), "{peer}: {error}");
+        }
     }
 }
