@@ -82,11 +82,7 @@ impl Model {
         source: &ModelSource,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        let spec = ModelSpec::read(source)?;
-        let generation = GenerationDefaults::read(source)?;
-        let loaded = weights::load(&spec, source, options, progress)?;
-        let weights::Loaded { weights, fingerprint, dtype } = loaded;
-        Ok(Self { spec, generation, weights, dtype, fingerprint })
+        Self::read(source, |spec| weights::load(spec, source, options, progress))
     }
 }
 
@@ -106,15 +102,22 @@ impl Model<DeviceWeights> {
         source: &ModelSource,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        let spec = ModelSpec::read(source)?;
-        let generation = GenerationDefaults::read(source)?;
-        let loaded = weights::load_on(driver, &spec, source, options, progress)?;
-        let weights::Loaded { weights, fingerprint, dtype } = loaded;
-        Ok(Self { spec, generation, weights, dtype, fingerprint })
+        Self::read(source, |spec| weights::load_on(driver, spec, source, options, progress))
     }
 }
 
 impl<W> Model<W> {
+    /// A model whose weights `load` brings to where they are computed with.
+    fn read(
+        source: &ModelSource,
+        load: impl FnOnce(&ModelSpec) -> Result<weights::Loaded<W>, ModelError>,
+    ) -> Result<Self, ModelError> {
+        let spec = ModelSpec::read(source)?;
+        let generation = GenerationDefaults::read(source)?;
+        let weights::Loaded { weights, fingerprint, dtype } = load(&spec)?;
+        Ok(Self { spec, generation, weights, dtype, fingerprint })
+    }
+
     /// Every token that ends a text: those of `generation_config.json`, then those that only `config.json` names.
     pub fn eos_token_ids(&self) -> Vec<u32> {
         let mut ids = self.generation.eos_token_ids.clone();

@@ -36,6 +36,19 @@ pub struct RunnerLimits {
     pub max_model_len: usize,
 }
 
+impl RunnerLimits {
+    /// Checks what a runner is made for: blocks of the model's shape, and steps of something.
+    fn assert_possible(self, spec: &ModelSpec, shape: &KvBlockShape) {
+        assert_eq!(
+            (shape.layers, shape.kv_heads, shape.head_size),
+            (spec.layers, spec.kv_heads, spec.head_size),
+            "blocks have the model's layers, KV heads and head size"
+        );
+        let Self { max_tokens, max_seqs, max_model_len } = self;
+        assert!(0 < max_tokens && 0 < max_seqs && 0 < max_model_len, "{self:?} allow something");
+    }
+}
+
 /// Runs a model on a CPU.
 #[derive(Debug)]
 pub struct Runner {
@@ -80,13 +93,8 @@ impl Runner {
     ) -> Self {
         let cpu = cpu.into();
         let spec = &model.spec;
-        assert_eq!(
-            (shape.layers, shape.kv_heads, shape.head_size),
-            (spec.layers, spec.kv_heads, spec.head_size),
-            "blocks have the model's layers, KV heads and head size"
-        );
-        let RunnerLimits { max_tokens, max_seqs, max_model_len } = limits;
-        assert!(0 < max_tokens && 0 < max_seqs && 0 < max_model_len, "{limits:?} allow something");
+        limits.assert_possible(spec, &shape);
+        let RunnerLimits { max_tokens, max_seqs, .. } = limits;
         let inputs = spec.hidden_size.max(spec.query_size()).max(spec.intermediate_size);
         cpu.reserve(StepLimits { rows: max_tokens, inputs, head_size: spec.head_size });
         Self {

@@ -73,13 +73,8 @@ impl CudaRunner {
         graph_sizes: &[usize],
     ) -> Result<Self, CudaError> {
         let spec = &model.spec;
-        assert_eq!(
-            (shape.layers, shape.kv_heads, shape.head_size),
-            (spec.layers, spec.kv_heads, spec.head_size),
-            "blocks have the model's layers, KV heads and head size"
-        );
-        let RunnerLimits { max_tokens, max_seqs, max_model_len } = limits;
-        assert!(0 < max_tokens && 0 < max_seqs && 0 < max_model_len, "{limits:?} allow something");
+        limits.assert_possible(spec, &shape);
+        let max_tokens = limits.max_tokens;
         assert_eq!(Self::refusal(spec, limits), None, "asked before");
         Ok(Self {
             buffers: Buffers::new(&driver, spec, model.dtype, limits)?,
