@@ -8,6 +8,7 @@
 mod conversion;
 mod copied;
 mod digests;
+mod direct_worker;
 mod owner_change;
 mod posting;
 mod report;
