@@ -181,16 +181,20 @@ impl Driver {
         self.say_goodbye();
     }
 
-    /// Stays awake for the next order, if that is to come at once.
+    /// Stays awake for the next order, if that should come now.
     fn keep_vigil(&mut self) {
         let Self { inbox, awaited, vigil, .. } = self;
-        *awaited = vigil.keep(|| inbox.try_recv().ok());
+        *awaited = vigil.keep(Instant::now, || inbox.try_recv().ok());
     }
 
     /// Sleeps until something can be done, for as long as is returned at most, if the processor is to be had then.
     fn wait(&mut self) -> Duration {
-        let timeout =
-            if self.has_work() || self.awaited.is_some() { Duration::ZERO } else { self.until_next_clock() };
+        let alarm = self.vigil.opens(self.now).map(|opens| opens.saturating_duration_since(Instant::now()));
+        let timeout = if self.has_work() || self.awaited.is_some() {
+            Duration::ZERO
+        } else {
+            self.until_next_clock().min(alarm.unwrap_or(LONGEST_SLEEP))
+        };
         let timespec = Timespec::try_from(timeout).unwrap_or_default();
         let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
         let mut interest = |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags));
