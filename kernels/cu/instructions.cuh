@@ -42,4 +42,38 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// Four matrices of 8 rows of 8 elements of 16 bits, from shared memory to a warp: lane `8 * i + r` names row `r` of matrix `i`, 16 bytes
+// that lie together. Of each matrix a lane gets the elements 2t and 2t + 1 of row g, where g is the lane's number over 4 and t the rest.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  unsigned from = unsigned(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+// The same of the transposed matrices: a lane gets the elements g of the rows 2t and 2t + 1.
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* row) {
+  unsigned from = unsigned(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+// Adds the product of a matrix of 16 rows and 16 columns and one of 16 rows and 8 columns. With g and t as above, of the first a
+// lane has rows g and g + 8 of columns 2t, 2t + 1, then both of columns 2t + 8, 2t + 9; of the second, column g of rows 2t, 2t + 1, then
+// of rows 2t + 8, 2t + 9; of the sum, columns 2t, 2t + 1 of row g, then of row g + 8.
+__device__ __forceinline__ void add_product_bf16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void add_product_f16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 #endif

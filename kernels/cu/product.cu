@@ -1,16 +1,5 @@
 // Matrix products of few rows, as decode has them: bound by reading the weights, which is done once for every eight rows.
-#include "device.cuh"
-
-struct Product {
-  void* out;         // [rows][outputs], of the other's type or of f32
-  const void* x;     // [rows][inputs]
-  const void* w;     // [outputs][inputs]
-  const void* bias;  // [outputs] or null
-  uint32_t rows;
-  uint32_t inputs;
-  uint32_t outputs;
-  uint32_t adds;  // whether to add to what `out` has
-};
+#include "product.cuh"
 
 // A warp for each output along x, rows along y. The order of a row's sum depends on the number of inputs alone.
 template <class T, unsigned kRows, class Out = T>

@@ -62,6 +62,9 @@ fn planted_mistakes_are_found() {
         ("wait_for_a_copy",                "a copy is in flight"),
         ("barrier_after_a_copy",           "of shared memory"),
         ("source_of_a_copy",               "race with another thread's"),
+        ("barrier_before_matrices",        "of shared memory"),
+        ("rows_of_matrices_are_aligned",   "misaligned"),
+        ("a_product_of_all_lanes",         "for others that never come"),
     ];
     for (kernel, expected) in rows {
         for order in Order::SOME {

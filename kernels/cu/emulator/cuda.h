@@ -33,6 +33,13 @@ int meet_block(int predicate, int line);
 const uint64_t* meet_warp(unsigned mask, uint64_t value, bool orders_memory);
 unsigned lane();
 
+// What a lane brings to a product of matrices.
+struct Fragment {
+  uint32_t a[4], b[2];
+};
+// All 32 lanes of the warp meet; what each brought, by lane, until they meet again.
+const Fragment* meet_fragments(const Fragment& brought);
+
 // A variable in shared memory: the same one for all threads of a block that ask with the same key.
 void* shared_variable(const void* key, size_t bytes, size_t alignment);
 // The shared memory whose size is given at launch.

@@ -150,6 +150,7 @@ struct Thread {
 
 struct Warp {
   uint64_t slots[2][kWarp];
+  Fragment fragments[2][kWarp];
   unsigned arrived, generation;
   bool orders_memory;
   uint32_t ordered_at;
@@ -485,6 +486,15 @@ const uint64_t* meet_warp(unsigned mask, uint64_t value, bool orders_memory) {
     leave_thread();
   }
   return warp.slots[generation & 1];
+}
+
+const Fragment* meet_fragments(const Fragment& brought) {
+  const Thread& self = *current->running;
+  Warp& warp = current->warps[self.number / kWarp];
+  Fragment* fragments = warp.fragments[warp.generation & 1];
+  fragments[self.number % kWarp] = brought;
+  meet_warp(~0u, 0, false);
+  return fragments;
 }
 
 void* shared_variable(const void* key, size_t bytes, size_t alignment) { return take_shared(key, bytes, alignment); }

@@ -39,3 +39,59 @@ template <int kLeft>
 inline void wait_for_copies() {
   ::emulator::wait_for_copies(kLeft);
 }
+
+namespace emulator {
+// The rows that the lanes name.
+UNWATCHED inline void meet_with_rows(const uint16_t* (&rows)[32], const void* mine) {
+  const uint64_t* brought = meet_warp(~0u, uintptr_t(mine), false);
+  for (unsigned lane = 0; lane < 32; lane++) rows[lane] = (const uint16_t*)brought[lane];
+}
+
+// Of each matrix, the two elements that `pick` takes from its rows. These accesses are looked at.
+template <class Pick>
+inline void load_matrices(uint32_t (&to)[4], const void* row, Pick pick) {
+  if (uintptr_t(row) % 16 != 0) fail("a row of a matrix is misaligned");
+  const uint16_t* rows[32];
+  meet_with_rows(rows, row);
+  for (unsigned matrix = 0; matrix < 4; matrix++) to[matrix] = pick(rows + 8 * matrix, lane() / 4, lane() % 4);
+}
+
+inline float half_of(uint32_t pair, unsigned half, bool is_bf16) {
+  uint16_t bits = uint16_t(pair >> (16 * half));
+  return is_bf16 ? __uint_as_float(uint32_t(bits) << 16) : f16_to_f32(bits);
+}
+
+// A device does not say in which order it adds, nor how it rounds on the way; this one rounds the exact sum.
+UNWATCHED inline void add_product(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_bf16) {
+  const Fragment* all = meet_fragments({{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  for (unsigned i = 0; i < 4; i++) {
+    unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    double exact = sum[i];
+    for (unsigned k = 0; k < 16; k++) {
+      const Fragment& left = all[row % 8 * 4 + k % 8 / 2];
+      const Fragment& right = all[column * 4 + k % 8 / 2];
+      exact += double(half_of(left.a[row / 8 + k / 8 * 2], k % 2, is_bf16)) * half_of(right.b[k / 8], k % 2, is_bf16);
+    }
+    sum[i] = float(exact);
+  }
+}
+}  // namespace emulator
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  ::emulator::load_matrices(to, row, [](const uint16_t* const* rows, unsigned g, unsigned t) {
+    return rows[g][2 * t] | uint32_t(rows[g][2 * t + 1]) << 16;
+  });
+}
+
+inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  ::emulator::load_matrices(to, row, [](const uint16_t* const* rows, unsigned g, unsigned t) {
+    return rows[2 * t][g] | uint32_t(rows[2 * t + 1][g]) << 16;
+  });
+}
+
+inline void add_product_bf16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  ::emulator::add_product(sum, a, b0, b1, true);
+}
+inline void add_product_f16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  ::emulator::add_product(sum, a, b0, b1, false);
+}

@@ -8,8 +8,10 @@ static const emulator::Kernel* kernel_list = nullptr;
 #include "../attention.cu"
 #include "../convert.cu"
 #include "../embedding.cu"
+#include "../matrix_product.cu"
 #include "../normalize.cu"
 #include "../product.cu"
+#include "../prompt_attention.cu"
 #include "../rotary.cu"
 #include "../sampling.cu"
 

@@ -152,4 +152,37 @@ KERNEL(source_of_a_copy, 128, Planted) {
   wait_for_copies<0>();
 }
 
+// A warp loads matrices whose rows other threads wrote.
+struct __align__(16) Matrices {
+  uint16_t rows[32][8];
+};
+
+KERNEL(barrier_before_matrices, 128, Planted) {
+  SHARED(Matrices, matrices);
+  unsigned thread = threadIdx.x;
+  for (unsigned i = 0; i < 2; i++) matrices.rows[thread / 4][thread % 4 * 2 + i] = uint16_t(params.in[thread]);
+  if (!params.wrong) __syncthreads();
+  uint32_t loaded[4];
+  load_matrices(loaded, matrices.rows[thread % 32]);
+  params.out[thread] = loaded[0] + loaded[3];
+}
+
+KERNEL(rows_of_matrices_are_aligned, 128, Planted) {
+  SHARED(Matrices, matrices);
+  unsigned thread = threadIdx.x;
+  for (unsigned i = 0; i < 2; i++) matrices.rows[thread / 4][thread % 4 * 2 + i] = uint16_t(params.in[thread]);
+  __syncthreads();
+  uint32_t loaded[4];
+  load_transposed(loaded, (const uint8_t*)matrices.rows[thread % 16] + (params.wrong ? 8 : 0));
+  params.out[thread] = loaded[1];
+}
+
+KERNEL(a_product_of_all_lanes, 128, Planted) {
+  unsigned thread = threadIdx.x;
+  uint32_t a[4] = {params.in[thread], 0, 0, 0};
+  float sum[4] = {};
+  if (!params.wrong || thread % kWarp != 9) add_product_bf16(sum, a, 0, 0);
+  params.out[thread] = uint32_t(sum[0]);
+}
+
 extern "C" const emulator::Kernel* tidemill_emulator_planted() { return kernel_list; }

@@ -46,6 +46,13 @@ impl Launch {
         Self { module, kernel, grid, block, shared_bytes: 0, parameters: words, parameter_bytes }
     }
 
+    /// With so much shared memory beyond what the kernel declares.
+    #[must_use]
+    pub const fn with_shared_bytes(mut self, bytes: u32) -> Self {
+        self.shared_bytes = bytes;
+        self
+    }
+
     /// The parameters' bytes.
     pub fn parameters(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.parameters)[..self.parameter_bytes]

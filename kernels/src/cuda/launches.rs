@@ -1,8 +1,8 @@
 //! Which kernel runs for an operation, on how many blocks of how many threads.
 
 use super::{
-    Attention, ConvertBlocks, Embed, Launch, Parameters, Product, RmsNorm, RopeAndWrite, Sample, SiluMul,
-    ZeroTail, launch::WARP,
+    Attention, ConvertBlocks, Embed, Launch, Parameters, Product, PromptAttention, PromptTile, RmsNorm,
+    RopeAndWrite, Sample, SiluMul, ZeroTail, launch::WARP,
 };
 use crate::matrix::WeightDtype;
 
@@ -50,6 +50,52 @@ pub fn attention(rows: u32, parameters: &Attention) -> (Launch, Option<Launch>) 
     let launch = |kernel, grid| Launch::new("attention", kernel, grid, 128, parameters);
     let join = (1 < parameters.splits).then(|| launch("attention_join", [rows, parameters.query_heads, 1]));
     (launch(kernel, [rows, groups, parameters.splits]), join)
+}
+
+/// Attention of prompts in so many [tiles](PromptTile), on tensor cores. `None` for f32, which they do not take: see [`attention`].
+///
+/// # Panics
+///
+/// When heads have more than 256 elements or no multiple of 8, or query heads are no whole groups.
+pub fn attend_prompts(dtype: WeightDtype, tiles: u32, parameters: &PromptAttention) -> Option<Launch> {
+    let (head_size, kv_heads) = (parameters.shape.head_size(), parameters.shape.kv_heads());
+    assert!(head_size.is_multiple_of(8) && head_size <= 256, "attention: heads of {head_size} elements");
+    assert!(parameters.query_heads.is_multiple_of(kv_heads), "attention: whole groups of query heads");
+    assert!(parameters.query_stride.is_multiple_of(PACK), "attention: rows of the query are whole packs");
+    let (f16, bf16, room, keys) = match head_size {
+        ..=64 => ("attend_prompt_64_f16", "attend_prompt_64_bf16", 64, 64),
+        65..=96 => ("attend_prompt_96_f16", "attend_prompt_96_bf16", 96, 64),
+        97..=128 => ("attend_prompt_128_f16", "attend_prompt_128_bf16", 128, 64),
+        _ => ("attend_prompt_256_f16", "attend_prompt_256_bf16", 256, 32),
+    };
+    let kernel = match dtype {
+        WeightDtype::F32 => return None,
+        WeightDtype::F16 => f16,
+        WeightDtype::Bf16 => bf16,
+    };
+    // `PromptMemory`: rows of the query, and two stages of keys and values.
+    let shared_bytes = (PromptTile::ROWS + 2 * 2 * keys) * (room + PACK) * 2;
+    let grid = [tiles, parameters.query_heads, 1];
+    Some(Launch::new("prompt_attention", kernel, grid, 128, parameters).with_shared_bytes(shared_bytes))
+}
+
+/// The product of many rows, on tensor cores, into the type of the operands or into f32: for prompts, where the weights would be read
+/// again and again by [`multiply`]. `None` where the operands are f32, or rows that are no whole packs: see there.
+pub fn multiply_tiles(dtype: WeightDtype, to_f32: bool, parameters: &Product) -> Option<Launch> {
+    let whole =
+        parameters.inputs.is_multiple_of(PACK) && (parameters.x.0 | parameters.w.0).is_multiple_of(16);
+    let kernel = match (dtype, to_f32) {
+        _ if !whole => return None,
+        (WeightDtype::F32, _) => return None,
+        (WeightDtype::F16, false) => "multiply_tiles_f16",
+        (WeightDtype::F16, true) => "multiply_tiles_f16_to_f32",
+        (WeightDtype::Bf16, false) => "multiply_tiles_bf16",
+        (WeightDtype::Bf16, true) => "multiply_tiles_bf16_to_f32",
+    };
+    let grid = [parameters.rows.div_ceil(TILE), parameters.outputs.div_ceil(TILE), 1];
+    // `kStages` of `ProductStage`.
+    let shared_bytes = 4 * 2 * TILE * (32 + PACK) * 2;
+    Some(Launch::new("matrix_product", kernel, grid, 256, parameters).with_shared_bytes(shared_bytes))
 }
 
 /// The product of a few rows: the weights are read again for every eight of them.
@@ -123,5 +169,7 @@ fn of_type(dtype: WeightDtype, [f32, f16, bf16]: [&'static str; 3]) -> &'static 
 const THREADS: u32 = 256;
 /// Elements that a thread moves at once, of 16 bits.
 const PACK: u32 = 8;
+/// Rows and outputs of a product that a block computes: `kTile` in `matrix_product.cu`.
+const TILE: u32 = 128;
 /// More than any GPU runs at once, so that further rows come by a loop.
 const MOST_BLOCKS: u32 = 4096;

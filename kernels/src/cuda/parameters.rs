@@ -147,6 +147,48 @@ pub struct Attention {
     pub scale: f32,
 }
 
+/// Rows of a prompt that are computed together: neighbours in one sequence, at most [`ROWS`](Self::ROWS).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, NoUninit)]
+#[repr(C)]
+pub struct PromptTile {
+    /// The first row, in query and result.
+    pub first_row: u32,
+    /// How many.
+    pub rows: u32,
+    /// Position of the first row in its sequence.
+    pub first_position: u32,
+    /// Which row of `blocks`.
+    pub sequence: u32,
+}
+
+/// Attention of prompts, or chunks of them, to the keys of their sequences, which are written already.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct PromptAttention {
+    /// f16 or bf16, `[rows][query_heads][head_size]`
+    pub out: DeviceAddress,
+    /// Of the same type, `[rows][query_stride]`
+    pub query: DeviceAddress,
+    /// Addresses of blocks, `[sequences][blocks_per_sequence]`, from position 0 on.
+    pub blocks: DeviceAddress,
+    /// [`PromptTile`], `[tiles]`
+    pub tiles: DeviceAddress,
+    /// Shape of the blocks; heads of a multiple of 8 elements, at most 256.
+    pub shape: KvShape,
+    /// The layer that is read.
+    pub layer: u32,
+    /// From one sequence's blocks to the next's.
+    pub blocks_per_sequence: u32,
+    /// Heads of the query.
+    pub query_heads: u32,
+    /// From one row of the query to the next: a multiple of 8.
+    pub query_stride: u32,
+    /// A row sees at most this many keys, its own included; zero: all.
+    pub window: u32,
+    /// [`Attention::scale`]
+    pub scale: f32,
+}
+
 /// The type of elements in the words of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, NoUninit)]
 #[repr(transparent)]
@@ -263,6 +305,7 @@ impl Parameters for RmsNorm {}
 impl Parameters for SiluMul {}
 impl Parameters for RopeAndWrite {}
 impl Parameters for Attention {}
+impl Parameters for PromptAttention {}
 impl Parameters for Product {}
 impl Parameters for Sample {}
 impl Parameters for ConvertBlocks {}
@@ -277,6 +320,21 @@ impl Attention {
     /// What a kernel takes for a factor of `q · k`: its weights are powers of two.
     pub const fn scale(factor: f32) -> f32 {
         factor * std::f32::consts::LOG2_E
+    }
+}
+
+impl PromptTile {
+    /// The most rows of a tile: `kPromptRows` in `prompt_attention.cu`.
+    pub const ROWS: u32 = 64;
+
+    /// Cuts the rows of a sequence that are in a step into tiles.
+    pub fn cut(first_row: u32, rows: u32, first_position: u32, sequence: u32) -> impl Iterator<Item = Self> {
+        (0..rows).step_by(Self::ROWS as usize).map(move |done| Self {
+            first_row: first_row + done,
+            rows: Self::ROWS.min(rows - done),
+            first_position: first_position + done,
+            sequence,
+        })
     }
 }
 

@@ -24,8 +24,19 @@ macro_rules! headers {
     };
 }
 
-modules!("activation", "attention", "convert", "embedding", "normalize", "product", "rotary", "sampling");
-headers!("device.cuh", "instructions.cuh", "kv.cuh");
+modules!(
+    "activation",
+    "attention",
+    "convert",
+    "embedding",
+    "matrix_product",
+    "normalize",
+    "product",
+    "prompt_attention",
+    "rotary",
+    "sampling"
+);
+headers!("device.cuh", "instructions.cuh", "kv.cuh", "product.cuh", "tensor_core.cuh");
 
 #[cfg(test)]
 mod tests {

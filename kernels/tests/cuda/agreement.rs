@@ -1,14 +1,19 @@
 //! Each kernel beside its reference.
 
 use super::support;
-use tidemill_kernels::cuda::{Driver, emulator::Order, fake::Fake};
+use std::sync::OnceLock;
+use tidemill_kernels::cuda::{Driver, emulator::Order, fake::Fake, gpu::Gpu, images::Images};
 
 #[path = "attention.rs"]
 mod attention;
 #[path = "convert.rs"]
 mod convert;
+#[path = "matrix_product.rs"]
+mod matrix_product;
 #[path = "product.rs"]
 mod product;
+#[path = "prompt_attention.rs"]
+mod prompt_attention;
 #[path = "rotary.rs"]
 mod rotary;
 #[path = "rows.rs"]
@@ -16,11 +21,20 @@ mod rows;
 #[path = "sampling.rs"]
 mod sampling;
 
-/// Runs the same on a device for each order of threads.
+/// Runs the same on a device for each order of threads, or on the GPU whose number is asked for.
 fn on_devices(run: impl Fn(&dyn Driver)) {
+    static GPU: OnceLock<Gpu> = OnceLock::new();
+    if let Some(number) = std::env::var_os(ASKED_FOR) {
+        let number = number.to_str().and_then(|it| it.parse().ok()).expect("the number of a GPU");
+        let open = || Gpu::open(number, Images::usual_folder()).expect("a GPU is there that was asked for");
+        return run(GPU.get_or_init(open));
+    }
     for order in Order::SOME {
         let device = Fake::new(order);
         run(&device);
         device.assert_nothing_left();
     }
 }
+
+/// Names a GPU to run these tests on, in place of the fake device.
+const ASKED_FOR: &str = "TIDEMILL_TEST_GPU";

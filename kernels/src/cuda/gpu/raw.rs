@@ -176,14 +176,19 @@ impl Stream {
         let mut graph = ptr::null_mut();
         // SAFETY: writes a handle.
         check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.0, &raw mut graph) })?;
-        let mut recorded = RecordedGraph { graph, executable: ptr::null_mut() };
-        // SAFETY: the graph was just made; writes a handle.
+        Ok(RecordedGraph { graph, executable: ptr::null_mut() })
+    }
+
+    /// Makes a graph ready to be replayed, for which the device takes memory.
+    pub(super) fn prepare(&self, recorded: &mut RecordedGraph) -> Result<(), CudaError> {
+        assert!(recorded.executable.is_null(), "a graph is made ready once");
+        // SAFETY: the graph ended a capture and is there until it is dropped; writes a handle.
         let result =
             unsafe { sys::cuGraphInstantiateWithFlags(&raw mut recorded.executable, recorded.graph, 0) };
         check("cuGraphInstantiateWithFlags", result)?;
-        // SAFETY: the graph was just made; the stream is there until `drop`.
+        // SAFETY: just made; the stream is there until `drop`.
         check("cuGraphUpload", unsafe { sys::cuGraphUpload(recorded.executable, self.0) })?;
-        Ok(recorded)
+        self.synchronize()
     }
 
     pub(super) fn replay(&self, graph: &RecordedGraph) -> Result<(), CudaError> {

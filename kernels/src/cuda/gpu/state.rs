@@ -321,11 +321,11 @@ impl State {
 
     pub(super) fn end_capture(&mut self) -> Result<Graph, CudaError> {
         let recording = self.recording.take().expect("a capture ends that has begun");
-        let before = memory()?.free;
         let stream = &self.streams[Queue::Compute as usize];
-        let graph = stream.end_capture()?;
+        let mut graph = stream.end_capture()?;
         assert!(recording.operations != 0, "a capture of nothing");
-        stream.synchronize()?;
+        let before = memory()?.free;
+        stream.prepare(&mut graph)?;
         let bytes = before.saturating_sub(memory()?.free);
         self.numbers += 1;
         let launches = recording.launches.len();

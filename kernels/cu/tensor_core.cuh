@@ -1,0 +1,21 @@
+// What the kernels on tensor cores share.
+#pragma once
+
+#include "device.cuh"
+
+// Elements of 16 bytes: what one asynchronous copy moves, and a row of a matrix that `load_matrices` takes.
+constexpr unsigned kChunk = 8;
+
+// As `add_product_bf16`, of either type.
+__device__ __forceinline__ void add_product(bf16, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  add_product_bf16(sum, a, b0, b1);
+}
+__device__ __forceinline__ void add_product(f16, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  add_product_f16(sum, a, b0, b1);
+}
+
+// Two numbers as a register has them.
+template <class T>
+__device__ __forceinline__ uint32_t pair(float low, float high) {
+  return narrow<T>(low).bits | uint32_t(narrow<T>(high).bits) << 16;
+}

@@ -1,0 +1,113 @@
+//! Matrix products of many rows.
+
+use super::{
+    on_devices,
+    support::{
+        Numbers, assert_close, assert_same_bits,
+        cuda::{Buffer, elements, floats, rounded, tolerance},
+    },
+};
+use tidemill_kernels::{
+    cuda::{DeviceAddress, Driver, Product, launches},
+    matrix::WeightDtype,
+    reference,
+};
+
+struct Case {
+    dtype: WeightDtype,
+    inputs: usize,
+    x: Vec<f32>,
+    w: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    /// What `out` has before, where the product is added to it.
+    before: Option<Vec<f32>>,
+    out: WeightDtype,
+}
+
+fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
+    let Case { dtype, inputs, x, w, bias, before, out: to } = case;
+    let (rows, outputs) = (x.len() / inputs, w.len() / inputs);
+    let [x, w] = [x, w].map(|values| elements(device, values, *dtype));
+    let bias = bias.as_ref().map(|bias| elements(device, bias, *dtype));
+    let out = match before {
+        Some(before) => elements(device, before, *to),
+        None => Buffer::empty(device, rows * outputs * to.bytes()),
+    };
+    let parameters = Product {
+        out: out.address(),
+        x: x.address(),
+        w: w.address(),
+        bias: bias.as_ref().map_or(DeviceAddress::NULL, Buffer::address),
+        rows: rows as u32,
+        inputs: *inputs as u32,
+        outputs: outputs as u32,
+        adds: u32::from(before.is_some()),
+    };
+    let launch = launches::multiply_tiles(*dtype, to != dtype, &parameters).expect("whole packs of 16 bits");
+    device.launch(&launch).expect("kernels run");
+    floats(&out, *to)
+}
+
+#[test]
+fn many_rows() {
+    on_devices(|device| {
+        for (dtype, to_f32) in
+            [WeightDtype::F16, WeightDtype::Bf16].into_iter().flat_map(|it| [(it, false), (it, true)])
+        {
+            for (rows, inputs, outputs, has_bias, adds) in [
+                (1, 8, 1, false, false),
+                (129, 40, 3, true, false),
+                (5, 72, 130, false, true),
+                (65, 168, 97, true, true),
+            ] {
+                let out = if to_f32 { WeightDtype::F32 } else { dtype };
+                let mut numbers = Numbers::new(73);
+                let mut values = |len, dtype| rounded(&numbers.vector(len), dtype);
+                let case = Case {
+                    dtype,
+                    inputs,
+                    x: values(rows * inputs, dtype),
+                    w: values(outputs * inputs, dtype),
+                    bias: has_bias.then(|| values(outputs, dtype)),
+                    before: adds.then(|| values(rows * outputs, out)),
+                    out,
+                };
+                let mut expected = vec![f32::NAN; rows * outputs];
+                reference::matmul(&mut expected, &case.x, &case.w, inputs, case.bias.as_deref());
+                if let Some(before) = &case.before {
+                    reference::add(&mut expected, before);
+                }
+                let name = format!("{rows}x{inputs}x{outputs} {dtype:?} to {out:?}, {has_bias}, {adds}");
+                assert_close(&multiply(device, &case), &expected, tolerance(out), &name);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_row_is_the_same_in_any_company() {
+    on_devices(|device| {
+        let (dtype, rows, inputs, outputs, mut numbers) = (WeightDtype::Bf16, 131, 48, 5, Numbers::new(74));
+        let [x, w] = [rows, outputs].map(|count| rounded(&numbers.vector(count * inputs), dtype));
+        let case = |x: &[f32]| {
+            let (x, w) = (x.to_vec(), w.clone());
+            Case { dtype, inputs, x, w, bias: None, before: None, out: dtype }
+        };
+        let together = multiply(device, &case(&x));
+        for row in [0, 70, 130] {
+            let alone = multiply(device, &case(&x[row * inputs..(row + 1) * inputs]));
+            assert_same_bits(&alone, &together[row * outputs..(row + 1) * outputs], &format!("row {row}"));
+        }
+    });
+}
+
+#[test]
+fn what_tensor_cores_do_not_take_is_for_the_other_kernel() {
+    let null = DeviceAddress::NULL;
+    let right = Product { out: null, x: null, w: null, bias: null, rows: 1, inputs: 8, outputs: 1, adds: 0 };
+    let launch = |dtype, parameters: Product| launches::multiply_tiles(dtype, false, &parameters);
+    assert!(launch(WeightDtype::Bf16, right).is_some());
+    assert_eq!(launch(WeightDtype::F32, right), None);
+    assert_eq!(launch(WeightDtype::Bf16, Product { inputs: 9, ..right }), None);
+    assert_eq!(launch(WeightDtype::Bf16, Product { x: DeviceAddress(2), ..right }), None);
+}
