@@ -68,14 +68,16 @@ __device__ __forceinline__ void load_tile(T (&tile)[kKeys][kHead + kChunk], cons
   }
 }
 
-// Tiles along x, the last first, since it sees most keys; query heads along y.
-template <class T, KvDtype kStored, unsigned kHead, unsigned kKeys>
+// Tiles along x, the last first, since it sees most keys; query heads along y; parts of a head's values along z, since the sums of a long
+// one do not fit into registers.
+template <class T, KvDtype kStored, unsigned kHead, unsigned kKeys, unsigned kParts = 1>
 __device__ void attend_prompt(const PromptAttention& params) {
   using Memory = PromptMemory<T, kHead, kKeys>;
   DYNAMIC_SHARED(Memory, memory);
+  constexpr unsigned kPart = kHead / kParts;
   const KvShape& shape = params.shape;
   const PromptTile& tile = params.tiles[gridDim.x - 1 - blockIdx.x];
-  unsigned rows = tile.rows, first_position = tile.first_position, head = blockIdx.y, head_size = shape.head_size;
+  unsigned part = blockIdx.z * kPart, rows = tile.rows, first_position = tile.first_position, head = blockIdx.y, head_size = shape.head_size;
   unsigned kv_head = head / (params.query_heads / shape.kv_heads), end = first_position + rows;
   unsigned first_key = params.window != 0 && params.window <= first_position ? first_position + 1 - params.window : 0;
   uint8_t* const* blocks = params.blocks + size_t(tile.sequence) * params.blocks_per_sequence;
@@ -101,7 +103,7 @@ __device__ void attend_prompt(const PromptAttention& params) {
   unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   // Of rows g and g + 8 of the warp's sixteen.
   unsigned position[2] = {first_position + warp * 16 + g, first_position + warp * 16 + g + 8};
-  float greatest[2] = {-infinity(), -infinity()}, weights[2] = {}, sums[kHead / 8][4] = {};
+  float greatest[2] = {-infinity(), -infinity()}, weights[2] = {}, sums[kPart / 8][4] = {};
 #pragma unroll 1
   for (unsigned stage = 0; first < end; first += kKeys, stage ^= 1) {
     if (first + kKeys < end) load(stage ^ 1, first + kKeys);
@@ -142,7 +144,7 @@ __device__ void attend_prompt(const PromptAttention& params) {
       greatest[r] = tile_greatest[r];
       weights[r] *= earlier;
 #pragma unroll
-      for (unsigned n = 0; n < kHead / 8; n++) sums[n][2 * r] *= earlier, sums[n][2 * r + 1] *= earlier;
+      for (unsigned n = 0; n < kPart / 8; n++) sums[n][2 * r] *= earlier, sums[n][2 * r + 1] *= earlier;
     }
 #pragma unroll
     for (unsigned n = 0; n < kKeys / 8; n++)
@@ -158,9 +160,9 @@ __device__ void attend_prompt(const PromptAttention& params) {
       const float(&low)[4] = scores[2 * k], (&high)[4] = scores[2 * k + 1];
       uint32_t a[4] = {pair<T>(low[0], low[1]), pair<T>(low[2], low[3]), pair<T>(high[0], high[1]), pair<T>(high[2], high[3])};
 #pragma unroll
-      for (unsigned n = 0; n < kHead / 16; n++) {
+      for (unsigned n = 0; n < kPart / 16; n++) {
         uint32_t b[4];
-        load_transposed(b, &memory->values[stage][k * 16 + lane % 16][n * 16 + lane / 16 * kChunk]);
+        load_transposed(b, &memory->values[stage][k * 16 + lane % 16][part + n * 16 + lane / 16 * kChunk]);
         add_product(T{}, sums[2 * n], a, b[0], b[1]);
         add_product(T{}, sums[2 * n + 1], a, b[2], b[3]);
       }
@@ -174,19 +176,19 @@ __device__ void attend_prompt(const PromptAttention& params) {
     weights[r] += __shfl_xor_sync(kAllLanes, weights[r], 2);
     unsigned row = warp * 16 + g + 8 * r;
     if (rows <= row) continue;
-    T* out = (T*)params.out + (size_t(tile.first_row + row) * params.query_heads + head) * head_size;
+    T* out = (T*)params.out + (size_t(tile.first_row + row) * params.query_heads + head) * head_size + part;
     float share = 1.0f / weights[r];
 #pragma unroll
-    for (unsigned n = 0; n < kHead / 8; n++)
-      if (n * 8 < head_size) *(uint32_t*)(out + n * 8 + t * 2) = pair<T>(sums[n][2 * r] * share, sums[n][2 * r + 1] * share);
+    for (unsigned n = 0; n < kPart / 8; n++)
+      if (part + n * 8 < head_size) *(uint32_t*)(out + n * 8 + t * 2) = pair<T>(sums[n][2 * r] * share, sums[n][2 * r + 1] * share);
   }
 }
 
 KERNEL(attend_prompt_64_f16, kPromptThreads, PromptAttention) { attend_prompt<f16, kKvF16, 64, 64>(params); }
 KERNEL(attend_prompt_96_f16, kPromptThreads, PromptAttention) { attend_prompt<f16, kKvF16, 96, 64>(params); }
 KERNEL(attend_prompt_128_f16, kPromptThreads, PromptAttention) { attend_prompt<f16, kKvF16, 128, 64>(params); }
-KERNEL(attend_prompt_256_f16, kPromptThreads, PromptAttention) { attend_prompt<f16, kKvF16, 256, 32>(params); }
+KERNEL(attend_prompt_256_f16, kPromptThreads, PromptAttention) { attend_prompt<f16, kKvF16, 256, 32, 2>(params); }
 KERNEL(attend_prompt_64_bf16, kPromptThreads, PromptAttention) { attend_prompt<bf16, kKvBf16, 64, 64>(params); }
 KERNEL(attend_prompt_96_bf16, kPromptThreads, PromptAttention) { attend_prompt<bf16, kKvBf16, 96, 64>(params); }
 KERNEL(attend_prompt_128_bf16, kPromptThreads, PromptAttention) { attend_prompt<bf16, kKvBf16, 128, 64>(params); }
-KERNEL(attend_prompt_256_bf16, kPromptThreads, PromptAttention) { attend_prompt<bf16, kKvBf16, 256, 32>(params); }
+KERNEL(attend_prompt_256_bf16, kPromptThreads, PromptAttention) { attend_prompt<bf16, kKvBf16, 256, 32, 2>(params); }

@@ -75,7 +75,7 @@ pub fn attend_prompts(dtype: WeightDtype, tiles: u32, parameters: &PromptAttenti
     };
     // `PromptMemory`: rows of the query, and two stages of keys and values.
     let shared_bytes = (PromptTile::ROWS + 2 * 2 * keys) * (room + PACK) * 2;
-    let grid = [tiles, parameters.query_heads, 1];
+    let grid = [tiles, parameters.query_heads, if room == 256 { 2 } else { 1 }];
     Some(Launch::new("prompt_attention", kernel, grid, 128, parameters).with_shared_bytes(shared_bytes))
 }
 
