@@ -12,6 +12,7 @@ static const emulator::Kernel* kernel_list = nullptr;
 #include "../normalize.cu"
 #include "../product.cu"
 #include "../prompt_attention.cu"
+#include "../quantized_product.cu"
 #include "../rotary.cu"
 #include "../sampling.cu"
 

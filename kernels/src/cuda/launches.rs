@@ -1,10 +1,10 @@
 //! Which kernel runs for an operation, on how many blocks of how many threads.
 
 use super::{
-    Attention, ConvertBlocks, Embed, Launch, Parameters, Product, PromptAttention, PromptTile, RmsNorm,
-    RopeAndWrite, Sample, SiluMul, ZeroTail, launch::WARP,
+    Attention, ConvertBlocks, Embed, Launch, Parameters, Product, PromptAttention, PromptTile, QuantizeRows,
+    QuantizedProduct, RmsNorm, RopeAndWrite, Sample, SiluMul, ZeroTail, launch::WARP,
 };
-use crate::matrix::WeightDtype;
+use crate::matrix::{Quantization, WeightDtype};
 
 /// The embedding of `rows` tokens.
 pub fn embed(dtype: WeightDtype, rows: u32, parameters: &Embed) -> Launch {
@@ -79,39 +79,99 @@ pub fn attend_prompts(dtype: WeightDtype, tiles: u32, parameters: &PromptAttenti
     Some(Launch::new("prompt_attention", kernel, grid, 128, parameters).with_shared_bytes(shared_bytes))
 }
 
-/// The product of many rows, on tensor cores, into the type of the operands or into f32: for prompts, where the weights would be read
-/// again and again by [`multiply`]. `None` where the operands are f32, or rows that are no whole packs: see there.
+/// A product, into the type of its operands or into f32: on tensor cores where they take it, else by [`multiply`].
+pub fn product(dtype: WeightDtype, to_f32: bool, parameters: &Product) -> Launch {
+    let otherwise = || match to_f32 {
+        true => multiply_to_f32(dtype, parameters),
+        false => multiply(dtype, parameters),
+    };
+    multiply_tiles(dtype, to_f32, parameters).unwrap_or_else(otherwise)
+}
+
+/// A product on tensor cores. A row's bits are the same however many there are. `None` where the operands are f32, or
+/// their rows no whole packs.
 pub fn multiply_tiles(dtype: WeightDtype, to_f32: bool, parameters: &Product) -> Option<Launch> {
     let whole =
         parameters.inputs.is_multiple_of(PACK) && (parameters.x.0 | parameters.w.0).is_multiple_of(16);
-    let kernel = match (dtype, to_f32) {
+    let kernels = match (dtype, to_f32) {
         _ if !whole => return None,
         (WeightDtype::F32, _) => return None,
-        (WeightDtype::F16, false) => "multiply_tiles_f16",
-        (WeightDtype::F16, true) => "multiply_tiles_f16_to_f32",
-        (WeightDtype::Bf16, false) => "multiply_tiles_bf16",
-        (WeightDtype::Bf16, true) => "multiply_tiles_bf16_to_f32",
+        (WeightDtype::F16, false) => ["multiply_few_f16", "multiply_some_f16", "multiply_many_f16"],
+        (WeightDtype::Bf16, false) => ["multiply_few_bf16", "multiply_some_bf16", "multiply_many_bf16"],
+        (WeightDtype::F16, true) => {
+            ["multiply_few_f16_to_f32", "multiply_some_f16_to_f32", "multiply_some_f16_to_f32"]
+        }
+        (WeightDtype::Bf16, true) => {
+            ["multiply_few_bf16_to_f32", "multiply_some_bf16_to_f32", "multiply_some_bf16_to_f32"]
+        }
     };
-    let grid = [parameters.rows.div_ceil(TILE), parameters.outputs.div_ceil(TILE), 1];
-    // `kStages` of `ProductStage`.
-    let shared_bytes = 4 * 2 * TILE * (32 + PACK) * 2;
-    Some(Launch::new("matrix_product", kernel, grid, 256, parameters).with_shared_bytes(shared_bytes))
+    let shapes = [FEW_ROWS, SOME_ROWS, if to_f32 { SOME_ROWS } else { MANY_ROWS }];
+    let choice = usize::from(FEW_ROWS.rows < parameters.rows) + usize::from(SOME_ROWS.rows < parameters.rows);
+    let TileShape { rows, outputs, threads, bytes, stages } = shapes[choice];
+    let grid = [parameters.rows.div_ceil(rows), parameters.outputs.div_ceil(outputs), 1];
+    let launch = Launch::new("matrix_product", kernels[choice], grid, threads, parameters);
+    Some(launch.with_shared_bytes(stages * (rows + outputs) * (bytes + 16)))
+}
+
+/// Rows in fewer bits.
+pub fn quantize_rows(dtype: WeightDtype, rows: u32, parameters: &QuantizeRows) -> Launch {
+    let kernel = of_type(dtype, ["quantize_rows_f32", "quantize_rows_f16", "quantize_rows_bf16"]);
+    row_by_row("quantized_product", kernel, rows, parameters.padded, 256, parameters)
+}
+
+/// A product of rows and weights in fewer bits, on tensor cores. A row's bits are the same however many there are.
+///
+/// # Panics
+///
+/// When rows are not [padded](super::weights::padded), or the group of int4 is not one of 32, 64 or 128.
+pub fn multiply_quantized(quantization: Quantization, parameters: &QuantizedProduct) -> Launch {
+    assert_eq!(parameters.inputs % 128, 0, "multiply_quantized: rows of {}", parameters.inputs);
+    let QuantizedProduct { rows, outputs, group, .. } = *parameters;
+    let choice = usize::from(FEW_ROWS.rows < rows) + usize::from(SOME_ROWS.rows < rows);
+    let (kernels, shape, scales) = match quantization {
+        Quantization::Int8 => (
+            ["multiply_few_int8", "multiply_some_int8", "multiply_many_int8"],
+            [FEW_ROWS, SOME_ROWS, MANY_ROWS][choice],
+            0,
+        ),
+        Quantization::Int4 { group: wanted } => {
+            assert!(matches!(group, 32 | 64 | 128), "multiply_quantized: groups of {group}");
+            assert_eq!(group as usize, wanted, "multiply_quantized: groups are those of the weights");
+            let many = TileShape { bytes: 128, stages: 3, ..MANY_ROWS };
+            let shape = [TileShape { stages: 10, ..FEW_ROWS }, SOME_ROWS, many][choice];
+            (
+                ["multiply_few_int4", "multiply_some_int4", "multiply_many_int4"],
+                shape,
+                4 * (shape.outputs * 2 + 16),
+            )
+        }
+    };
+    let weight_bytes = if quantization == Quantization::Int8 { shape.bytes } else { shape.bytes / 2 };
+    let stage = shape.rows * (shape.bytes + 16) + shape.outputs * (weight_bytes + 16) + scales;
+    let grid = [rows.div_ceil(shape.rows), outputs.div_ceil(shape.outputs), 1];
+    Launch::new("quantized_product", kernels[choice], grid, shape.threads, parameters)
+        .with_shared_bytes(shape.stages * stage)
 }
 
 /// The product of a few rows: the weights are read again for every eight of them.
 pub fn multiply(dtype: WeightDtype, parameters: &Product) -> Launch {
     let row = ["multiply_row_f32", "multiply_row_f16", "multiply_row_bf16"];
-    product(dtype, parameters, row, ["multiply_rows_f32", "multiply_rows_f16", "multiply_rows_bf16"])
+    product_row_by_row(
+        dtype,
+        parameters,
+        row,
+        ["multiply_rows_f32", "multiply_rows_f16", "multiply_rows_bf16"],
+    )
 }
 
 /// The same of logits: `out` is f32 whatever the weights are.
 pub fn multiply_to_f32(dtype: WeightDtype, parameters: &Product) -> Launch {
     let row = ["multiply_row_f32", "multiply_row_f16_to_f32", "multiply_row_bf16_to_f32"];
     let rows = ["multiply_rows_f32", "multiply_rows_f16_to_f32", "multiply_rows_bf16_to_f32"];
-    product(dtype, parameters, row, rows)
+    product_row_by_row(dtype, parameters, row, rows)
 }
 
-fn product(
+fn product_row_by_row(
     dtype: WeightDtype,
     parameters: &Product,
     row: [&'static str; 3],
@@ -169,7 +229,20 @@ fn of_type(dtype: WeightDtype, [f32, f16, bf16]: [&'static str; 3]) -> &'static 
 const THREADS: u32 = 256;
 /// Elements that a thread moves at once, of 16 bits.
 const PACK: u32 = 8;
-/// Rows and outputs of a product that a block computes: `kTile` in `matrix_product.cu`.
-const TILE: u32 = 128;
+
+/// `TileShape` in `matrix_tiles.cuh`: what a block computes of a product, its threads, and the bytes of rows that come at a time.
+#[derive(Clone, Copy)]
+struct TileShape {
+    rows: u32,
+    outputs: u32,
+    threads: u32,
+    bytes: u32,
+    stages: u32,
+}
+
+/// `FewRows` in `matrix_product.cu`, and the others.
+const FEW_ROWS: TileShape = TileShape { rows: 16, outputs: 32, threads: 128, bytes: 128, stages: 6 };
+const SOME_ROWS: TileShape = TileShape { rows: 64, outputs: 64, threads: 128, bytes: 128, stages: 4 };
+const MANY_ROWS: TileShape = TileShape { rows: 128, outputs: 128, threads: 256, bytes: 64, stages: 4 };
 /// More than any GPU runs at once, so that further rows come by a loop.
 const MOST_BLOCKS: u32 = 4096;

@@ -18,6 +18,7 @@ pub mod launches;
 mod parameters;
 pub mod sources;
 mod timeline;
+pub mod weights;
 
 pub use driver::{DeviceAddress, Driver, Graph, MemoryInfo, PinnedAddress, Properties, Queue, Ticket};
 pub use error::{ComputeCapability, CudaError, CudaVersion};

@@ -194,7 +194,7 @@ pub struct PromptAttention {
 #[repr(transparent)]
 pub struct ElementType(u32);
 
-/// `out[row][output] = Σ_input x[row][input] * w[output][input] + bias[output]`, for few rows.
+/// `out[row][output] = Σ_input x[row][input] * w[output][input] + bias[output]`
 #[derive(Clone, Copy, Debug, NoUninit)]
 #[repr(C)]
 pub struct Product {
@@ -212,6 +212,57 @@ pub struct Product {
     pub inputs: u32,
     /// Elements of a row of `out`.
     pub outputs: u32,
+    /// 1: add to what `out` has; 0: replace it.
+    pub adds: u32,
+}
+
+/// Each row of `x` in int8, with a scale of its own: [`quantize_int8`](crate::reference::quantize_int8).
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct QuantizeRows {
+    /// int8, `[rows][padded]`
+    pub steps: DeviceAddress,
+    /// f32, `[rows]`
+    pub scales: DeviceAddress,
+    /// `[rows][width]`
+    pub x: DeviceAddress,
+    /// Elements of a row of `x`.
+    pub width: u32,
+    /// Steps of a row; those beyond `width` become zero.
+    pub padded: u32,
+}
+
+/// [`matmul_quantized`](crate::reference::matmul_quantized), of rows that [`QuantizeRows`] made and weights as
+/// [`QuantizedRows`](super::weights::QuantizedRows) has them.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct QuantizedProduct {
+    /// `[rows][outputs]`
+    pub out: DeviceAddress,
+    /// int8, `[rows][inputs]`
+    pub x: DeviceAddress,
+    /// f32, `[rows]`
+    pub x_scales: DeviceAddress,
+    /// Steps.
+    pub w: DeviceAddress,
+    /// Their scales.
+    pub w_scales: DeviceAddress,
+    /// `[outputs]` or null.
+    pub bias: DeviceAddress,
+    /// Rows of `x` and `out`.
+    pub rows: u32,
+    /// Steps of a row, [padded](super::weights::padded).
+    pub inputs: u32,
+    /// Elements of a row of `out`.
+    pub outputs: u32,
+    /// Inputs of int4 that share a scale; zero for int8.
+    pub group: u32,
+    /// Scales of int4 from one group to the next: a multiple of 8; zero for int8.
+    pub scale_stride: u32,
+    /// Type of `out`.
+    pub out_dtype: ElementType,
+    /// Type of `bias`.
+    pub bias_dtype: ElementType,
     /// 1: add to what `out` has; 0: replace it.
     pub adds: u32,
 }
@@ -307,6 +358,8 @@ impl Parameters for RopeAndWrite {}
 impl Parameters for Attention {}
 impl Parameters for PromptAttention {}
 impl Parameters for Product {}
+impl Parameters for QuantizeRows {}
+impl Parameters for QuantizedProduct {}
 impl Parameters for Sample {}
 impl Parameters for ConvertBlocks {}
 impl Parameters for ZeroTail {}

@@ -33,10 +33,11 @@ modules!(
     "normalize",
     "product",
     "prompt_attention",
+    "quantized_product",
     "rotary",
     "sampling"
 );
-headers!("device.cuh", "instructions.cuh", "kv.cuh", "product.cuh", "tensor_core.cuh");
+headers!("device.cuh", "instructions.cuh", "kv.cuh", "matrix_tiles.cuh", "product.cuh", "tensor_core.cuh");
 
 #[cfg(test)]
 mod tests {

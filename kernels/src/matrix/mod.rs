@@ -19,6 +19,7 @@ use crate::aligned::AlignedBuffer;
 pub use crate::aligned::{HUGE_PAGE_SETTING, has_huge_pages};
 use bytemuck::AnyBitPattern;
 use half::{bf16, f16};
+pub(crate) use pack::quantize_int4;
 use pack::{PanelSizes, Panels, pack, widen_row};
 pub use rows::{RowSteps, RowValues};
 use std::{fmt, iter, str::FromStr};

@@ -250,7 +250,7 @@ impl Int4Quantizer {
 }
 
 /// One group of weights to steps from -8 to 7, as [`reference::quantize_int4`](crate::reference::quantize_int4) says.
-fn quantize_int4(values: &[f32], steps: &mut [i8]) -> bf16 {
+pub(crate) fn quantize_int4(values: &[f32], steps: &mut [i8]) -> bf16 {
     let greatest =
         values.iter().fold(0.0f32, |most, &value| if most.abs() < value.abs() { value } else { most });
     let scale = bf16::from_f32(greatest / -8.0);

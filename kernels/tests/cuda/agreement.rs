@@ -14,6 +14,8 @@ mod matrix_product;
 mod product;
 #[path = "prompt_attention.rs"]
 mod prompt_attention;
+#[path = "quantized_product.rs"]
+mod quantized_product;
 #[path = "rotary.rs"]
 mod rotary;
 #[path = "rows.rs"]
