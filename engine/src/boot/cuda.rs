@@ -15,11 +15,6 @@ use crate::weights::DeviceWeights;
 
 /// Refuses, before weights are read, what the kernels do not do.
 pub(super) fn check(config: &EngineConfig) -> Result<(), EngineError> {
-    if let Some(quantization) = config.quantization {
-        return Err(EngineError::Setting(format!(
-            "weights are made smaller ({quantization}) for the CPU alone: leave the quantization out, or compute on the CPU"
-        )));
-    }
     let limits = RunnerLimits {
         max_tokens: config.max_num_batched_tokens as usize,
         max_seqs: config.max_num_seqs as usize,

@@ -92,10 +92,6 @@ impl Model<DeviceWeights> {
     /// # Errors
     ///
     /// As [`load`](Model::load), and what the device says.
-    ///
-    /// # Panics
-    ///
-    /// When weights are to be made smaller, which is for the CPU alone.
     pub fn load_on(
         driver: &Arc<dyn Driver>,
         options: LoadOptions,

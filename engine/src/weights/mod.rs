@@ -7,6 +7,7 @@
 mod checkpoint;
 mod dummy;
 mod fingerprint;
+mod formats;
 mod gguf;
 mod gguf_blocks;
 mod packed;
@@ -33,7 +34,7 @@ use tensors::{
     TensorSpec, UP, VALUE, bias, layer_prefix, weight,
 };
 use uploaded::Uploader;
-pub use uploaded::{DeviceTensor, DeviceWeights};
+pub use uploaded::{DeviceMatrix, DeviceSteps, DeviceTensor, DeviceWeights};
 
 /// All weights of a decoder, where a device wants them: matrices `M`, vectors `V`, the embedding `E`; those of the CPU where
 /// nothing is said.
@@ -146,7 +147,7 @@ pub(crate) fn load(
     load_into(&mut packer, spec, model, options, progress)
 }
 
-/// The same for a GPU. Fewer bits than the kernels take are widened; making weights smaller is for the CPU.
+/// The same for a GPU.
 pub(crate) fn load_on(
     driver: &Arc<dyn cuda::Driver>,
     spec: &ModelSpec,
@@ -154,8 +155,8 @@ pub(crate) fn load_on(
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<DeviceWeights>, ModelError> {
-    assert!(options.quantization.is_none(), "weights are made smaller for the CPU alone");
-    load_into(&mut Uploader::new(driver), spec, model, options, progress)
+    let mut uploader = Uploader::new(driver, options.threads, options.quantization);
+    load_into(&mut uploader, spec, model, options, progress)
 }
 
 fn load_into<S: Store>(

@@ -1,11 +1,10 @@
-//! From tensors to packed matrices: which format of the kernels holds which, and an account of it for the log.
-
-use std::collections::BTreeMap;
+//! From tensors to packed matrices.
 
 use tidemill_kernels::matrix::{Embedding, HUGE_PAGE_SETTING, MatrixSource, PackedMatrix, has_huge_pages};
 use tidemill_kernels::reference::widen_matrix;
 
 use super::Store;
+use super::formats::{Account, Kept, head_quantization};
 use super::tensor::{PlainTensor, QuantizedMatrix, Tensor};
 use crate::handle::Quantization;
 use crate::models::ModelError;
@@ -15,20 +14,12 @@ use crate::models::ModelError;
 pub(super) struct Packer {
     threads: usize,
     quantization: Option<Quantization>,
-    /// How many there were that came as, became, and did or did not keep their steps.
-    account: BTreeMap<(String, String, Kept), usize>,
-}
-
-/// Whether steps are computed with as they came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Kept {
-    AsTheyCame,
-    Rounded,
+    account: Account,
 }
 
 impl Packer {
     pub(super) fn new(threads: usize, quantization: Option<Quantization>) -> Self {
-        Self { threads, quantization, account: BTreeMap::new() }
+        Self { threads, quantization, account: Account::default() }
     }
 
     /// Tells what became of the matrices that came in fewer bits, and what makes all of them slow.
@@ -39,19 +30,7 @@ impl Packer {
                 "the system gives weights no huge pages, so reading them takes about a quarter longer"
             );
         }
-        for ((from, to, kept), matrices) in &self.account {
-            match kept {
-                Kept::AsTheyCame => {
-                    tracing::info!(matrices, from, to, "quantised weights are computed with as they come");
-                }
-                Kept::Rounded => tracing::warn!(
-                    matrices,
-                    from,
-                    to,
-                    "quantised weights are rounded again, to a format that can be computed with"
-                ),
-            }
-        }
+        self.account.report();
     }
 
     fn pack(&mut self, shape: [usize; 2], tensor: &Tensor<'_>, wanted: Option<Quantization>) -> PackedMatrix {
@@ -73,9 +52,7 @@ impl Packer {
         matrix: &QuantizedMatrix<'_>,
         wanted: Option<Quantization>,
     ) -> PackedMatrix {
-        let format = wanted.or(matrix.exact).unwrap_or(OTHERWISE);
-        let kept = if matrix.exact == Some(format) { Kept::AsTheyCame } else { Kept::Rounded };
-        *self.account.entry((matrix.kind.clone(), format.to_string(), kept)).or_default() += 1;
+        let (format, kept) = self.account.choose(matrix, wanted);
         match kept {
             Kept::AsTheyCame => {
                 let steps =
@@ -133,13 +110,3 @@ impl PlainTensor<'_> {
         widen_matrix(self.source())
     }
 }
-
-/// The head has 8 bits where all else has 4: its errors are those of the logits.
-const fn head_quantization(quantization: Quantization) -> Quantization {
-    match quantization {
-        Quantization::Int8 | Quantization::Int4 { .. } => Quantization::Int8,
-    }
-}
-
-/// What holds weights of few bits that no format holds as they are: eight of them hide the difference.
-const OTHERWISE: Quantization = Quantization::Int8;

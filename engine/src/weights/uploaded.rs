@@ -1,14 +1,17 @@
-//! Weights on a GPU, in the one type that its kernels compute in: the embedding's.
+//! Weights on a GPU: in fewer bits as on a CPU, all else in the one type that its kernels compute in, the embedding's.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use tidemill_kernels::cuda::weights::QuantizedRows;
 use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver};
-use tidemill_kernels::matrix::WeightDtype;
+use tidemill_kernels::matrix::{MatrixSource, WeightDtype};
+use tidemill_kernels::reference::widen_matrix;
 
+use super::formats::{Account, Kept, head_quantization};
 use super::tensor::{PlainTensor, QuantizedMatrix, Tensor};
-use super::{Store, Weights};
+use super::{LayerWeights, Store, Weights};
+use crate::handle::Quantization;
 use crate::memory::DeviceBuffer;
 use crate::models::ModelError;
 
@@ -16,18 +19,36 @@ use crate::models::ModelError;
 #[derive(Debug)]
 pub struct DeviceTensor(DeviceBuffer);
 
+/// A matrix in a device's memory.
+#[derive(Debug)]
+pub enum DeviceMatrix {
+    /// In the type that everything else is in.
+    Plain(DeviceTensor),
+    /// In fewer bits.
+    Quantized(DeviceSteps),
+}
+
+/// Steps and their scales, as [`QuantizedRows`] has them.
+#[derive(Debug)]
+pub struct DeviceSteps {
+    pub(crate) steps: DeviceTensor,
+    pub(crate) scales: DeviceTensor,
+    pub(crate) quantization: Quantization,
+}
+
 /// All weights of a decoder on a device.
-pub type DeviceWeights = Weights<DeviceTensor, DeviceTensor, DeviceTensor>;
+pub type DeviceWeights = Weights<DeviceMatrix, DeviceTensor, DeviceTensor>;
 
 /// Puts tensors into a device's memory.
 #[derive(Debug)]
 pub(super) struct Uploader {
     driver: Arc<dyn Driver>,
+    threads: usize,
+    quantization: Option<Quantization>,
     /// Known once the embedding has come.
     dtype: Option<WeightDtype>,
     bytes: usize,
-    /// How many matrices came in fewer bits, by their kind.
-    widened: BTreeMap<String, usize>,
+    account: Account,
 }
 
 impl DeviceTensor {
@@ -37,16 +58,64 @@ impl DeviceTensor {
     }
 }
 
+impl DeviceMatrix {
+    /// Whether it is in fewer bits.
+    pub(crate) const fn is_quantized(&self) -> bool {
+        matches!(self, Self::Quantized(_))
+    }
+}
+
+impl DeviceWeights {
+    /// Whether any matrix is in fewer bits.
+    pub(crate) fn are_quantized(&self) -> bool {
+        self.head.is_quantized() || self.layers.iter().any(LayerWeights::are_quantized)
+    }
+}
+
+impl LayerWeights<DeviceMatrix, DeviceTensor> {
+    fn are_quantized(&self) -> bool {
+        let Self { query, key, value, output, gate, up, down, .. } = self;
+        [query, key, value, output, gate, up, down].iter().any(|it| it.matrix.is_quantized())
+    }
+}
+
 impl Uploader {
-    pub(super) fn new(driver: &Arc<dyn Driver>) -> Self {
-        Self { driver: Arc::clone(driver), dtype: None, bytes: 0, widened: BTreeMap::new() }
+    pub(super) fn new(driver: &Arc<dyn Driver>, threads: usize, quantization: Option<Quantization>) -> Self {
+        let driver = Arc::clone(driver);
+        Self { driver, threads, quantization, dtype: None, bytes: 0, account: Account::default() }
     }
 
-    fn put(&mut self, tensor: &Tensor<'_>, rows: usize) -> Result<DeviceTensor, ModelError> {
-        match tensor {
-            Tensor::Plain(plain) => self.put_plain(plain),
-            Tensor::Quantized(matrix) => self.put_quantized(matrix, rows),
-        }
+    fn put(
+        &mut self,
+        [outputs, inputs]: [usize; 2],
+        tensor: &Tensor<'_>,
+        wanted: Option<Quantization>,
+    ) -> Result<DeviceMatrix, ModelError> {
+        let threads = self.threads;
+        let (quantization, rows) = match (tensor, wanted) {
+            (Tensor::Plain(plain), None) => return Ok(DeviceMatrix::Plain(self.put_plain(plain)?)),
+            (Tensor::Plain(plain), Some(wanted)) => {
+                let row_bytes = inputs * plain.dtype.bytes();
+                let values = |row: usize, out: &mut [f32]| {
+                    let bytes = &plain.bytes[row * row_bytes..(row + 1) * row_bytes];
+                    out.copy_from_slice(&widen_matrix(MatrixSource { bytes, dtype: plain.dtype }));
+                };
+                (wanted, QuantizedRows::quantize(threads, outputs, inputs, wanted, &values))
+            }
+            (Tensor::Quantized(matrix), wanted) => match self.account.choose(matrix, wanted) {
+                (format, Kept::AsTheyCame) => {
+                    let steps =
+                        |row: usize, steps: &mut [i8], scales: &mut [f32]| matrix.steps(row, steps, scales);
+                    (format, QuantizedRows::of_steps(threads, outputs, inputs, format, &steps))
+                }
+                (format, Kept::Rounded) => {
+                    let values = |row: usize, out: &mut [f32]| matrix.values(row, out);
+                    (format, QuantizedRows::quantize(threads, outputs, inputs, format, &values))
+                }
+            },
+        };
+        let (steps, scales) = (self.upload(&rows.steps)?, self.upload(&rows.scales)?);
+        Ok(DeviceMatrix::Quantized(DeviceSteps { steps, scales, quantization }))
     }
 
     fn put_plain(&mut self, tensor: &PlainTensor<'_>) -> Result<DeviceTensor, ModelError> {
@@ -59,13 +128,9 @@ impl Uploader {
         self.upload(&bytes)
     }
 
-    fn put_quantized(
-        &mut self,
-        matrix: &QuantizedMatrix<'_>,
-        rows: usize,
-    ) -> Result<DeviceTensor, ModelError> {
+    /// A table of all rows in the one type, in which an embedding costs no step more than in fewer bits.
+    fn put_table(&mut self, matrix: &QuantizedMatrix<'_>, rows: usize) -> Result<DeviceTensor, ModelError> {
         let dtype = *self.dtype.get_or_insert(WeightDtype::Bf16);
-        *self.widened.entry(matrix.kind.clone()).or_default() += 1;
         let mut values = vec![0.0; matrix.inputs];
         let mut bytes = Vec::with_capacity(rows * matrix.inputs * dtype.bytes());
         for row in 0..rows {
@@ -83,39 +148,36 @@ impl Uploader {
 }
 
 impl Store for Uploader {
-    type Matrix = DeviceTensor;
+    type Matrix = DeviceMatrix;
     type Vector = DeviceTensor;
     type Table = DeviceTensor;
 
-    fn matrix(&mut self, [rows, _]: [usize; 2], tensor: &Tensor<'_>) -> Result<DeviceTensor, ModelError> {
-        self.put(tensor, rows)
+    fn matrix(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<DeviceMatrix, ModelError> {
+        self.put(shape, tensor, self.quantization)
     }
 
-    fn head(&mut self, [rows, _]: [usize; 2], tensor: &Tensor<'_>) -> Result<DeviceTensor, ModelError> {
-        self.put(tensor, rows)
+    fn head(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<DeviceMatrix, ModelError> {
+        self.put(shape, tensor, self.quantization.map(head_quantization))
     }
 
     fn embedding(&mut self, [rows, _]: [usize; 2], tensor: &Tensor<'_>) -> Result<DeviceTensor, ModelError> {
-        self.put(tensor, rows)
+        match tensor {
+            Tensor::Plain(plain) => self.put_plain(plain),
+            Tensor::Quantized(matrix) => self.put_table(matrix, rows),
+        }
     }
 
     fn vector(&mut self, tensor: &PlainTensor<'_>) -> Result<DeviceTensor, ModelError> {
         self.put_plain(tensor)
     }
 
-    fn shares_table(&self, _: &Tensor<'_>) -> bool {
-        true
+    fn shares_table(&self, tensor: &Tensor<'_>) -> bool {
+        self.quantization.is_none() && matches!(tensor, Tensor::Plain(_))
     }
 
     fn finish(&mut self) -> Result<(), ModelError> {
         self.driver.synchronize().map_err(|source: CudaError| ModelError::Device { source })?;
-        for (kind, matrices) in &self.widened {
-            tracing::warn!(
-                matrices,
-                kind,
-                "quantised weights are widened: no kernel of the GPU takes them as they are"
-            );
-        }
+        self.account.report();
         tracing::info!(bytes = self.bytes, dtype = ?self.dtype, "weights are on the GPU");
         Ok(())
     }

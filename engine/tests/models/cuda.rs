@@ -1,10 +1,13 @@
 //! The forward pass on a GPU, which the emulator is here: against transformers, and tokens chosen there against the
 //! sampler of the CPU.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::bench::{Storage, distance, fixture, goldens};
-use tidemill_engine::handle::{LoadFormat, ModelSource};
+use super::bench::{Bench, Storage, Work, distance, fixture, goldens};
+use super::formats;
+use super::quantized::cosine;
+use tidemill_engine::handle::{LoadFormat, ModelSource, Quantization};
 use tidemill_engine::memory::{DevicePool, block_shape};
 use tidemill_engine::models::{LoadOptions, Model};
 use tidemill_engine::runner::{
@@ -57,10 +60,19 @@ struct Place {
 
 impl Gpu {
     fn new(fake: &Arc<Fake>, name: &str, storage: Storage, graph_sizes: &[usize]) -> Self {
+        Self::of(fake, &ModelSource::Folder(fixture(name)), None, storage, graph_sizes)
+    }
+
+    fn of(
+        fake: &Arc<Fake>,
+        source: &ModelSource,
+        quantization: Option<Quantization>,
+        storage: Storage,
+        graph_sizes: &[usize],
+    ) -> Self {
         let driver: Arc<dyn Driver> = Arc::clone(fake) as _;
-        let source = ModelSource::Folder(fixture(name));
-        let options = LoadOptions { threads: 1, format: LoadFormat::Safetensors, quantization: None };
-        let model = Model::load_on(&driver, options, &source, &mut |_| {}).expect("the fixture loads");
+        let options = LoadOptions { threads: 2, format: LoadFormat::Safetensors, quantization };
+        let model = Model::load_on(&driver, options, source, &mut |_| {}).expect("the fixture loads");
         let block_len = BlockLen::new(storage.block_len).expect("a power of two");
         let shape = block_shape(&model.kv_layout(storage.dtype, block_len, storage.order));
         let pool = DevicePool::new(&driver, shape.block_bytes(), BlockCount(BLOCKS)).expect("memory");
@@ -259,6 +271,94 @@ fn the_host_waits_once_for_a_step_whose_tokens_the_device_chooses() {
     }
     drop(gpu);
     fake.assert_nothing_left();
+}
+
+/// Prompts and single tokens in one step, on tensor cores: a row has the same bits whatever else is in the step, and in
+/// whatever chunk of its prompt it comes.
+#[test]
+fn rows_on_tensor_cores_are_the_same_in_any_company() {
+    for name in ["llama-bf16-new-keys", "llama-f16-old-keys"] {
+        let fake = Arc::new(Fake::new(Order::Random(7)));
+        let storage = Storage { dtype: KvDtype::Bf16, block_len: 8, ..Storage::PLAIN };
+        let mut gpu = Gpu::new(&fake, name, storage, &[]);
+        let prompt: Vec<u32> = (0..40).map(|index| 3 + index * 7 % 200).collect();
+        let mut bits = |chunks: &[usize], with_others: bool| {
+            gpu.blocks_given = 0;
+            let mut place = gpu.place(prompt.len());
+            let [mut before, mut behind] = [gpu.place(8), gpu.place(8)];
+            let mut found = Vec::new();
+            for chunk in chunks {
+                let tokens = &prompt[place.len..place.len + chunk];
+                let work = [(&before, &[5][..]), (&place, tokens), (&behind, &[9][..])];
+                let (work, index) = if with_others { (&work[..], 1) } else { (&work[1..2], 0) };
+                let rows = gpu.step(work, LogitsWanted::All, &|_| None).swap_remove(index);
+                found.extend(rows.iter().flat_map(Row::logits).map(|logit| logit.to_bits()));
+                place.len += chunk;
+                before.len += 1;
+                behind.len += 1;
+            }
+            found
+        };
+        let alone = bits(&[40], false);
+        for (chunks, with_others) in [(&[40][..], true), (&[7, 2, 31], false), (&[13, 3, 24], true)] {
+            assert!(bits(chunks, with_others) == alone, "{name}: {chunks:?}, with others: {with_others}");
+        }
+        drop(gpu);
+        let launched: BTreeSet<&str> = fake.launches().iter().map(|launch| launch.kernel).collect();
+        let has = |part: &str| launched.iter().any(|kernel| kernel.starts_with(part));
+        assert!(["attend_prompt_", "attention_", "multiply_few_", "multiply_some_"].into_iter().all(has));
+        assert!(!has("multiply_row"), "{launched:?}");
+        fake.assert_nothing_left();
+    }
+}
+
+/// Whole numbers are added without rounding there and here, so what differs is what differs in more bits too.
+#[test]
+fn in_fewer_bits_logits_are_those_of_the_cpu() {
+    let int4 = |group| Some(Quantization::Int4 { group });
+    let llama = || ModelSource::Folder(fixture("llama3"));
+    let checkpoint = |name| formats::source(&formats::fixture(name));
+    let rows = [
+        ("int8", llama(), Some(Quantization::Int8)),
+        ("int4 in groups of 32", llama(), int4(32)),
+        ("int4 in groups of 64", llama(), int4(64)),
+        ("int4 in groups of 128", llama(), int4(128)),
+        ("GPTQ whose groups are named", checkpoint("gptq-int4-order"), None),
+        ("AWQ", checkpoint("awq"), None),
+        ("compressed int8", checkpoint("compressed-int8"), None),
+        ("compressed int4", checkpoint("compressed-int4"), None),
+        ("Q4_0", checkpoint("gguf-q4_0"), None),
+        ("several kinds of GGUF", checkpoint("gguf-k"), None),
+    ];
+    let prompt: Vec<u32> = (0..37).map(|index| 3 + index * 11 % 200).collect();
+    for (name, source, quantization) in rows {
+        let options = LoadOptions { threads: 2, format: LoadFormat::Safetensors, quantization };
+        let model = Arc::new(Model::load_with(options, &source, &mut |_| {}).expect("the fixture loads"));
+        let mut bench = Bench::exact(&model, Storage::PLAIN);
+        let mut place = bench.place(64);
+        let mut expected = bench.step(&mut [Work { place: &mut place, tokens: &prompt }], LogitsWanted::All);
+        expected[0].push(bench.extend(&mut place, &[4]));
+
+        let fake = Arc::new(Fake::new(Order::Forwards));
+        let mut gpu = Gpu::of(&fake, &source, quantization, Storage::PLAIN, &[1]);
+        assert_eq!(gpu.runner.model().fingerprint, model.fingerprint, "{name}: workers pair");
+        let mut place = gpu.place(64);
+        let mut found = gpu.step(&[(&place, &prompt[..])], LogitsWanted::All, &|_| None).remove(0);
+        place.len = prompt.len();
+        found.extend(gpu.step(&[(&place, &[4][..])], LogitsWanted::All, &|_| None).remove(0));
+        for (position, (found, expected)) in found.iter().zip(&expected[0]).enumerate() {
+            let is_near = match gpu.runner.model().dtype {
+                WeightDtype::F32 => distance(found.logits(), expected) < 1e-3,
+                // What a type of 16 bits rounds becomes other steps now and then.
+                WeightDtype::F16 => 0.999 < cosine(found.logits(), expected),
+                WeightDtype::Bf16 => 0.99 < cosine(found.logits(), expected),
+            };
+            assert!(is_near, "{name}: logits at {position}");
+        }
+        drop(gpu);
+        assert!(fake.launches().iter().any(|launch| launch.module == "quantized_product"), "{name}");
+        fake.assert_nothing_left();
+    }
 }
 
 fn token(row: &Row) -> u32 {

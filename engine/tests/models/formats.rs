@@ -19,11 +19,11 @@ use tidemill_kernels::matrix::{PackedMatrix, WeightDtype, WeightFormat};
 
 use super::bench::{Bench, Storage, Work};
 
-fn fixture(name: &str) -> PathBuf {
+pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/quantized").join(name)
 }
 
-fn source(folder: &Path) -> ModelSource {
+pub(crate) fn source(folder: &Path) -> ModelSource {
     let file = folder.join("model.gguf");
     if file.is_file() { ModelSource::Gguf(file) } else { ModelSource::Folder(folder.into()) }
 }

@@ -22,7 +22,7 @@ fn logits(model: &Arc<Model>, prompt: &[u32]) -> Vec<Vec<f32>> {
     bench.step(&mut [Work { place: &mut place, tokens: prompt }], LogitsWanted::All).remove(0)
 }
 
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
+pub(crate) fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }

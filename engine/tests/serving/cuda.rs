@@ -4,7 +4,7 @@
 use super::*;
 use std::sync::Arc;
 
-use tidemill_engine::handle::{CudaGraphs, DeviceChoice};
+use tidemill_engine::handle::{CudaGraphs, DeviceChoice, Quantization};
 use tidemill_kernels::cuda::CudaError;
 use tidemill_kernels::cuda::emulator::Order;
 use tidemill_kernels::cuda::fake::Fake;
@@ -200,11 +200,34 @@ fn a_cancelled_request_frees_both_sides() {
 fn what_a_gpu_does_not_do_is_refused_before_weights_are_read() {
     let fake: Arc<Fake> = Arc::new(Fake::new(Order::Forwards));
     let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
-    let quantization = Some(tidemill_engine::handle::Quantization::Int8);
-    let config = EngineConfig { device, quantization, ..small_config(Role::Hybrid) };
-    let error = EngineHandle::start(config, &mut |_| {}).map(drop).expect_err("it is for the CPU alone");
-    assert!(error.to_string().contains("CPU alone"), "{error}");
+    let config = EngineConfig { device, max_num_batched_tokens: 70_000, ..small_config(Role::Hybrid) };
+    let error = EngineHandle::start(config, &mut |_| {}).map(drop).expect_err("grids are smaller");
+    assert!(error.to_string().contains("steps of up to 70000 tokens"), "{error}");
     fake.assert_nothing_left();
+}
+
+/// Whole, and split between both kinds of devices, whose workers pair because they compute the same.
+#[test]
+fn in_fewer_bits_a_gpu_answers_as_the_cpu_does() {
+    let mut gpus = Gpus::default();
+    for quantization in [Quantization::Int8, Quantization::Int4 { group: 32 }] {
+        let config = |role| EngineConfig { quantization: Some(quantization), ..small_config(role) };
+        let alone = start(config(Role::Hybrid));
+        let answers = |engine: &EngineHandle| -> Vec<Vec<TokenId>> {
+            let streams: Vec<_> =
+                (0..REQUESTS).map(|which| submit(engine, small_request(which, Part::Whole), None)).collect();
+            streams.into_iter().map(|stream| ids(&output(stream))).collect()
+        };
+        let expected = answers(&alone);
+        assert_eq!(answers(&gpus.start(config(Role::Hybrid))), expected, "{quantization}");
+        let pair = Pair { prefill: gpus.start(config(Role::Prefill)), decode: start(config(Role::Decode)) };
+        pair.link();
+        for (which, expected) in (0..REQUESTS).zip(&expected) {
+            let found = pair.output(pair.submit_request(&small_request(which, Part::Whole)));
+            assert_eq!(&ids(&found), expected, "{quantization}, split: {which}");
+        }
+    }
+    gpus.end();
 }
 
 #[test]

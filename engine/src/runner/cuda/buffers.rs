@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use tidemill_kernels::cuda::weights::padded;
 use tidemill_kernels::cuda::{Attention, CudaError, Driver};
-use tidemill_kernels::matrix::WeightDtype;
 
 use crate::memory::DeviceBuffer;
-use crate::models::ModelSpec;
+use crate::models::{Model, ModelSpec};
 use crate::runner::RunnerLimits;
+use crate::weights::DeviceWeights;
 
 #[derive(Debug)]
 pub(super) struct Buffers {
@@ -22,6 +23,9 @@ pub(super) struct Buffers {
     pub(super) gate: DeviceBuffer,
     pub(super) up: DeviceBuffer,
     pub(super) gated: DeviceBuffer,
+    /// Rows of any of these in int8, where weights are in fewer bits; and their scales, f32.
+    pub(super) steps: DeviceBuffer,
+    pub(super) scales: DeviceBuffer,
     /// What attention to parts of long sequences came to, before it is joined: f32.
     pub(super) partials: DeviceBuffer,
     /// f32, `[logits rows][vocabulary]`
@@ -39,11 +43,14 @@ pub(super) struct Buffers {
 impl Buffers {
     pub(super) fn new(
         driver: &Arc<dyn Driver>,
-        spec: &ModelSpec,
-        dtype: WeightDtype,
+        model: &Model<DeviceWeights>,
         limits: RunnerLimits,
     ) -> Result<Self, CudaError> {
-        let rows = |elements: usize| DeviceBuffer::new(driver, limits.max_tokens * elements * dtype.bytes());
+        let spec = &model.spec;
+        let bytes = model.dtype.bytes();
+        let rows = |elements: usize| DeviceBuffer::new(driver, limits.max_tokens * elements * bytes);
+        let widest = spec.hidden_size.max(spec.query_size()).max(spec.intermediate_size);
+        let quantized_rows = if model.weights.are_quantized() { limits.max_tokens } else { 0 };
         let logits = logits_rows(limits) * spec.vocab_size;
         let [cos, sin] = rotation(spec, limits.max_model_len);
         let table = |numbers: &[f32]| DeviceBuffer::holding(driver, bytemuck::cast_slice(numbers));
@@ -57,6 +64,8 @@ impl Buffers {
             gate: rows(spec.intermediate_size)?,
             up: rows(spec.intermediate_size)?,
             gated: rows(spec.intermediate_size)?,
+            steps: DeviceBuffer::new(driver, quantized_rows * padded(widest))?,
+            scales: DeviceBuffer::new(driver, quantized_rows * size_of::<f32>())?,
             partials: DeviceBuffer::new(driver, partial_bytes(spec, limits))?,
             logits: DeviceBuffer::new(driver, logits * size_of::<f32>())?,
             weights: DeviceBuffer::new(driver, logits * size_of::<u64>())?,

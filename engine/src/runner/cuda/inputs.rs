@@ -3,9 +3,10 @@
 //! Numbers of rows go up in one copy. The table of blocks stays on the device, and of a sequence only what differs from
 //! the step before goes up: a sequence that decodes gets a block now and then.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver, Queue, SampleRow, Ticket};
+use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver, PromptTile, Queue, SampleRow, Ticket};
 use tidemill_kernels::kv::KvBlockShape;
 
 use super::{Batch, RunnerLimits, WantedRow};
@@ -18,7 +19,7 @@ pub(super) struct Inputs {
     pinned: PinnedBuffer,
     /// When they were read there.
     sent: Option<Ticket>,
-    /// As it goes up: [`SampleRow`] of wanted rows; token, position and sequence of each row; numbers of wanted rows.
+    /// As it goes up: [`SampleRow`] of wanted rows; [`PromptTile`]s; token, position and sequence of each row; numbers of wanted rows.
     bytes: Vec<u8>,
     rows: usize,
     wanted: usize,
@@ -27,7 +28,12 @@ pub(super) struct Inputs {
     /// What is in `tables`.
     known: Vec<DeviceAddress>,
     blocks_per_sequence: usize,
-    /// Tokens of the step's longest sequence.
+    /// Whether rows of one sequence are attended to together.
+    takes_tiles: bool,
+    tiles: Vec<PromptTile>,
+    /// Rows that are attended to one by one.
+    singles: Vec<Range<usize>>,
+    /// Tokens of the longest sequence that has such rows.
     longest: u32,
 }
 
@@ -36,8 +42,11 @@ impl Inputs {
         driver: &Arc<dyn Driver>,
         shape: &KvBlockShape,
         limits: RunnerLimits,
+        takes_tiles: bool,
     ) -> Result<Self, CudaError> {
-        let bytes = limits.max_tokens * (size_of::<SampleRow>() + 4 * size_of::<u32>());
+        // A tile has a row at least.
+        let row_bytes = size_of::<SampleRow>() + size_of::<PromptTile>() + 4 * size_of::<u32>();
+        let bytes = limits.max_tokens * row_bytes;
         let blocks_per_sequence = limits.max_model_len.div_ceil(shape.block_len);
         let blocks = limits.max_seqs * blocks_per_sequence;
         Ok(Self {
@@ -50,6 +59,9 @@ impl Inputs {
             tables: DeviceBuffer::new(driver, blocks * size_of::<DeviceAddress>())?,
             known: vec![DeviceAddress::NULL; blocks],
             blocks_per_sequence,
+            takes_tiles,
+            tiles: Vec::new(),
+            singles: Vec::new(),
             longest: 0,
         })
     }
@@ -69,6 +81,8 @@ impl Inputs {
             // A row whose logits are wanted gets a token too, which nobody looks at.
             self.bytes.extend(bytemuck::bytes_of(&choice.unwrap_or_default()));
         }
+        self.share_out(batch);
+        self.bytes.extend_from_slice(bytemuck::cast_slice(&self.tiles));
         let words = |bytes: &mut Vec<u8>, words: &mut dyn Iterator<Item = u32>| {
             bytes.extend(words.flat_map(u32::to_le_bytes));
         };
@@ -80,12 +94,31 @@ impl Inputs {
         words(&mut self.bytes, &mut sequence_of_rows);
         words(&mut self.bytes, &mut wanted.iter().map(|it| it.row as u32));
         self.write_numbers(driver)?;
-        self.longest = 0;
         for (index, sequence) in batch.sequences.iter().enumerate() {
             self.update_table(driver, index, sequence.blocks)?;
-            self.longest = self.longest.max(sequence.first_position + sequence.tokens.len() as u32);
         }
         Ok(())
+    }
+
+    /// Several rows of a sequence are attended to together, where the kernels can: keys that are read serve all of them.
+    fn share_out(&mut self, batch: &Batch<'_, DeviceAddress>) {
+        self.tiles.clear();
+        self.singles.clear();
+        self.longest = 0;
+        let mut first = 0;
+        for (index, sequence) in batch.sequences.iter().enumerate() {
+            let (rows, position) = (sequence.tokens.len(), sequence.first_position);
+            if self.takes_tiles && 1 < rows {
+                self.tiles.extend(PromptTile::cut(first as u32, rows as u32, position, index as u32));
+            } else {
+                match self.singles.last_mut() {
+                    Some(run) if run.end == first => run.end += rows,
+                    _ => self.singles.push(first..first + rows),
+                }
+                self.longest = self.longest.max(position + rows as u32);
+            }
+            first += rows;
+        }
     }
 
     /// Sends the numbers of rows, from a place that they may not leave before the device has come to it.
@@ -109,9 +142,23 @@ impl Inputs {
         self.numbers.address()
     }
 
+    /// [`PromptTile`], `[tiles]`
+    pub(super) const fn tiles(&self) -> DeviceAddress {
+        self.choices().offset(self.wanted * size_of::<SampleRow>())
+    }
+
+    pub(super) const fn tile_count(&self) -> usize {
+        self.tiles.len()
+    }
+
+    /// Rows that are attended to one by one.
+    pub(super) fn singles(&self) -> &[Range<usize>] {
+        &self.singles
+    }
+
     /// u32, `[rows]`
     pub(super) const fn tokens(&self) -> DeviceAddress {
-        self.choices().offset(self.wanted * size_of::<SampleRow>())
+        self.tiles().offset(self.tile_count() * size_of::<PromptTile>())
     }
 
     /// u32, `[rows]`
@@ -138,7 +185,7 @@ impl Inputs {
         self.blocks_per_sequence as u32
     }
 
-    /// Tokens of the step's longest sequence.
+    /// Tokens of the longest sequence with rows that are attended to one by one.
     pub(super) const fn longest(&self) -> u32 {
         self.longest
     }

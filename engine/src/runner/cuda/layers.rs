@@ -4,26 +4,17 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::cuda::{
-    Attention, CudaError, DeviceAddress, Embed, Product, RmsNorm, RopeAndWrite, SiluMul, launches,
+    Attention, CudaError, DeviceAddress, Embed, PromptAttention, RmsNorm, RopeAndWrite, SiluMul, launches,
 };
 
 use super::CudaRunner;
-use crate::weights::{DeviceTensor, LayerWeights, Linear};
+use super::products::{Rows, Target};
+use crate::weights::{DeviceMatrix, DeviceTensor, LayerWeights};
 
-type Layer = LayerWeights<DeviceTensor, DeviceTensor>;
-type Projection = Linear<DeviceTensor, DeviceTensor>;
-
-/// A product's sizes, and whether it is added to what is there.
-#[derive(Clone, Copy)]
-struct Shape {
-    rows: usize,
-    inputs: usize,
-    outputs: usize,
-    adds: bool,
-}
+type Layer = LayerWeights<DeviceMatrix, DeviceTensor>;
 
 impl CudaRunner {
-    /// Takes `rows` rows through all layers; the keys of the longest sequence are cut into at most so many parts.
+    /// Takes `rows` rows through all layers. Where a row is attended to alone, its keys are cut into at most so many parts.
     pub(super) fn compute_layers(
         &self,
         rows: usize,
@@ -31,7 +22,10 @@ impl CudaRunner {
         after_layers: &mut dyn FnMut(Range<usize>),
     ) -> Result<(), CudaError> {
         let model = Arc::clone(&self.model);
-        let table = model.weights.embedding.as_ref().unwrap_or(&model.weights.head);
+        let table = match (&model.weights.embedding, &model.weights.head) {
+            (Some(table), _) | (None, DeviceMatrix::Plain(table)) => table,
+            (None, DeviceMatrix::Quantized(_)) => unreachable!("a head in fewer bits has a table beside it"),
+        };
         self.take_rows(self.buffers.state.address(), table.address(), self.inputs.tokens(), rows)?;
         for (layer, weights) in model.weights.layers.iter().enumerate() {
             self.keys_and_values(layer, weights, rows)?;
@@ -78,10 +72,13 @@ impl CudaRunner {
         let [query, key, value] =
             [&self.buffers.query, &self.buffers.key, &self.buffers.value].map(|it| it.address());
         self.norm(normed, self.buffers.state.address(), &weights.input_norm, hidden, rows)?;
-        let shape = |outputs| Shape { rows, inputs: hidden, outputs, adds: false };
-        self.project(query, normed, &weights.query, shape(query_size))?;
-        self.project(key, normed, &weights.key, shape(kv_size))?;
-        self.project(value, normed, &weights.value, shape(kv_size))?;
+        let to = |out, outputs| Target { out, outputs, adds: false };
+        let products = [
+            (&weights.query, to(query, query_size)),
+            (&weights.key, to(key, kv_size)),
+            (&weights.value, to(value, kv_size)),
+        ];
+        self.project(Rows { x: normed, rows, inputs: hidden }, &products)?;
         if let Some(norms) = &weights.head_norms {
             self.norm(query, query, &norms.query, spec.head_size, rows * spec.heads)?;
             self.norm(key, key, &norms.key, spec.head_size, rows * spec.kv_heads)?;
@@ -109,12 +106,24 @@ impl CudaRunner {
     /// Adds attention's output to the state.
     fn attend(&self, layer: usize, weights: &Layer, rows: usize, splits: u32) -> Result<(), CudaError> {
         let spec = &self.model.spec;
+        for run in self.inputs.singles() {
+            self.attend_one_by_one(layer, run.clone(), splits)?;
+        }
+        self.attend_together(layer)?;
+        let attended = Rows { x: self.buffers.attended.address(), rows, inputs: spec.query_size() };
+        let state = Target { out: self.buffers.state.address(), outputs: spec.hidden_size, adds: true };
+        self.project(attended, &[(&weights.output, state)])
+    }
+
+    /// Attention of rows that are alone in their sequence, or of a type that is not attended to together.
+    fn attend_one_by_one(&self, layer: usize, rows: Range<usize>, splits: u32) -> Result<(), CudaError> {
+        let spec = &self.model.spec;
         let at_once = match splits {
-            1 => rows,
-            _ => self.buffers.rows_with_partials(spec, splits).min(rows),
+            1 => rows.len(),
+            _ => self.buffers.rows_with_partials(spec, splits).min(rows.len()),
         };
         let row_bytes = spec.query_size() * self.model.dtype.bytes();
-        for first in (0..rows).step_by(at_once) {
+        for first in rows.clone().step_by(at_once) {
             let numbers = first * size_of::<u32>();
             let parameters = Attention {
                 out: self.buffers.attended.address().offset(first * row_bytes),
@@ -131,16 +140,43 @@ impl CudaRunner {
                 query_stride: narrow(spec.query_size()),
                 window: spec.windows[layer].unwrap_or(0),
                 splits,
-                scale: Attention::scale(1.0 / (spec.head_size as f32).sqrt()),
+                scale: self.attention_scale(),
             };
-            let (attend, join) = launches::attention(narrow(at_once.min(rows - first)), &parameters);
+            let (attend, join) = launches::attention(narrow(at_once.min(rows.end - first)), &parameters);
             self.launch(attend)?;
             if let Some(join) = join {
                 self.launch(join)?;
             }
         }
-        let shape = Shape { rows, inputs: spec.query_size(), outputs: spec.hidden_size, adds: true };
-        self.project(self.buffers.state.address(), self.buffers.attended.address(), &weights.output, shape)
+        Ok(())
+    }
+
+    /// Attention of neighbours in one sequence.
+    fn attend_together(&self, layer: usize) -> Result<(), CudaError> {
+        let spec = &self.model.spec;
+        let tiles = self.inputs.tile_count();
+        if tiles == 0 {
+            return Ok(());
+        }
+        let parameters = PromptAttention {
+            out: self.buffers.attended.address(),
+            query: self.buffers.query.address(),
+            blocks: self.inputs.tables(),
+            tiles: self.inputs.tiles(),
+            shape: self.kv_shape,
+            layer: narrow(layer),
+            blocks_per_sequence: self.inputs.blocks_per_sequence(),
+            query_heads: narrow(spec.heads),
+            query_stride: narrow(spec.query_size()),
+            window: spec.windows[layer].unwrap_or(0),
+            scale: self.attention_scale(),
+        };
+        let launch = launches::attend_prompts(self.model.dtype, narrow(tiles), &parameters);
+        self.launch(launch.expect("rows of f32 are no tiles"))
+    }
+
+    fn attention_scale(&self) -> f32 {
+        Attention::scale(1.0 / (self.model.spec.head_size as f32).sqrt())
     }
 
     /// Adds the feed-forward part's output to the state.
@@ -156,33 +192,13 @@ impl CudaRunner {
         ]
         .map(|it| it.address());
         self.norm(normed, state, &weights.mlp_norm, hidden, rows)?;
-        let shape = Shape { rows, inputs: hidden, outputs: inner, adds: false };
-        self.project(gate, normed, &weights.gate, shape)?;
-        self.project(up, normed, &weights.up, shape)?;
+        let to = |out| Target { out, outputs: inner, adds: false };
+        let products = [(&weights.gate, to(gate)), (&weights.up, to(up))];
+        self.project(Rows { x: normed, rows, inputs: hidden }, &products)?;
         let parameters = SiluMul { out, gate, up, width: narrow(inner), stride: narrow(inner) };
         self.launch(launches::silu_mul(self.model.dtype, narrow(rows), &parameters))?;
-        self.project(state, out, &weights.down, Shape { rows, inputs: inner, outputs: hidden, adds: true })
-    }
-
-    fn project(
-        &self,
-        out: DeviceAddress,
-        x: DeviceAddress,
-        linear: &Projection,
-        shape: Shape,
-    ) -> Result<(), CudaError> {
-        let Shape { rows, inputs, outputs, adds } = shape;
-        let parameters = Product {
-            out,
-            x,
-            w: linear.matrix.address(),
-            bias: linear.bias.as_ref().map_or(DeviceAddress::NULL, DeviceTensor::address),
-            rows: narrow(rows),
-            inputs: narrow(inputs),
-            outputs: narrow(outputs),
-            adds: u32::from(adds),
-        };
-        self.launch(launches::multiply(self.model.dtype, &parameters))
+        let state = Target { out: state, outputs: hidden, adds: true };
+        self.project(Rows { x: out, rows, inputs: inner }, &[(&weights.down, state)])
     }
 }
 

@@ -1,6 +1,7 @@
 //! Forward passes on a GPU.
 //!
-//! The same decoder as on a CPU, by kernels that compute in the type of the weights with sums in f32. Every buffer is made
+//! The same decoder as on a CPU, by kernels that compute in the type of the weights with sums in f32; by weights in fewer bits as
+//! the CPU does. Every buffer is made
 //! once, for the largest step, and stays where it is. A step is launches alone, or a graph of them: the host waits at its end, where
 //! tokens are chosen on the device and only their ids come back, or where somebody asked for logits.
 
@@ -9,12 +10,14 @@ mod graphs;
 mod inputs;
 mod layers;
 mod output;
+mod products;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::cuda::{Attention, CudaError, DeviceAddress, Driver, KvShape, Launch, SampleRow};
 use tidemill_kernels::kv::KvBlockShape;
+use tidemill_kernels::matrix::WeightDtype;
 
 use super::batch::Batch;
 use super::logits::WantedRow;
@@ -77,8 +80,8 @@ impl CudaRunner {
         let max_tokens = limits.max_tokens;
         assert_eq!(Self::refusal(spec, limits), None, "asked before");
         Ok(Self {
-            buffers: Buffers::new(&driver, spec, model.dtype, limits)?,
-            inputs: Inputs::new(&driver, &shape, limits)?,
+            buffers: Buffers::new(&driver, &model, limits)?,
+            inputs: Inputs::new(&driver, &shape, limits, model.dtype != WeightDtype::F32)?,
             graphs: Graphs::new(&driver, &shape, limits, graph_sizes)?,
             ids: PinnedBuffer::new(&driver, max_tokens * size_of::<u32>())?,
             kv_shape: KvShape::new(&shape),

@@ -5,9 +5,10 @@
 
 use std::ops::Range;
 
-use tidemill_kernels::cuda::{CudaError, DeviceAddress, Product, Queue, Sample, SampleRow, launches};
+use tidemill_kernels::cuda::{CudaError, Queue, Sample, SampleRow, launches};
 
 use super::layers::narrow;
+use super::products::Rows;
 use super::{CudaRunner, LogitsRow, WantedRow, buffers};
 
 /// What a step came to, ready to be taken.
@@ -108,18 +109,9 @@ impl CudaRunner {
 
     /// Computes logits of some wanted rows, in the place of others.
     fn compute_logits(&self, first: usize, rows: usize) -> Result<(), CudaError> {
-        let spec = &self.model.spec;
-        let product = Product {
-            out: self.buffers.logits.address(),
-            x: self.buffers.normed.address().offset(first * spec.hidden_size * self.model.dtype.bytes()),
-            w: self.model.weights.head.address(),
-            bias: DeviceAddress::NULL,
-            rows: narrow(rows),
-            inputs: narrow(spec.hidden_size),
-            outputs: narrow(spec.vocab_size),
-            adds: 0,
-        };
-        self.launch(launches::multiply_to_f32(self.model.dtype, &product))
+        let inputs = self.model.spec.hidden_size;
+        let x = self.buffers.normed.address().offset(first * inputs * self.model.dtype.bytes());
+        self.multiply_by_head(Rows { x, rows, inputs }, self.buffers.logits.address())
     }
 
     /// Chooses tokens by logits.
