@@ -4,6 +4,8 @@
 //! the engine thread only computes.
 
 mod cuda;
+mod placement;
+mod ranks;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -25,7 +27,7 @@ use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, GuessMe
 use crate::memory::{Arena, DevicePool, available_bytes};
 use crate::models::{LoadOptions, Model, ModelSpec};
 use crate::roles::prefill::Outgoings;
-use crate::runner::{Runner, RunnerLimits};
+use crate::runner::{HostRunner, Runner, RunnerLimits};
 use crate::sampler::Sampler;
 
 /// How the engine thread is reached and heard.
@@ -35,27 +37,37 @@ pub(crate) struct Wires {
     pub(crate) inbox: Receiver<Command>,
 }
 
+/// An engine that is ready to run.
+pub(crate) type Booted = (Driver, Description, Arc<Endpoint>);
+
 /// Loads the model, takes the memory, opens the endpoint.
 pub(crate) fn boot(
     config: EngineConfig,
     instance: u64,
     wires: Wires,
     progress: &mut dyn FnMut(LoadProgress),
-) -> Result<(Driver, Description, Arc<Endpoint>), EngineError> {
+) -> Result<Booted, EngineError> {
+    let (format, quantization) = (config.load_format, config.quantization);
+    let device = config.device.clone();
+    if 1 < config.tensor_parallel {
+        let ranks::Started { ranks, cores } = ranks::start(&config)?;
+        let cpu = Arc::clone(&ranks.cpus()[0]);
+        let threads = ranks.cpus().iter().map(|cpu| cpu.threads()).sum();
+        let options = LoadOptions { threads, format, quantization };
+        let boot = Boot { config, instance, wires, cpu, options, progress };
+        return ranks::boot(boot, ranks, &cores);
+    }
     let cpu = Cpu::new(CpuOptions { cores: config.cores.clone(), threads: config.threads, isa: config.isa })
         .map_err(|error| EngineError::Device(error.to_string()))?;
     let cpu = Arc::new(cpu);
-    let options =
-        LoadOptions { threads: cpu.threads(), format: config.load_format, quantization: config.quantization };
-    let device = config.device.clone();
+    let options = LoadOptions { threads: cpu.threads(), format, quantization };
     let boot = Boot { config, instance, wires, cpu, options, progress };
     match device {
         DeviceChoice::Cpu => {
             let model = Arc::new(Model::load_with(options, &boot.config.model, boot.progress)?);
-            let available = available_bytes().map(|bytes| bytes / DEFAULT_SHARE);
-            boot.run(&model, available, |cpu, arena, limits| {
+            boot.run(&model, host_room(), |cpu, arena, limits| {
                 let runner = Runner::new(Arc::clone(&model), Arc::clone(cpu), *arena.shape(), limits);
-                Ok((Device::Cpu(Box::new(runner)), None, cpu.describe()))
+                Ok((Device::Cpu(Box::new(HostRunner::One(runner))), None, cpu.describe()))
             })
         }
         DeviceChoice::Cuda(driver) => {
@@ -90,7 +102,7 @@ impl Boot<'_> {
         model: &Model<W>,
         available: Option<u64>,
         open: impl FnOnce(&Arc<Cpu>, &Arena, RunnerLimits) -> Result<Opened, EngineError>,
-    ) -> Result<(Driver, Description, Arc<Endpoint>), EngineError> {
+    ) -> Result<Booted, EngineError> {
         let Self { config, instance, wires, cpu, options, progress } = self;
         let draft_model = load_draft_model(&config, options, &model.spec, progress)?;
         let Cache { arena, draft_arena, blocks, max_model_len } =
@@ -127,6 +139,7 @@ impl Boot<'_> {
             axis_order: layout.order,
             device: described,
             max_num_seqs: config.max_num_seqs,
+            tensor_parallel: config.tensor_parallel,
         };
         let mut driver = Driver {
             scheduler: Scheduler::new(limits(&config, &layout, max_model_len), blocks),
@@ -154,6 +167,11 @@ impl Boot<'_> {
         driver.publish();
         Ok((driver, description, endpoint))
     }
+}
+
+/// Bytes that blocks can have in the memory of the host.
+fn host_room() -> Option<u64> {
+    available_bytes().map(|bytes| bytes / DEFAULT_SHARE)
 }
 
 /// The memory of KV blocks: as many for the draft model as for the model.

@@ -15,7 +15,7 @@ use tidemill_kvtransfer_proto::units::{BlockId, BlockRef};
 
 use crate::memory::{Arena, DevicePool};
 use crate::models::ModelSpec;
-use crate::runner::{CudaRunner, Runner};
+use crate::runner::{CudaRunner, HostRunner};
 
 /// What to compute on.
 #[derive(Clone, Debug, Default)]
@@ -30,7 +30,7 @@ pub enum DeviceChoice {
 /// What computes.
 #[derive(Debug)]
 pub(crate) enum Device {
-    Cpu(Box<Runner>),
+    Cpu(Box<HostRunner>),
     Cuda(Box<CudaRunner>),
 }
 
@@ -47,7 +47,7 @@ pub(crate) struct LayerRange {
 impl Device {
     pub(crate) fn spec(&self) -> &ModelSpec {
         match self {
-            Self::Cpu(runner) => &runner.model().spec,
+            Self::Cpu(runner) => runner.spec(),
             Self::Cuda(runner) => &runner.model().spec,
         }
     }

@@ -102,6 +102,8 @@ pub struct EngineConfig {
     pub model: ModelSource,
     /// What it computes on. A draft model computes on the processor in any case.
     pub device: DeviceChoice,
+    /// How many ranks share the model and compute it together (`docs/decisions/0020`).
+    pub tensor_parallel: u32,
     /// Which decode steps of a GPU are recorded, to be asked for in one call.
     pub cuda_graphs: CudaGraphs,
     /// How its weights come to be.
@@ -168,6 +170,7 @@ impl EngineConfig {
             role,
             model,
             device: DeviceChoice::Cpu,
+            tensor_parallel: 1,
             cuda_graphs: CudaGraphs::Usual,
             load_format: LoadFormat::Safetensors,
             quantization: None,
@@ -257,6 +260,8 @@ pub struct Description {
     pub device: String,
     /// Sequences in one step at most.
     pub max_num_seqs: u32,
+    /// How many ranks compute together.
+    pub tensor_parallel: u32,
 }
 
 /// Another worker, as told by the router.

@@ -32,8 +32,10 @@ pub struct KvBlockShape {
     pub kv_heads: usize,
     /// Elements per head.
     pub head_size: usize,
-    /// From one layer to the next; K data is at a layer's start.
+    /// From one layer to the next.
     pub layer_stride: usize,
+    /// From a layer's start to its K data: zero, unless this is a part of a block's heads.
+    pub key_offset: usize,
     /// From a layer's start to its V data.
     pub value_offset: usize,
     /// From a layer's start to its K scales ([`KvDtype::Int8`] only).
@@ -87,14 +89,32 @@ impl KvBlockShape {
         self.layer_stride * self.layers
     }
 
+    /// The same blocks as those see them that know of some heads alone: `count` of them from `first` on.
+    ///
+    /// # Panics
+    ///
+    /// When there are not so many.
+    pub const fn of_heads(&self, first: usize, count: usize) -> Self {
+        assert!(0 < count && first + count <= self.kv_heads, "heads that are in the block");
+        let (data, scales) = (first * self.head_stride, first * self.scale_head_stride);
+        Self {
+            kv_heads: count,
+            key_offset: self.key_offset + data,
+            value_offset: self.value_offset + data,
+            key_scale_offset: self.key_scale_offset + scales,
+            value_scale_offset: self.value_scale_offset + scales,
+            ..*self
+        }
+    }
+
     /// Offset of the K row of (`layer`, `token`, `head`) from the block's first byte.
     pub const fn key_offset(&self, layer: usize, token: usize, head: usize) -> usize {
-        layer * self.layer_stride + token * self.token_stride + head * self.head_stride
+        layer * self.layer_stride + self.key_offset + token * self.token_stride + head * self.head_stride
     }
 
     /// Offset of the V row of (`layer`, `token`, `head`) from the block's first byte.
     pub const fn value_offset(&self, layer: usize, token: usize, head: usize) -> usize {
-        self.key_offset(layer, token, head) + self.value_offset
+        self.key_offset(layer, token, head) - self.key_offset + self.value_offset
     }
 
     /// Offset of the K scale of (`layer`, `token`, `head`).
@@ -120,5 +140,72 @@ impl KvDtype {
             Self::Bf16 => size_of::<bf16>(),
             Self::Int8 => size_of::<i8>(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_heads_lie_where_the_block_has_them() {
+        let (tokens, heads, row) = (4, 6, 16);
+        for (token, head) in [(heads, 1), (1, tokens)] {
+            let (data, scales) = (tokens * heads * row, tokens * heads * 4);
+            let whole = KvBlockShape {
+                dtype: KvDtype::Int8,
+                layers: 2,
+                block_len: tokens,
+                kv_heads: heads,
+                head_size: row,
+                layer_stride: 2 * (data + scales),
+                key_offset: 0,
+                value_offset: data,
+                key_scale_offset: 2 * data,
+                value_scale_offset: 2 * data + scales,
+                token_stride: token * row,
+                head_stride: head * row,
+                scale_token_stride: token * 4,
+                scale_head_stride: head * 4,
+            };
+            // Some heads of some heads, too.
+            for (part, first) in [(whole.of_heads(2, 3), 2), (whole.of_heads(1, 5).of_heads(3, 2), 4)] {
+                assert_eq!(part.block_bytes(), whole.block_bytes());
+                let offsets = |shape: &KvBlockShape, layer, token, head| {
+                    [
+                        shape.key_offset(layer, token, head),
+                        shape.value_offset(layer, token, head),
+                        shape.key_scale_offset(layer, token, head),
+                        shape.value_scale_offset(layer, token, head),
+                    ]
+                };
+                for (layer, token, head) in [(0, 0, 0), (1, 3, part.kv_heads - 1), (0, 2, 1)] {
+                    let expected = offsets(&whole, layer, token, first + head);
+                    assert_eq!(offsets(&part, layer, token, head), expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "heads that are in the block")]
+    fn heads_beyond_the_block_are_refused() {
+        let shape = KvBlockShape {
+            dtype: KvDtype::F32,
+            layers: 1,
+            block_len: 1,
+            kv_heads: 2,
+            head_size: 16,
+            layer_stride: 256,
+            key_offset: 0,
+            value_offset: 128,
+            key_scale_offset: 256,
+            value_scale_offset: 256,
+            token_stride: 128,
+            head_stride: 64,
+            scale_token_stride: 0,
+            scale_head_stride: 0,
+        };
+        let _ = shape.of_heads(1, 2);
     }
 }

@@ -332,6 +332,7 @@ pub(crate) fn introduction_to_wire(introduction: &Introduction) -> proto::Descri
         axis_order: engine.axis_order.name().into(),
         device: engine.device.clone(),
         max_num_seqs: engine.max_num_seqs,
+        tensor_parallel: engine.tensor_parallel,
     }
 }
 
@@ -359,6 +360,7 @@ pub(crate) fn introduction_from_wire(wire: proto::Description) -> Result<Introdu
             .ok_or(Invalid { field: "axis_order" })?,
         device: wire.device,
         max_num_seqs: wire.max_num_seqs,
+        tensor_parallel: wire.tensor_parallel.max(1),
     };
     Ok(Introduction { engine, model: wire.model, version: wire.version })
 }
@@ -510,6 +512,7 @@ mod tests {
             axis_order: AxisOrder::HeadToken,
             device: "cpu".into(),
             max_num_seqs: 5,
+            tensor_parallel: 2,
         };
         let sent = Introduction { engine, model: "m".into(), version: "1".into() };
         assert_eq!(introduction_from_wire(introduction_to_wire(&sent)), Ok(sent));

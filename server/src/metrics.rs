@@ -153,6 +153,13 @@ impl Metrics {
         });
     }
 
+    /// Records how many ranks a worker has, once it is known.
+    pub(crate) fn record_ranks(&self, worker: &str, ranks: u32) {
+        with_local_recorder(&self.recorder, || {
+            gauge!(names::WORKER_RANKS, "worker" => worker.to_owned()).set(f64::from(ranks));
+        });
+    }
+
     /// Records how a worker's cache is made, once it is known.
     pub(crate) fn record_cache_config(&self, worker: &str, block_len: u32, blocks: u32) {
         with_local_recorder(&self.recorder, || {

@@ -124,6 +124,7 @@ fn engine_config(flags: &WorkerFlags, model: &ResolvedModel, device: DeviceChoic
         role: flags.role.role(),
         model: model.source.clone(),
         device,
+        tensor_parallel: engine.tensor_parallel_size,
         cuda_graphs: engine.cuda_graphs(),
         load_format: match engine.load_format {
             LoadFormatName::Safetensors => LoadFormat::Safetensors,

@@ -10,13 +10,15 @@ const ENOUGH: usize = 18;
 #[tokio::test]
 async fn the_demo_model_is_right_split_and_whole_and_in_fewer_bits() {
     #[rustfmt::skip]
-    let rows: [(&str, &[&str]); 6] = [
+    let rows: [(&str, &[&str]); 8] = [
         ("split",                               &[]),
         ("split over tcp",                      &["--transport", "tcp"]),
         ("colocated",                           &["--colocated"]),
         ("bf16 prefill, int8 decode",           &["--decode-kv-cache-dtype", "int8"]),
         ("int8 weights",                        &["--quantization", "int8"]),
         ("int4 weights",                        &["--quantization", "int4", "--colocated"]),
+        ("two ranks prefill, one decodes",      &["--prefill-tensor-parallel-size", "2"]),
+        ("two ranks of int4 weights",           &["--quantization", "int4", "--colocated", "--tensor-parallel-size", "2"]),
     ];
     for (name, flags) in rows {
         let deployment = Deployment::start(flags);

@@ -154,6 +154,7 @@ pub fn block_shape(layout: &KvLayout) -> KvBlockShape {
         kv_heads: usize::from(layout.heads.count),
         head_size: usize::from(layout.head_size),
         layer_stride: strides.layer,
+        key_offset: 0,
         value_offset: strides.value_offset,
         key_scale_offset: strides.key_scale_offset,
         value_scale_offset: strides.value_scale_offset,

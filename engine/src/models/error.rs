@@ -103,6 +103,23 @@ pub enum ModelError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A tensor cannot be cut as ranks would need it.
+    #[error("tensor `{tensor}` cannot be cut for --tensor-parallel-size: {reason}")]
+    Shared {
+        /// The tensor.
+        tensor: String,
+        /// What stands against it.
+        reason: String,
+    },
+    /// Threads that read the weights cannot be kept to the cores that will compute with them.
+    #[error("reading weights on cores {cores:?} failed")]
+    Cores {
+        /// The cores.
+        cores: Vec<usize>,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// The configuration asks for tensors that no file holds.
     #[error("{file} lacks {count} tensors that its configuration asks for: {names}")]
     MissingTensors {

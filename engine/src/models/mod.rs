@@ -12,15 +12,17 @@ mod packing;
 mod rope;
 mod spec;
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
 
+use tidemill_kernels::cpu::on_cores;
 use tidemill_kernels::cuda::Driver;
 use tidemill_kernels::matrix::WeightDtype;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::units::BlockLen;
 
 use crate::handle::{LoadFormat, LoadProgress, ModelSource, Quantization};
-use crate::weights::{self, DeviceWeights, Weights};
+use crate::weights::{self, DeviceWeights, Shard, Weights};
 
 pub use error::ModelError;
 pub(crate) use fields::parse as parse_json;
@@ -43,7 +45,7 @@ pub struct Model<W = Weights> {
     pub weights: W,
     /// Type that the weights come in.
     pub dtype: WeightDtype,
-    /// Equal for two workers exactly when their K and V for equal tokens are: 32 hexadecimal digits.
+    /// Equal for two workers exactly when their K and V for equal tokens are, up to rounding: 32 hexadecimal digits.
     pub fingerprint: String,
 }
 
@@ -83,6 +85,65 @@ impl Model {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
         Self::read(source, |spec| weights::load(spec, source, options, progress))
+    }
+}
+
+impl Model<Vec<Weights>> {
+    /// The same, shared by as many ranks as there are lists of cores: each reads its part with its share of the threads, kept to
+    /// its cores, so that its weights lie near to where they are computed with.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Model::load), and when so many ranks cannot share the model.
+    pub fn load_ranks(
+        options: LoadOptions,
+        cores: &[Vec<usize>],
+        source: &ModelSource,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        Self::read(source, |spec| {
+            if let Some(reason) = Shard::refusal(cores.len(), spec) {
+                return Err(ModelError::Shape { reason });
+            }
+            let options = LoadOptions { threads: options.threads.div_ceil(cores.len()), ..options };
+            let load = |shard: Shard, progress: &mut dyn FnMut(LoadProgress)| {
+                let cores = &cores[shard.rank];
+                on_cores(cores, || weights::load_shard(shard, spec, source, options, progress))
+                    .map_err(|error| ModelError::Cores { cores: cores.clone(), source: error })?
+            };
+            let mut shards = Shard::all(cores.len());
+            let first = shards.next().expect("no ranks are refused");
+            let (first, others) = std::thread::scope(|scope| {
+                let others: Vec<_> =
+                    shards.map(|shard| scope.spawn(move || load(shard, &mut |_| {}))).collect();
+                let first = load(first, progress);
+                let others: Vec<_> = others
+                    .into_iter()
+                    .map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                    .collect();
+                (first, others)
+            });
+            let first = first?;
+            let mut weights = vec![first.weights];
+            for other in others {
+                weights.push(other?.weights);
+            }
+            Ok(weights::Loaded { weights, fingerprint: first.fingerprint, dtype: first.dtype })
+        })
+    }
+
+    /// The whole without weights, and what each rank computes with: its weights, and the shape of its part.
+    pub fn into_shards(self) -> (Model<()>, Vec<Arc<Model>>) {
+        let Self { spec, generation, weights, dtype, fingerprint } = self;
+        let whole = Model { spec, generation, weights: (), dtype, fingerprint };
+        let shard = |(shard, weights): (Shard, Weights)| {
+            let Model { generation, fingerprint, .. } = &whole;
+            let spec = shard.spec(&whole.spec);
+            let (generation, fingerprint) = (generation.clone(), fingerprint.clone());
+            Arc::new(Model { spec, generation, weights, dtype, fingerprint })
+        };
+        let shards = Shard::all(weights.len()).zip(weights).map(shard).collect();
+        (whole, shards)
     }
 }
 

@@ -3,17 +3,32 @@
 //! Logits are computed a few rows at a time while they are taken, since those of a whole step (a long prompt's
 //! log-probabilities, a vocabulary of 150 thousand) would fill gigabytes.
 
+use std::ops::Range;
+
 use tidemill_kernels::cpu::Cpu;
 use tidemill_kernels::matrix::PackedMatrix;
+
+use super::ranks::Heads;
 
 /// Logits of a step, ready to be taken.
 #[derive(Debug)]
 pub struct Logits<'a> {
-    cpu: &'a Cpu,
-    head: &'a PackedMatrix,
-    /// The wanted rows' last state: `[wanted][hidden]`.
-    states: &'a [f32],
+    source: Source<'a>,
     buffer: &'a mut LogitsBuffer,
+}
+
+/// Who computes logits.
+#[derive(Debug)]
+pub(super) enum Source<'a> {
+    /// One CPU.
+    One {
+        cpu: &'a Cpu,
+        head: &'a PackedMatrix,
+        /// The wanted rows' last state: `[wanted][hidden]`.
+        states: &'a [f32],
+    },
+    /// Several ranks, each for some tokens of the vocabulary.
+    Ranks(Heads<'a>),
 }
 
 /// Logits of one row.
@@ -30,9 +45,11 @@ pub struct LogitsRow<'a> {
 /// Which rows are wanted, and memory for some of them.
 #[derive(Debug)]
 pub(super) struct LogitsBuffer {
+    /// Or so much of it as a rank has.
+    vocab_size: usize,
     pub(super) wanted: Vec<WantedRow>,
     /// `[ROWS_AT_ONCE][vocabulary]`, or fewer rows where a step cannot have so many.
-    logits: Vec<f32>,
+    pub(super) logits: Vec<f32>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -49,7 +66,11 @@ impl<'a> Logits<'a> {
         states: &'a [f32],
         buffer: &'a mut LogitsBuffer,
     ) -> Self {
-        Self { cpu, head, states, buffer }
+        Self { source: Source::One { cpu, head, states }, buffer }
+    }
+
+    pub(super) const fn of_ranks(heads: Heads<'a>, buffer: &'a mut LogitsBuffer) -> Self {
+        Self { source: Source::Ranks(heads), buffer }
     }
 
     /// How many rows there are.
@@ -63,13 +84,13 @@ impl<'a> Logits<'a> {
     }
 
     /// Takes all rows, in the order of the batch and of positions.
-    pub fn for_each(self, mut take: impl FnMut(LogitsRow<'_>)) {
-        let (hidden, vocab_size) = (self.head.inputs(), self.head.outputs());
-        let LogitsBuffer { wanted, logits } = self.buffer;
-        let groups = wanted.chunks(ROWS_AT_ONCE).zip(self.states.chunks(ROWS_AT_ONCE * hidden));
-        for (wanted, states) in groups {
+    pub fn for_each(mut self, mut take: impl FnMut(LogitsRow<'_>)) {
+        let LogitsBuffer { vocab_size, wanted, logits } = self.buffer;
+        let vocab_size = *vocab_size;
+        for (index, wanted) in wanted.chunks(ROWS_AT_ONCE).enumerate() {
+            let first = index * ROWS_AT_ONCE;
             let logits = &mut logits[..wanted.len() * vocab_size];
-            self.cpu.matmul(logits, states, self.head, None);
+            self.source.compute(first..first + wanted.len(), logits);
             for (&WantedRow { sequence, position, .. }, logits) in
                 wanted.iter().zip(logits.chunks(vocab_size))
             {
@@ -79,9 +100,23 @@ impl<'a> Logits<'a> {
     }
 }
 
+impl Source<'_> {
+    /// Writes the logits of some of the wanted rows.
+    fn compute(&mut self, rows: Range<usize>, logits: &mut [f32]) {
+        match self {
+            Self::One { cpu, head, states } => {
+                let hidden = head.inputs();
+                cpu.matmul(logits, &states[rows.start * hidden..rows.end * hidden], head, None);
+            }
+            Self::Ranks(heads) => heads.compute(rows, logits),
+        }
+    }
+}
+
 impl LogitsBuffer {
     pub(super) fn new(vocab_size: usize, max_tokens: usize) -> Self {
         Self {
+            vocab_size,
             wanted: Vec::with_capacity(max_tokens),
             logits: vec![0.0; max_tokens.min(ROWS_AT_ONCE) * vocab_size],
         }

@@ -7,12 +7,13 @@
 mod batch;
 mod cuda;
 mod logits;
+mod ranks;
 mod rotation;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use tidemill_kernels::cpu::{Cpu, Projection, StepLimits};
+use tidemill_kernels::cpu::{Cpu, Projection, Rank, StepLimits};
 use tidemill_kernels::kv::KvBlockShape;
 use tidemill_kernels::step::{AttentionParams, SequenceRows};
 
@@ -23,6 +24,7 @@ pub use batch::{Batch, BatchSequence, LogitsWanted};
 pub use cuda::{Choices, CudaRunner, Outcome, OutcomeRow};
 pub use logits::{Logits, LogitsRow};
 use logits::{LogitsBuffer, WantedRow};
+pub use ranks::{HostRunner, RankedRunner};
 use rotation::Rotation;
 
 /// The most that a step will be asked for.
@@ -49,12 +51,14 @@ impl RunnerLimits {
     }
 }
 
-/// Runs a model on a CPU.
+/// Runs a model on a CPU, or a rank's part of one.
 #[derive(Debug)]
 pub struct Runner {
     model: Arc<Model>,
     cpu: Arc<Cpu>,
     shape: KvBlockShape,
+    /// Whether it stores keys and values: another rank may store them for it.
+    stores_kv: bool,
     limits: RunnerLimits,
     rows: RowBuffers,
     rotation: Rotation,
@@ -100,11 +104,12 @@ impl Runner {
         Self {
             rows: RowBuffers::new(spec, max_tokens),
             rotation: Rotation::new(&spec.rope, spec.head_size, max_tokens),
-            logits: LogitsBuffer::new(spec.vocab_size, max_tokens),
+            logits: LogitsBuffer::new(model.weights.head.outputs(), max_tokens),
             sequences: Vec::with_capacity(max_seqs),
             model,
             cpu,
             shape,
+            stores_kv: true,
             limits,
         }
     }
@@ -139,16 +144,37 @@ impl Runner {
     /// When the batch is beyond the limits, its blocks do not reach its last token, or a token is not in the vocabulary:
     /// the engine refuses such requests before they get here.
     pub fn step(&mut self, batch: &Batch<'_>, after_layers: &mut dyn FnMut(Range<usize>)) -> Logits<'_> {
+        let model = Arc::clone(&self.model);
+        self.compute(batch, None, &|token, state| model.weights.embed(token, state), after_layers);
+        let normed = &self.rows.normed[..self.logits.wanted.len() * self.model.spec.hidden_size];
+        Logits::new(&self.cpu, &self.model.weights.head, normed, &mut self.logits)
+    }
+
+    /// Computes all rows up to the norm before the head: of a rank, its part, with the others beside it.
+    fn compute(
+        &mut self,
+        batch: &Batch<'_>,
+        rank: Option<Rank<'_>>,
+        embed: &dyn Fn(u32, &mut [f32]),
+        after_layers: &mut dyn FnMut(Range<usize>),
+    ) {
         batch.assert_within(&self.limits, &self.shape, self.model.spec.vocab_size);
         let mut sequences = recycled(std::mem::take(&mut self.sequences));
         batch.fill_rows(&mut sequences, |sequence| sequence.tokens.len());
         batch.fill_wanted(&mut self.logits.wanted);
         let mut rows = batch.rows();
         self.rotation.fill(batch);
-        self.embed(batch);
+        let tokens = batch.sequences.iter().flat_map(|sequence| sequence.tokens);
+        for (&token, state) in tokens.zip(self.rows.state.chunks_exact_mut(self.model.spec.hidden_size)) {
+            embed(token, state);
+        }
         let model = Arc::clone(&self.model);
         for (layer, weights) in model.weights.layers.iter().enumerate() {
             self.keys_and_values(layer, weights, rows, &sequences);
+            if let Some(rank) = rank {
+                // Then all heads are stored: peers may have them, and who shares a head with another rank may read it.
+                rank.meet();
+            }
             after_layers(layer..layer + 1);
             if layer + 1 == model.weights.layers.len() {
                 // What comes after the last K and V only matters to rows with logits.
@@ -158,22 +184,11 @@ impl Runner {
             if rows == 0 {
                 break;
             }
-            self.attend(layer, weights, rows, &sequences);
-            self.feed_forward(weights, rows);
+            self.attend(layer, weights, rows, &sequences, rank);
+            self.feed_forward(weights, rows, rank);
         }
         self.sequences = recycled(sequences);
-        self.finish()
-    }
-
-    fn embed(&mut self, batch: &Batch<'_>) {
-        let weights = &self.model.weights;
-        let tokens = batch.sequences.iter().flat_map(|sequence| sequence.tokens);
-        for (&token, state) in tokens.zip(self.rows.state.chunks_exact_mut(self.model.spec.hidden_size)) {
-            match &weights.embedding {
-                Some(table) => table.row(token as usize, state),
-                None => weights.head.row(token as usize, state),
-            }
-        }
+        self.norm_wanted();
     }
 
     /// Normalises the state, projects it to query, key and value, turns query and key, and stores key and value.
@@ -204,7 +219,9 @@ impl Runner {
         }
         self.rotation.apply(&self.cpu, query, rows, spec.head_size);
         self.rotation.apply(&self.cpu, key, rows, spec.head_size);
-        self.cpu.write_kv(&self.shape, layer, key, value, sequences);
+        if self.stores_kv {
+            self.cpu.write_kv(&self.shape, layer, key, value, sequences);
+        }
     }
 
     /// Moves the state and the query of rows whose logits are wanted together, and returns how many there are.
@@ -222,7 +239,14 @@ impl Runner {
     }
 
     /// Adds attention's output to the state.
-    fn attend(&mut self, layer: usize, weights: &LayerWeights, rows: usize, sequences: &[SequenceRows<'_>]) {
+    fn attend(
+        &mut self,
+        layer: usize,
+        weights: &LayerWeights,
+        rows: usize,
+        sequences: &[SequenceRows<'_>],
+        rank: Option<Rank<'_>>,
+    ) {
         let spec = &self.model.spec;
         let params = AttentionParams {
             query_heads: spec.heads,
@@ -233,11 +257,11 @@ impl Runner {
         let elements = rows * spec.query_size();
         let attended = &mut attended[..elements];
         self.cpu.attention(attended, &query[..elements], &self.shape, layer, sequences, params);
-        add_projected(&self.cpu, &mut state[..rows * spec.hidden_size], attended, &weights.output);
+        add_projected(&self.cpu, rank, &mut state[..rows * spec.hidden_size], attended, &weights.output);
     }
 
     /// Adds the feed-forward part's output to the state.
-    fn feed_forward(&mut self, weights: &LayerWeights, rows: usize) {
+    fn feed_forward(&mut self, weights: &LayerWeights, rows: usize, rank: Option<Rank<'_>>) {
         let spec = &self.model.spec;
         let (hidden, inner) = (rows * spec.hidden_size, rows * spec.intermediate_size);
         let RowBuffers { state, normed, gate, up, gated, .. } = &mut self.rows;
@@ -246,18 +270,16 @@ impl Runner {
         self.cpu.rms_norm(normed, state, &weights.mlp_norm, spec.norm_eps);
         self.cpu.matmul_each(normed, [projection(gate, &weights.gate), projection(up, &weights.up)]);
         self.cpu.silu_mul(gated, gate, up);
-        add_projected(&self.cpu, state, gated, &weights.down);
+        add_projected(&self.cpu, rank, state, gated, &weights.down);
     }
 
     /// Normalises the rows whose logits are wanted, which the last layer left alone.
-    fn finish(&mut self) -> Logits<'_> {
+    fn norm_wanted(&mut self) {
         let spec = &self.model.spec;
         let RowBuffers { state, normed, .. } = &mut self.rows;
         let wanted = self.logits.wanted.len() * spec.hidden_size;
-        let weights = &self.model.weights;
-        let normed = &mut normed[..wanted];
-        self.cpu.rms_norm(normed, &state[..wanted], &weights.final_norm, spec.norm_eps);
-        Logits::new(&self.cpu, &weights.head, normed, &mut self.logits)
+        let final_norm = &self.model.weights.final_norm;
+        self.cpu.rms_norm(&mut normed[..wanted], &state[..wanted], final_norm, spec.norm_eps);
     }
 }
 
@@ -282,6 +304,11 @@ fn projection<'a>(out: &'a mut [f32], linear: &'a Linear) -> Projection<'a> {
     Projection { out, w: &linear.matrix, bias: linear.bias.as_deref() }
 }
 
-fn add_projected(cpu: &Cpu, out: &mut [f32], x: &[f32], linear: &Linear) {
-    cpu.matmul_add(out, x, &linear.matrix, linear.bias.as_deref());
+/// Adds a projection of `x`, of which each rank has some inputs.
+fn add_projected(cpu: &Cpu, rank: Option<Rank<'_>>, out: &mut [f32], x: &[f32], linear: &Linear) {
+    let (matrix, bias) = (&linear.matrix, linear.bias.as_deref());
+    match rank {
+        None => cpu.matmul_add(out, x, matrix, bias),
+        Some(rank) => rank.add_sum(cpu, out, |partial| cpu.matmul(partial, x, matrix, bias)),
+    }
 }

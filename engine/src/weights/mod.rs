@@ -12,10 +12,12 @@ mod gguf;
 mod gguf_blocks;
 mod packed;
 mod packer;
+mod shard;
 mod tensor;
 mod tensors;
 mod uploaded;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::cuda;
@@ -28,6 +30,8 @@ use dummy::Dummy;
 use fingerprint::Fingerprint;
 use gguf::GgufTensors;
 use packer::Packer;
+pub use shard::Shard;
+use shard::{Cut, Part};
 use tensor::{PlainTensor, Tensor};
 use tensors::{
     DOWN, EMBEDDING, FINAL_NORM, GATE, HEAD, INPUT_NORM, KEY, KEY_NORM, MLP_NORM, OUTPUT, QUERY, QUERY_NORM,
@@ -40,7 +44,7 @@ pub use uploaded::{DeviceMatrix, DeviceSteps, DeviceTensor, DeviceWeights};
 /// nothing is said.
 #[derive(Debug)]
 pub struct Weights<M = PackedMatrix, V = Vec<f32>, E = Embedding> {
-    /// The embedding, never quantised, unless it is also the head.
+    /// The embedding, never quantised, unless it is also the head; of several ranks only the first has it.
     pub embedding: Option<E>,
     /// The decoder layers, first to last.
     pub layers: Vec<LayerWeights<M, V>>,
@@ -93,6 +97,26 @@ pub struct Linear<M = PackedMatrix, V = Vec<f32>> {
     pub bias: Option<V>,
 }
 
+impl Weights {
+    /// Bytes of all matrices and the embedding.
+    pub fn bytes(&self) -> usize {
+        let layer = |layer: &LayerWeights| -> usize {
+            let LayerWeights { query, key, value, output, gate, up, down, .. } = layer;
+            [query, key, value, output, gate, up, down].iter().map(|linear| linear.matrix.bytes()).sum()
+        };
+        let table = self.embedding.as_ref().map_or(0, Embedding::bytes);
+        table + self.layers.iter().map(layer).sum::<usize>() + self.head.bytes()
+    }
+
+    /// Writes the state that a token begins with.
+    pub fn embed(&self, token: u32, state: &mut [f32]) {
+        match &self.embedding {
+            Some(table) => table.row(token as usize, state),
+            None => self.head.row(token as usize, state),
+        }
+    }
+}
+
 /// Weights and what was learned while they were read.
 #[derive(Debug)]
 pub(crate) struct Loaded<W = Weights> {
@@ -114,11 +138,11 @@ trait Store {
     type Vector;
     type Table;
 
-    /// A matrix of a layer.
-    fn matrix(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<Self::Matrix, ModelError>;
+    /// A part of a matrix of a layer.
+    fn matrix(&mut self, part: &Part<'_>, tensor: &Tensor<'_>) -> Result<Self::Matrix, ModelError>;
 
-    /// The head.
-    fn head(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<Self::Matrix, ModelError>;
+    /// A part of the head.
+    fn head(&mut self, part: &Part<'_>, tensor: &Tensor<'_>) -> Result<Self::Matrix, ModelError>;
 
     /// The embedding.
     fn embedding(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<Self::Table, ModelError>;
@@ -143,8 +167,19 @@ pub(crate) fn load(
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, ModelError> {
-    let mut packer = Packer::new(options.threads, options.quantization);
-    load_into(&mut packer, spec, model, options, progress)
+    load_shard(Shard::WHOLE, spec, model, options, progress)
+}
+
+/// The same for one of several ranks, whose parts together are the model. The fingerprint is that of the whole.
+pub(crate) fn load_shard(
+    shard: Shard,
+    spec: &ModelSpec,
+    model: &ModelSource,
+    options: LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded, ModelError> {
+    let mut packer = Packer::new(options.threads, options.quantization, shard);
+    load_into(&mut packer, shard, spec, model, options, progress)
 }
 
 /// The same for a GPU.
@@ -156,11 +191,12 @@ pub(crate) fn load_on(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<DeviceWeights>, ModelError> {
     let mut uploader = Uploader::new(driver, options.threads, options.quantization);
-    load_into(&mut uploader, spec, model, options, progress)
+    load_into(&mut uploader, Shard::WHOLE, spec, model, options, progress)
 }
 
 fn load_into<S: Store>(
     store: &mut S,
+    shard: Shard,
     spec: &ModelSpec,
     model: &ModelSource,
     options: LoadOptions,
@@ -172,38 +208,39 @@ fn load_into<S: Store>(
             let model = GgufModel::open(path)?;
             let mut tensors = GgufTensors::check(&model, spec, &wanted)?;
             let total = tensors.bytes(&wanted)?;
-            read_all(store, spec, &mut tensors, total, options, progress)
+            read_all(store, shard, spec, (&mut tensors, total), options, progress)
         }
         (LoadFormat::Safetensors, _) => {
             let files = CheckpointFiles::open(ModelFiles::of(model))?;
             let mut checkpoint = files.checkpoint(spec.packing)?;
             checkpoint.check(spec, &wanted)?;
             let total = checkpoint.bytes(&wanted);
-            read_all(store, spec, &mut checkpoint, total, options, progress)
+            read_all(store, shard, spec, (&mut checkpoint, total), options, progress)
         }
         (LoadFormat::Dummy { seed }, _) => {
             let elements: u64 = wanted.iter().map(TensorSpec::elements).sum();
             let total = elements * spec.dtype.bytes() as u64;
             let mut dummy = Dummy { seed, dtype: spec.dtype, threads: options.threads };
-            read_all(store, spec, &mut dummy, total, options, progress)
+            read_all(store, shard, spec, (&mut dummy, total), options, progress)
         }
     }
 }
 
 fn read_all<S: Store>(
     store: &mut S,
+    shard: Shard,
     spec: &ModelSpec,
-    source: &mut dyn TensorSource,
-    total: u64,
+    (source, total): (&mut dyn TensorSource, u64),
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<Held<S>>, ModelError> {
     let fingerprint = Fingerprint::of(spec, options.quantization, total);
-    Loading { spec, source, fingerprint, store, progress, done: 0, total }.run()
+    Loading { shard, spec, source, fingerprint, store, progress, done: 0, total }.run()
 }
 
 /// Takes the tensors one by one, and keeps account of them.
 struct Loading<'a, S> {
+    shard: Shard,
     spec: &'a ModelSpec,
     source: &'a mut dyn TensorSource,
     fingerprint: Fingerprint,
@@ -215,20 +252,22 @@ struct Loading<'a, S> {
 
 impl<S: Store> Loading<'_, S> {
     fn run(mut self) -> Result<Loaded<Held<S>>, ModelError> {
-        let spec = self.spec;
+        let (shard, spec) = (self.shard, self.spec);
         let table = [spec.vocab_size, spec.hidden_size];
+        let part = Part::new(HEAD, table, &Cut::Outputs(shard.vocabulary(spec)));
         self.report();
         let (embedding, head, dtype) = self.take(EMBEDDING, &table, |store, tensor| {
             let is_shared = spec.tied_embeddings && store.shares_table(tensor);
-            let embedding = if is_shared { None } else { Some(store.embedding(table, tensor)?) };
-            let head = if spec.tied_embeddings { Some(store.head(table, tensor)?) } else { None };
+            let is_elsewhere = is_shared || 0 < shard.rank;
+            let embedding = if is_elsewhere { None } else { Some(store.embedding(table, tensor)?) };
+            let head = if spec.tied_embeddings { Some(store.head(&part, tensor)?) } else { None };
             Ok((embedding, head, tensor.dtype()))
         })?;
         let layers = (0..spec.layers).map(|layer| self.layer(layer)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(FINAL_NORM, spec.hidden_size)?;
         let head = match head {
             Some(head) => head,
-            None => self.take(HEAD, &table, |store, tensor| store.head(table, tensor))?,
+            None => self.take(HEAD, &table, |store, tensor| store.head(&part, tensor))?,
         };
         self.store.finish()?;
         let weights = Weights { embedding, layers, final_norm, head };
@@ -236,27 +275,30 @@ impl<S: Store> Loading<'_, S> {
     }
 
     fn layer(&mut self, layer: usize) -> Result<LayerWeights<S::Matrix, S::Vector>, ModelError> {
-        let spec = self.spec;
+        let (shard, spec) = (self.shard, self.spec);
         let (hidden, inner) = (spec.hidden_size, spec.intermediate_size);
         let (query, kv) = (spec.query_size(), spec.kv_size());
+        let (queries, keys) = (shard.query(spec), shard.key_or_value(spec));
+        let features = shard.features(spec);
+        let outputs = |part: &Range<usize>| Cut::Outputs(part.clone());
         let prefix = layer_prefix(layer);
         let named = |part: &str| format!("{prefix}{part}");
         let weights = LayerWeights {
             input_norm: self.vector(&named(INPUT_NORM), hidden)?,
-            query: self.linear(&named(QUERY), [query, hidden], spec.qkv_bias)?,
-            key: self.linear(&named(KEY), [kv, hidden], spec.qkv_bias)?,
-            value: self.linear(&named(VALUE), [kv, hidden], spec.qkv_bias)?,
+            query: self.linear(&named(QUERY), [query, hidden], &outputs(&queries), spec.qkv_bias)?,
+            key: self.linear(&named(KEY), [kv, hidden], &outputs(&keys), spec.qkv_bias)?,
+            value: self.linear(&named(VALUE), [kv, hidden], &outputs(&keys), spec.qkv_bias)?,
             head_norms: if spec.qk_norm {
                 let query = self.vector(&named(QUERY_NORM), spec.head_size)?;
                 Some(HeadNorms { query, key: self.vector(&named(KEY_NORM), spec.head_size)? })
             } else {
                 None
             },
-            output: self.linear(&named(OUTPUT), [hidden, query], spec.output_bias)?,
+            output: self.linear(&named(OUTPUT), [hidden, query], &Cut::Inputs(queries), spec.output_bias)?,
             mlp_norm: self.vector(&named(MLP_NORM), hidden)?,
-            gate: self.linear(&named(GATE), [inner, hidden], spec.mlp_bias)?,
-            up: self.linear(&named(UP), [inner, hidden], spec.mlp_bias)?,
-            down: self.linear(&named(DOWN), [hidden, inner], spec.mlp_bias)?,
+            gate: self.linear(&named(GATE), [inner, hidden], &outputs(&features), spec.mlp_bias)?,
+            up: self.linear(&named(UP), [inner, hidden], &outputs(&features), spec.mlp_bias)?,
+            down: self.linear(&named(DOWN), [hidden, inner], &Cut::Inputs(features), spec.mlp_bias)?,
         };
         Ok(weights)
     }
@@ -265,20 +307,28 @@ impl<S: Store> Loading<'_, S> {
         &mut self,
         part: &str,
         shape: [usize; 2],
+        cut: &Cut,
         has_bias: bool,
     ) -> Result<Linear<S::Matrix, S::Vector>, ModelError> {
-        let matrix = self.matrix(&weight(part), shape)?;
-        let bias = if has_bias { Some(self.vector(&bias(part), shape[0])?) } else { None };
+        let name = weight(part);
+        let kept = Part::new(&name, shape, cut);
+        let matrix = self.take(&name, &shape, |store, tensor| store.matrix(&kept, tensor))?;
+        let is_kept = matches!(cut, Cut::Outputs(_)) || self.shard.rank == 0;
+        let bias = match has_bias {
+            true => Some(self.elements(&bias(part), shape[0], &kept.rows)?).filter(|_| is_kept),
+            false => None,
+        };
         Ok(Linear { matrix, bias })
     }
 
-    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<S::Matrix, ModelError> {
-        self.take(name, &shape, |store, tensor| store.matrix(shape, tensor))
+    fn vector(&mut self, name: &str, elements: usize) -> Result<S::Vector, ModelError> {
+        self.elements(name, elements, &(0..elements))
     }
 
-    fn vector(&mut self, name: &str, elements: usize) -> Result<S::Vector, ModelError> {
-        self.take(name, &[elements], |store, tensor| match tensor {
-            Tensor::Plain(plain) => store.vector(plain),
+    /// Some elements of a vector.
+    fn elements(&mut self, name: &str, all: usize, kept: &Range<usize>) -> Result<S::Vector, ModelError> {
+        self.take(name, &[all], |store, tensor| match tensor {
+            Tensor::Plain(plain) => store.vector(&plain.elements(kept)),
             Tensor::Quantized(matrix) => unreachable!("a vector is no matrix: {matrix:?}"),
         })
     }

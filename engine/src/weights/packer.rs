@@ -4,8 +4,9 @@ use tidemill_kernels::matrix::{Embedding, HUGE_PAGE_SETTING, MatrixSource, Packe
 use tidemill_kernels::reference::widen_matrix;
 
 use super::Store;
-use super::formats::{Account, Kept, head_quantization};
-use super::tensor::{PlainTensor, QuantizedMatrix, Tensor};
+use super::formats::{Account, FewerBits, head_quantization};
+use super::shard::{Part, Shard};
+use super::tensor::{PlainTensor, Tensor};
 use crate::handle::Quantization;
 use crate::models::ModelError;
 
@@ -14,12 +15,13 @@ use crate::models::ModelError;
 pub(super) struct Packer {
     threads: usize,
     quantization: Option<Quantization>,
+    shard: Shard,
     account: Account,
 }
 
 impl Packer {
-    pub(super) fn new(threads: usize, quantization: Option<Quantization>) -> Self {
-        Self { threads, quantization, account: Account::default() }
+    pub(super) fn new(threads: usize, quantization: Option<Quantization>, shard: Shard) -> Self {
+        Self { threads, quantization, shard, account: Account::default() }
     }
 
     /// Tells what became of the matrices that came in fewer bits, and what makes all of them slow.
@@ -33,37 +35,31 @@ impl Packer {
         self.account.report();
     }
 
-    fn pack(&mut self, shape: [usize; 2], tensor: &Tensor<'_>, wanted: Option<Quantization>) -> PackedMatrix {
-        let [outputs, inputs] = shape;
-        match (tensor, wanted) {
-            (Tensor::Plain(plain), None) => {
-                PackedMatrix::pack_on(self.threads, outputs, inputs, plain.source())
-            }
-            (Tensor::Plain(plain), Some(wanted)) => {
-                PackedMatrix::quantize_on(self.threads, outputs, inputs, plain.source(), wanted)
-            }
-            (Tensor::Quantized(matrix), wanted) => self.pack_quantized(shape, matrix, wanted),
-        }
-    }
-
-    fn pack_quantized(
+    fn pack(
         &mut self,
-        [outputs, inputs]: [usize; 2],
-        matrix: &QuantizedMatrix<'_>,
+        part: &Part<'_>,
+        tensor: &Tensor<'_>,
         wanted: Option<Quantization>,
-    ) -> PackedMatrix {
-        let (format, kept) = self.account.choose(matrix, wanted);
-        match kept {
-            Kept::AsTheyCame => {
-                let steps =
-                    |row: usize, steps: &mut [i8], scales: &mut [f32]| matrix.steps(row, steps, scales);
-                PackedMatrix::of_steps_on(self.threads, outputs, inputs, format, &steps)
-            }
-            Kept::Rounded => {
-                let values = |row: usize, out: &mut [f32]| matrix.values(row, out);
-                PackedMatrix::quantize_rows_on(self.threads, outputs, inputs, format, &values)
-            }
+    ) -> Result<PackedMatrix, ModelError> {
+        let (threads, outputs, inputs) = (self.threads, part.rows.len(), part.columns.len());
+        if let (Tensor::Plain(plain), wanted) = (tensor, wanted)
+            && (wanted.is_none() || !part.is_of_inputs())
+        {
+            let part = plain.part(part);
+            return Ok(match wanted {
+                None => PackedMatrix::pack_on(threads, outputs, inputs, part.source()),
+                Some(wanted) => PackedMatrix::quantize_on(threads, outputs, inputs, part.source(), wanted),
+            });
         }
+        let rows = self.account.fewer_bits(part, tensor, wanted)?;
+        Ok(match rows.expect("numbers that stay what they are were packed above") {
+            FewerBits::Steps(format, steps) => {
+                PackedMatrix::of_steps_on(threads, outputs, inputs, format, &*steps)
+            }
+            FewerBits::Values(format, values) => {
+                PackedMatrix::quantize_rows_on(threads, outputs, inputs, format, &*values)
+            }
+        })
     }
 }
 
@@ -72,12 +68,12 @@ impl Store for Packer {
     type Vector = Vec<f32>;
     type Table = Embedding;
 
-    fn matrix(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<PackedMatrix, ModelError> {
-        Ok(self.pack(shape, tensor, self.quantization))
+    fn matrix(&mut self, part: &Part<'_>, tensor: &Tensor<'_>) -> Result<PackedMatrix, ModelError> {
+        self.pack(part, tensor, self.quantization)
     }
 
-    fn head(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<PackedMatrix, ModelError> {
-        Ok(self.pack(shape, tensor, self.quantization.map(head_quantization)))
+    fn head(&mut self, part: &Part<'_>, tensor: &Tensor<'_>) -> Result<PackedMatrix, ModelError> {
+        self.pack(part, tensor, self.quantization.map(head_quantization))
     }
 
     fn embedding(&mut self, [rows, width]: [usize; 2], tensor: &Tensor<'_>) -> Result<Embedding, ModelError> {
@@ -96,7 +92,10 @@ impl Store for Packer {
     }
 
     fn finish(&mut self) -> Result<(), ModelError> {
-        self.report();
+        // The others have to say the same.
+        if self.shard.rank == 0 {
+            self.report();
+        }
         Ok(())
     }
 }
@@ -108,5 +107,12 @@ impl PlainTensor<'_> {
 
     pub(super) fn widened(&self) -> Vec<f32> {
         widen_matrix(self.source())
+    }
+
+    /// A row of as many elements as `out` has.
+    pub(super) fn values(&self, row: usize, out: &mut [f32]) {
+        let bytes = out.len() * self.dtype.bytes();
+        let bytes = &self.bytes[row * bytes..(row + 1) * bytes];
+        out.copy_from_slice(&widen_matrix(MatrixSource { bytes, dtype: self.dtype }));
     }
 }

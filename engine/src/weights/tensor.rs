@@ -5,9 +5,13 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 
 use half::bf16;
 use tidemill_kernels::matrix::{Embedding, MatrixSource, Quantization, WeightDtype};
+
+use super::shard::Part;
+use crate::models::ModelError;
 
 /// One tensor.
 #[derive(Debug)]
@@ -85,7 +89,38 @@ impl Tensor<'_> {
     }
 }
 
+impl PlainTensor<'_> {
+    /// Some rows and columns of a matrix.
+    pub(super) fn part(&self, part: &Part<'_>) -> PlainTensor<'_> {
+        let size = self.dtype.bytes();
+        let row_bytes = part.shape[1] * size;
+        let rows = &self.bytes[part.rows.start * row_bytes..part.rows.end * row_bytes];
+        let bytes = if part.is_of_inputs() {
+            let columns = part.columns.start * size..part.columns.end * size;
+            Cow::Owned(rows.chunks_exact(row_bytes).flat_map(|row| &row[columns.clone()]).copied().collect())
+        } else {
+            Cow::Borrowed(rows)
+        };
+        PlainTensor { bytes, dtype: self.dtype }
+    }
+
+    /// Some elements of a vector.
+    pub(super) fn elements(&self, elements: &Range<usize>) -> PlainTensor<'_> {
+        let size = self.dtype.bytes();
+        let bytes = Cow::Borrowed(&self.bytes[elements.start * size..elements.end * size]);
+        PlainTensor { bytes, dtype: self.dtype }
+    }
+}
+
 impl Groups {
+    /// The group of an input.
+    fn of_input(&self, input: usize) -> usize {
+        match self {
+            Self::Of(size) => input / size,
+            Self::Named { of, .. } => of[input] as usize,
+        }
+    }
+
     /// How many there are in a row.
     fn count(&self, inputs: usize) -> usize {
         match self {
@@ -117,14 +152,38 @@ impl QuantizedMatrix<'_> {
         }
     }
 
-    /// Writes the steps of a row, and its scales in a format of the kernels that has them as they are.
-    pub(super) fn steps(&self, row: usize, steps: &mut [i8], scales: &mut [f32]) {
+    /// Writes the steps of some inputs of a row, and their scales in a format of the kernels that has them as they are.
+    pub(super) fn steps(
+        &self,
+        row: usize,
+        columns: &Range<usize>,
+        format: Quantization,
+        steps: &mut [i8],
+        scales: &mut [f32],
+    ) {
         let unpacked = self.row(row);
-        steps.copy_from_slice(&unpacked.steps);
+        steps.copy_from_slice(&unpacked.steps[columns.clone()]);
         // A group of ours may be a part of one of theirs.
-        let (ours, theirs) = (scales.len(), unpacked.scales.len());
-        for (index, scale) in scales.iter_mut().enumerate() {
-            *scale = unpacked.scales[index * theirs / ours];
+        let group = match format {
+            Quantization::Int8 => columns.len(),
+            Quantization::Int4 { group } => group,
+        };
+        for (scale, input) in scales.iter_mut().zip(columns.clone().step_by(group)) {
+            *scale = unpacked.scales[self.groups.of_input(input)];
+        }
+    }
+
+    /// The format of the kernels that holds the steps of some of its inputs as they are, if there is one.
+    pub(super) fn exact_of(&self, part: &Part<'_>) -> Result<Option<Quantization>, ModelError> {
+        match self.exact {
+            Some(Quantization::Int4 { group }) => {
+                let whole = |size: &usize| group.is_multiple_of(*size) && part.has_groups_of(*size);
+                match INT4_GROUPS.into_iter().find(whole) {
+                    Some(group) => Ok(Some(Quantization::Int4 { group })),
+                    None => Err(part.refused(INT4_GROUPS[INT4_GROUPS.len() - 1])),
+                }
+            }
+            exact => Ok(exact),
         }
     }
 

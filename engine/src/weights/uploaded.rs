@@ -5,10 +5,10 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use tidemill_kernels::cuda::weights::QuantizedRows;
 use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver};
-use tidemill_kernels::matrix::{MatrixSource, WeightDtype};
-use tidemill_kernels::reference::widen_matrix;
+use tidemill_kernels::matrix::WeightDtype;
 
-use super::formats::{Account, Kept, head_quantization};
+use super::formats::{Account, FewerBits, head_quantization};
+use super::shard::Part;
 use super::tensor::{PlainTensor, QuantizedMatrix, Tensor};
 use super::{LayerWeights, Store, Weights};
 use crate::handle::Quantization;
@@ -87,32 +87,22 @@ impl Uploader {
 
     fn put(
         &mut self,
-        [outputs, inputs]: [usize; 2],
+        part: &Part<'_>,
         tensor: &Tensor<'_>,
         wanted: Option<Quantization>,
     ) -> Result<DeviceMatrix, ModelError> {
-        let threads = self.threads;
-        let (quantization, rows) = match (tensor, wanted) {
-            (Tensor::Plain(plain), None) => return Ok(DeviceMatrix::Plain(self.put_plain(plain)?)),
-            (Tensor::Plain(plain), Some(wanted)) => {
-                let row_bytes = inputs * plain.dtype.bytes();
-                let values = |row: usize, out: &mut [f32]| {
-                    let bytes = &plain.bytes[row * row_bytes..(row + 1) * row_bytes];
-                    out.copy_from_slice(&widen_matrix(MatrixSource { bytes, dtype: plain.dtype }));
-                };
-                (wanted, QuantizedRows::quantize(threads, outputs, inputs, wanted, &values))
+        let (threads, outputs, inputs) = (self.threads, part.rows.len(), part.columns.len());
+        if let (Tensor::Plain(plain), None) = (tensor, wanted) {
+            return Ok(DeviceMatrix::Plain(self.put_plain(&plain.part(part))?));
+        }
+        let rows = self.account.fewer_bits(part, tensor, wanted)?;
+        let (quantization, rows) = match rows.expect("numbers that stay what they are were uploaded above") {
+            FewerBits::Steps(format, steps) => {
+                (format, QuantizedRows::of_steps(threads, outputs, inputs, format, &*steps))
             }
-            (Tensor::Quantized(matrix), wanted) => match self.account.choose(matrix, wanted) {
-                (format, Kept::AsTheyCame) => {
-                    let steps =
-                        |row: usize, steps: &mut [i8], scales: &mut [f32]| matrix.steps(row, steps, scales);
-                    (format, QuantizedRows::of_steps(threads, outputs, inputs, format, &steps))
-                }
-                (format, Kept::Rounded) => {
-                    let values = |row: usize, out: &mut [f32]| matrix.values(row, out);
-                    (format, QuantizedRows::quantize(threads, outputs, inputs, format, &values))
-                }
-            },
+            FewerBits::Values(format, values) => {
+                (format, QuantizedRows::quantize(threads, outputs, inputs, format, &*values))
+            }
         };
         let (steps, scales) = (self.upload(&rows.steps)?, self.upload(&rows.scales)?);
         Ok(DeviceMatrix::Quantized(DeviceSteps { steps, scales, quantization }))
@@ -152,12 +142,12 @@ impl Store for Uploader {
     type Vector = DeviceTensor;
     type Table = DeviceTensor;
 
-    fn matrix(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<DeviceMatrix, ModelError> {
-        self.put(shape, tensor, self.quantization)
+    fn matrix(&mut self, part: &Part<'_>, tensor: &Tensor<'_>) -> Result<DeviceMatrix, ModelError> {
+        self.put(part, tensor, self.quantization)
     }
 
-    fn head(&mut self, shape: [usize; 2], tensor: &Tensor<'_>) -> Result<DeviceMatrix, ModelError> {
-        self.put(shape, tensor, self.quantization.map(head_quantization))
+    fn head(&mut self, part: &Part<'_>, tensor: &Tensor<'_>) -> Result<DeviceMatrix, ModelError> {
+        self.put(part, tensor, self.quantization.map(head_quantization))
     }
 
     fn embedding(&mut self, [rows, _]: [usize; 2], tensor: &Tensor<'_>) -> Result<DeviceTensor, ModelError> {

@@ -7,8 +7,11 @@ use serde::Deserialize;
 use tidemill_engine::handle::{LoadFormat, ModelSource, Quantization};
 use tidemill_engine::memory::Arena;
 use tidemill_engine::models::{LoadOptions, Model};
-use tidemill_engine::runner::{Batch, BatchSequence, LogitsWanted, Runner, RunnerLimits};
-use tidemill_kernels::cpu::{Cpu, CpuOptions, Isa};
+use tidemill_engine::runner::{
+    Batch, BatchSequence, HostRunner, LogitsWanted, RankedRunner, Runner, RunnerLimits,
+};
+use tidemill_engine::weights::Weights;
+use tidemill_kernels::cpu::{Cpu, CpuOptions, Isa, Ranks};
 use tidemill_kernels::kv::BlockAddress;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen};
@@ -76,11 +79,17 @@ pub(crate) struct Storage {
 impl Storage {
     /// Unrounded, in blocks of 16.
     pub(crate) const PLAIN: Self = Self { dtype: KvDtype::F32, block_len: 16, order: AxisOrder::TokenHead };
+
+    fn arena<W>(self, model: &Model<W>) -> Arena {
+        let block_len = BlockLen::new(self.block_len).expect("a power of two");
+        let layout = model.kv_layout(self.dtype, block_len, self.order);
+        Arena::new(layout, BlockCount(4096 / self.block_len)).expect("memory for the test")
+    }
 }
 
 /// A runner and memory for blocks.
 pub(crate) struct Bench {
-    runner: Runner,
+    runner: HostRunner,
     arena: Arena,
     given: u32,
 }
@@ -107,17 +116,35 @@ impl Bench {
 
     /// On the fastest instructions that round nothing beyond f32 (`docs/decisions/0011`).
     pub(crate) fn exact(model: &Arc<Model>, storage: Storage) -> Self {
-        let exact = |isa: &Isa| !matches!(isa, Isa::Amx | Isa::Avx512Bf16) && isa.is_available();
-        Self::on(Isa::ALL.into_iter().find(exact).expect("portable is always there"), model, storage)
+        Self::on(exact_isa(), model, storage)
+    }
+
+    /// Several ranks, each on one thread.
+    pub(crate) fn of_ranks(model: Model<Vec<Weights>>, isa: Isa, storage: Storage) -> Self {
+        let arena = storage.arena(&model);
+        let (whole, shards) = model.into_shards();
+        let options = CpuOptions { isa: Some(isa), threads: Some(1), ..CpuOptions::default() };
+        let ranks = Ranks::new(&vec![options; shards.len()]).expect("threads");
+        let runner = RankedRunner::new(whole.spec, shards, ranks, *arena.shape(), LIMITS);
+        Self { runner: HostRunner::Ranks(runner), arena, given: 0 }
     }
 
     fn on(isa: Isa, model: &Arc<Model>, storage: Storage) -> Self {
-        let block_len = BlockLen::new(storage.block_len).expect("a power of two");
-        let layout = model.kv_layout(storage.dtype, block_len, storage.order);
-        let arena = Arena::new(layout, BlockCount(4096 / storage.block_len)).expect("memory for the test");
+        let arena = storage.arena(model);
         let cpu = Arc::new(Cpu::new(CpuOptions { isa: Some(isa), ..CpuOptions::default() }).expect("a CPU"));
-        let limits = RunnerLimits { max_tokens: 512, max_seqs: 8, max_model_len: 512 };
-        Self { runner: Runner::new(Arc::clone(model), cpu, *arena.shape(), limits), arena, given: 0 }
+        let runner = Runner::new(Arc::clone(model), cpu, *arena.shape(), LIMITS);
+        Self { runner: HostRunner::One(runner), arena, given: 0 }
+    }
+
+    /// Tokens of the vocabulary.
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.runner.spec().vocab_size
+    }
+
+    /// The bytes of a layer of a block.
+    pub(crate) fn layer_of(&self, block: u32, layer: usize) -> Vec<u8> {
+        let stride = self.arena.shape().layer_stride;
+        self.arena.read(BlockId(block), |bytes| bytes[layer * stride..(layer + 1) * stride].to_vec())
     }
 
     /// Blocks for a sequence of up to `tokens`, from both ends of the arena in turn so that none is beside the next.
@@ -155,10 +182,7 @@ impl Bench {
         let mut layers = Vec::new();
         let logits = self.runner.step(&Batch { sequences: &sequences }, &mut |done| layers.extend(done));
         logits.for_each(|row| rows[row.sequence].push(row.logits.to_vec()));
-        assert!(
-            layers.iter().copied().eq(0..self.runner.model().spec.layers),
-            "each layer is told once, in order"
-        );
+        assert!(layers.iter().copied().eq(0..self.runner.spec().layers), "each layer is told once, in order");
         for work in work {
             work.place.len += work.tokens.len();
         }
@@ -171,6 +195,14 @@ impl Bench {
         rows.remove(0).remove(0)
     }
 }
+
+/// The fastest instructions that round nothing beyond f32.
+pub(crate) fn exact_isa() -> Isa {
+    let exact = |isa: &Isa| !matches!(isa, Isa::Amx | Isa::Avx512Bf16) && isa.is_available();
+    Isa::ALL.into_iter().find(exact).expect("portable is always there")
+}
+
+const LIMITS: RunnerLimits = RunnerLimits { max_tokens: 512, max_seqs: 8, max_model_len: 512 };
 
 /// Greatest difference, as a share of the greatest expected magnitude.
 pub(crate) fn distance(found: &[f32], expected: &[f32]) -> f32 {

@@ -9,3 +9,4 @@ mod formats;
 mod loading;
 mod parity;
 mod quantized;
+mod ranks;

@@ -58,9 +58,11 @@ fn no_fixture_model_is_forgotten() {
 }
 
 fn check_goldens(name: &str) {
-    let model = model(name);
-    let mut bench = Bench::exact(&model, Storage::PLAIN);
-    let mut sampler = Sampler::new(model.spec.vocab_size);
+    check_goldens_on(Bench::exact(&model(name), Storage::PLAIN), name);
+}
+
+pub(super) fn check_goldens_on(mut bench: Bench, name: &str) {
+    let mut sampler = Sampler::new(bench.vocab_size());
     let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
     let stop = StopConditions::after(u32::MAX);
     let goldens = goldens(name);
@@ -95,7 +97,7 @@ fn check_goldens(name: &str) {
 
 /// How sequences are cut into steps.
 #[derive(Clone, Copy, Debug)]
-enum Cut {
+pub(super) enum Cut {
     /// All at once.
     Whole,
     /// This many tokens per step.
@@ -108,7 +110,7 @@ enum Cut {
 
 /// Which sequences share a step.
 #[derive(Clone, Copy, Debug)]
-enum Company {
+pub(super) enum Company {
     /// None.
     Alone,
     /// All that are not finished.
@@ -116,7 +118,7 @@ enum Company {
 }
 
 /// Greedy tokens that are computed after each prompt.
-const CONTINUED: usize = 12;
+pub(super) const CONTINUED: usize = 12;
 
 impl Cut {
     fn step(self, sequence: usize, done: usize, len: usize) -> usize {
@@ -132,7 +134,12 @@ impl Cut {
 }
 
 /// The logits of every position of every sequence, as bits.
-fn all_bits(bench: &mut Bench, sequences: &[Vec<u32>], cut: Cut, company: Company) -> Vec<Vec<Vec<u32>>> {
+pub(super) fn all_bits(
+    bench: &mut Bench,
+    sequences: &[Vec<u32>],
+    cut: Cut,
+    company: Company,
+) -> Vec<Vec<Vec<u32>>> {
     let mut places: Vec<_> = sequences.iter().map(|tokens| bench.place(tokens.len())).collect();
     let mut bits = vec![Vec::new(); sequences.len()];
     loop {

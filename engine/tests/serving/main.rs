@@ -4,6 +4,7 @@ tidemill_kernels::where_emulated! {
     mod cuda;
 }
 mod draft_model;
+mod ranks;
 mod speculation;
 
 use std::path::{Path, PathBuf};

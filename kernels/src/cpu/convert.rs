@@ -323,7 +323,8 @@ pub(crate) fn clear_uncovered(image: &mut [u8], to: &KvBlockShape, layers: usize
     let scale = if to.dtype == KvDtype::Int8 { SCALE } else { 0 };
     let data = to.block_len * to.kv_heads * to.row_bytes();
     let scales = to.block_len * to.kv_heads * scale;
-    let is_dense = to.value_offset == data
+    let is_dense = to.key_offset == 0
+        && to.value_offset == data
         && (scale == 0 || (to.key_scale_offset == 2 * data && to.value_scale_offset == 2 * data + scales));
     if from.count < to.block_len || !is_dense {
         return image.fill(0);

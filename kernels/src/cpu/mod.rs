@@ -18,6 +18,7 @@ mod limits;
 mod matmul;
 mod pool;
 mod portable;
+mod ranks;
 mod row_tiles;
 mod rowwise;
 mod sampling;
@@ -45,6 +46,8 @@ use crate::{
 pub use isa::{Isa, UnknownIsa};
 pub(crate) use kv_codec::encode_int8;
 pub use limits::{Arithmetic, Numbers};
+pub use pool::on_cores;
+pub use ranks::{Rank, Ranks};
 use std::{io, ops::Range, sync::Mutex, thread};
 
 /// How a [`Cpu`] is set up.

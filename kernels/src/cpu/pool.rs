@@ -71,6 +71,11 @@ struct Job {
 impl Pool {
     /// Starts `threads - 1` workers; worker `i` is pinned to `cores[i]` when there are cores.
     pub(crate) fn new(threads: usize, cores: &[usize]) -> Result<Self, CpuError> {
+        Self::named("cpu", threads, cores)
+    }
+
+    /// The same; `name` is a part of what the system calls the workers.
+    pub(crate) fn named(name: &str, threads: usize, cores: &[usize]) -> Result<Self, CpuError> {
         assert!(threads > 0, "the caller is the first thread");
         let shared = Arc::new(Shared {
             gate: Gate::new(),
@@ -88,7 +93,7 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let (started, start) = mpsc::channel();
             let worker = thread::Builder::new()
-                .name(format!("tidemill-cpu-{thread}"))
+                .name(format!("tidemill-{name}-{thread}"))
                 .spawn(move || {
                     let pinned = core.map_or(Ok(()), pin_current_thread);
                     let go = pinned.is_ok();
@@ -125,19 +130,53 @@ impl Pool {
             (0..chunks).for_each(|chunk| body(0, chunk));
             return;
         }
+        self.run(helpers, chunks, &body, None::<fn()>);
+    }
+
+    /// Runs `own` on the calling thread and, beside it, `others(index)` once for each index of another thread. Each of them has
+    /// a thread of its own as long as they wait for one another; one that has not begun when `own` ends may run on the caller.
+    ///
+    /// # Panics
+    ///
+    /// With the first panic of any of them; those not yet begun are then left out.
+    pub(crate) fn beside<R>(&mut self, own: impl FnOnce() -> R, others: impl Fn(ThreadIndex) + Sync) -> R {
+        let threads = self.threads();
+        if threads == 1 {
+            return own();
+        }
+        let mut result = None;
+        // As many chunks as threads: the first of each share, and the only one, is the thread's own.
+        self.run(threads - 1, threads, &|_, index| others(index), Some(|| result = Some(own())));
+        result.expect("it ran, or its panic went on")
+    }
+
+    /// `first`, where it is there, stands for the share of the caller.
+    fn run<F: Fn(ThreadIndex, usize) + Sync>(
+        &mut self,
+        helpers: usize,
+        chunks: usize,
+        body: &F,
+        first: Option<impl FnOnce()>,
+    ) {
         let shared = &*self.shared;
-        let job = Job { body: ptr::from_ref(&body).cast(), call: call::<F>, chunks };
+        let job = Job { body: ptr::from_ref(body).cast(), call: call::<F>, chunks };
         // SAFETY: the gate is closed and quiet (new, or left so by the previous call), and `&mut self` makes this the
         // only owner: nobody reads or writes `job` now.
         unsafe { *shared.job.get() = job };
         for (thread, share) in shared.shares.iter().enumerate() {
             share.next.store(shared.first_chunk(chunks, thread), Ordering::Relaxed);
         }
+        if first.is_some() {
+            shared.shares[0].next.store(shared.first_chunk(chunks, 1), Ordering::Relaxed);
+        }
         shared.gate.open();
         for worker in &self.workers[..helpers] {
             worker.thread().unpark();
         }
-        // SAFETY: `body` outlives this call, and `for_each` does not return, not even by a panic (`run_chunks` catches
+        if let Some(Err(panic)) = first.map(|first| catch_unwind(AssertUnwindSafe(first))) {
+            shared.fail(job, panic);
+        }
+        // SAFETY: `body` outlives this call, and `run` does not return, not even by a panic (`run_chunks` catches
         // them), before the gate is quiet again.
         unsafe { run_chunks(shared, job, 0) };
         shared.gate.close();
@@ -170,6 +209,14 @@ impl Shared {
     /// Where the share of a thread begins; it ends where the next one's begins.
     fn first_chunk(&self, chunks: usize, thread: ThreadIndex) -> usize {
         chunks * thread / self.shares.len()
+    }
+
+    /// Somebody has panicked: what has not begun is left out.
+    fn fail(&self, job: Job, panic: Box<dyn Any + Send>) {
+        for share in &self.shares {
+            share.next.store(job.chunks, Ordering::Relaxed);
+        }
+        lock(&self.panic).get_or_insert(panic);
     }
 
     fn wait_until_quiet(&self) {
@@ -214,6 +261,42 @@ pub(crate) fn pin_current_thread(_core: usize) -> io::Result<()> {
     Err(io::Error::from(io::ErrorKind::Unsupported))
 }
 
+/// Runs `body` on this thread with the thread, and those that it starts, kept to some cores; wherever the system likes without
+/// cores.
+///
+/// # Errors
+///
+/// A core is none of the process's own.
+#[cfg(target_os = "linux")]
+pub fn on_cores<T>(cores: &[usize], body: impl FnOnce() -> T) -> io::Result<T> {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    if cores.is_empty() {
+        return Ok(body());
+    }
+    let mut wanted = CpuSet::new();
+    for &core in cores {
+        if core >= CpuSet::MAX_CPU {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        wanted.set(core);
+    }
+    let before = sched_getaffinity(None)?;
+    sched_setaffinity(None, &wanted)?;
+    let result = body();
+    sched_setaffinity(None, &before)?;
+    Ok(result)
+}
+
+/// Runs `body`: this system keeps no thread to cores.
+///
+/// # Errors
+///
+/// Cores are named.
+#[cfg(not(target_os = "linux"))]
+pub fn on_cores<T>(cores: &[usize], body: impl FnOnce() -> T) -> io::Result<T> {
+    if cores.is_empty() { Ok(body()) } else { Err(io::Error::from(io::ErrorKind::Unsupported)) }
+}
+
 /// Takes a lock whose data no panic can leave half-changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -229,7 +312,7 @@ fn work(shared: &Shared, thread: ThreadIndex) {
             // SAFETY: inside the gate: the owner wrote the job before it opened it and writes no other before this
             // thread has left.
             let job = unsafe { *shared.job.get() };
-            // SAFETY: the owner is in `for_each`, which keeps the body alive until this thread has left.
+            // SAFETY: the owner is in `run`, which keeps the body alive until this thread has left.
             unsafe { run_chunks(shared, job, thread) };
             shared.leave();
         } else if spins < SPINS {
@@ -265,10 +348,7 @@ unsafe fn run_chunks(shared: &Shared, job: Job, thread: ThreadIndex) {
         }
     }));
     if let Err(panic) = outcome {
-        for share in &shared.shares {
-            share.next.store(job.chunks, Ordering::Relaxed);
-        }
-        lock(&shared.panic).get_or_insert(panic);
+        shared.fail(job, panic);
     }
 }
 
@@ -284,7 +364,7 @@ unsafe fn call<F: Fn(ThreadIndex, usize) + Sync>(body: *const (), thread: Thread
 }
 
 /// How often a waiting thread looks before it sleeps: some 20 microseconds, the gap between two operations of a step.
-const SPINS: u32 = 1000;
+pub(super) const SPINS: u32 = 1000;
 
 #[cfg(test)]
 mod tests {
@@ -338,6 +418,53 @@ mod tests {
             let ran = AtomicUsize::new(0);
             pool.for_each(20, |_, _| _ = ran.fetch_add(1, Ordering::Relaxed));
             assert_eq!(ran.into_inner(), 20);
+        }
+    }
+
+    #[test]
+    fn the_caller_has_work_of_its_own_beside_the_others() {
+        for threads in [1, 2, 4] {
+            let mut pool = Pool::new(threads, &[]).unwrap();
+            let met = std::sync::Barrier::new(threads);
+            for round in 0..200 {
+                let ran: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+                let mut not_shared = std::rc::Rc::new(round);
+                let caller = thread::current().id();
+                let result = pool.beside(
+                    || {
+                        met.wait();
+                        assert_eq!(thread::current().id(), caller);
+                        *std::rc::Rc::make_mut(&mut not_shared) += 1;
+                        round
+                    },
+                    |index| {
+                        met.wait();
+                        assert!(thread::current().id() != caller, "the others wait for one another");
+                        ran[index].fetch_add(1, Ordering::Relaxed);
+                    },
+                );
+                assert_eq!((result, *not_shared), (round, round + 1));
+                let ran: Vec<usize> = ran.into_iter().map(AtomicUsize::into_inner).collect();
+                assert_eq!((ran[0], &ran[1..]), (0, &vec![1; threads - 1][..]));
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_caller_or_of_another_comes_out_beside() {
+        let mut pool = Pool::new(3, &[]).unwrap();
+        for bad in 0..3 {
+            let panic = catch_unwind(AssertUnwindSafe(|| {
+                pool.beside(
+                    || assert!(bad != 0, "0 is bad"),
+                    |index| assert!(index != bad, "{index} is bad"),
+                );
+            }));
+            let panic = panic.unwrap_err();
+            let message = panic.downcast_ref::<String>().map(String::as_str);
+            let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
+            assert_eq!(message, Some(&*format!("{bad} is bad")));
+            assert_eq!(pool.beside(|| 7, |_| ()), 7);
         }
     }
 

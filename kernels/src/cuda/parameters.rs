@@ -411,8 +411,9 @@ impl Sample {
 impl KvShape {
     /// # Panics
     ///
-    /// When a block has 4 GiB or more.
+    /// When a block has 4 GiB or more, or the shape is that of a part of its heads.
     pub fn new(shape: &KvBlockShape) -> Self {
+        assert_eq!(shape.key_offset, 0, "the blocks of a device have its heads alone");
         let narrow = |number: usize| u32::try_from(number).expect("blocks are smaller than 4 GiB");
         Self {
             dtype: match shape.dtype {

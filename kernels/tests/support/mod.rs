@@ -129,6 +129,7 @@ pub fn shape(
         kv_heads,
         head_size,
         layer_stride: (2 * data + 2 * scales).next_multiple_of(64),
+        key_offset: 0,
         value_offset: data,
         key_scale_offset: 2 * data,
         value_scale_offset: 2 * data + scales,

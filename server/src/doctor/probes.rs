@@ -50,7 +50,13 @@ fn cores() -> Finding {
             Finding::limited("cores", "1", "prefill and decode share it; --colocated is the better choice")
         }
         (_, 0 | 1) => Finding::good("cores", format!("{usable}")),
-        _ => Finding::good("cores", format!("{usable} on {nodes} NUMA nodes")),
+        _ => Finding::limited(
+            "cores",
+            format!("{usable} on {nodes} NUMA nodes"),
+            format!(
+                "a worker's weights are read across nodes unless each has a rank: --tensor-parallel-size {nodes}"
+            ),
+        ),
     }
 }
 

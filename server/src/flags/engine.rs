@@ -111,6 +111,10 @@ pub(crate) struct EngineFlags {
     /// What to compute on: cpu, cuda:N for GPU N, or auto for the first GPU where it is of use, else the CPU
     #[arg(long, env = "TIDEMILL_DEVICE", value_name = "NAME", default_value_t, value_parser = device)]
     pub(crate) device: DeviceName,
+    /// Ranks that share the model and compute it together, each with its part of the weights, of the heads and of the worker's
+    /// cores: as many as divide the model's heads. Workers of different numbers hand over to one another
+    #[arg(long, env = "TIDEMILL_TENSOR_PARALLEL_SIZE", value_name = "N", default_value = "1", value_parser = ranks())]
+    pub(crate) tensor_parallel_size: u32,
     /// Sequences in a decode step for which a GPU records a graph, comma-separated [default: 1, 2, 4, then every eighth up
     /// to 256 and every sixteenth up to 512]
     #[arg(
@@ -170,6 +174,12 @@ pub(crate) struct RoleOverrides {
     /// --device of decode workers
     #[arg(long, env = "TIDEMILL_DECODE_DEVICE", value_name = "NAME", value_parser = device)]
     decode_device: Option<DeviceName>,
+    /// --tensor-parallel-size of prefill workers
+    #[arg(long, env = "TIDEMILL_PREFILL_TENSOR_PARALLEL_SIZE", value_name = "N", value_parser = ranks())]
+    prefill_tensor_parallel_size: Option<u32>,
+    /// --tensor-parallel-size of decode workers
+    #[arg(long, env = "TIDEMILL_DECODE_TENSOR_PARALLEL_SIZE", value_name = "N", value_parser = ranks())]
+    decode_tensor_parallel_size: Option<u32>,
     /// --block-size of prefill workers
     #[arg(long, env = "TIDEMILL_PREFILL_BLOCK_SIZE", value_name = "TOKENS", value_parser = block_size)]
     prefill_block_size: Option<u32>,
@@ -237,12 +247,13 @@ impl EngineFlags {
             ),
             RoleName::Hybrid => (None, None, None, None),
         };
-        let device = match role {
-            RoleName::Prefill => overrides.prefill_device,
-            RoleName::Decode => overrides.decode_device,
-            RoleName::Hybrid => None,
+        let (device, ranks) = match role {
+            RoleName::Prefill => (overrides.prefill_device, overrides.prefill_tensor_parallel_size),
+            RoleName::Decode => (overrides.decode_device, overrides.decode_tensor_parallel_size),
+            RoleName::Hybrid => (None, None),
         };
         flags.device = device.unwrap_or(flags.device);
+        flags.tensor_parallel_size = ranks.unwrap_or(flags.tensor_parallel_size);
         flags.block_size = block_size.unwrap_or(flags.block_size);
         flags.kv_cache_dtype = dtype.unwrap_or(flags.kv_cache_dtype);
         flags.axis_order = order.unwrap_or(flags.axis_order);
@@ -265,6 +276,7 @@ impl EngineFlags {
         let mut arguments = Vec::new();
         let mut set = |flag: &str, value: String| arguments.extend([format!("--{flag}"), value]);
         set("device", self.device.to_string());
+        set("tensor-parallel-size", self.tensor_parallel_size.to_string());
         set("max-num-seqs", self.max_num_seqs.to_string());
         set("max-num-batched-tokens", self.max_num_batched_tokens.to_string());
         set("max-queue", self.max_queue.to_string());
@@ -320,6 +332,10 @@ fn positive() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..)
 }
 
+fn ranks() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(MAX_RANKS))
+}
+
 fn workers() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=i64::from(MAX_WORKERS))
 }
@@ -350,6 +366,9 @@ const DEFAULT_REVISION: &str = "main";
 
 /// Workers of one role that `serve` starts at most; more belong on more machines.
 const MAX_WORKERS: u32 = 64;
+
+/// Ranks of a worker; they would wait for one another more than they compute long before.
+const MAX_RANKS: u32 = 64;
 
 /// Longer blocks waste more memory than they save in bookkeeping.
 const MAX_BLOCK_SIZE: u32 = 256;
@@ -397,6 +416,10 @@ mod tests {
             "portable",
             "--decode-device",
             "auto",
+            "--tensor-parallel-size",
+            "4",
+            "--prefill-tensor-parallel-size",
+            "2",
             "--cuda-graph-sizes",
             "1,8,3",
             "--quantization",
@@ -428,6 +451,7 @@ mod tests {
         assert_eq!(decode.speculative_config.as_ref().map(|it| it.settings.most), Some(5));
         assert_eq!(prefill.cpu_isa, Some(Isa::Portable));
         assert_eq!((prefill.device, decode.device), (DeviceName::Cpu, DeviceName::Auto));
+        assert_eq!((prefill.tensor_parallel_size, decode.tensor_parallel_size), (2, 4));
         assert_eq!(decode.cuda_graphs(), CudaGraphs::Sizes(vec![1, 8, 3]));
         assert_eq!(decode.quantization, Some(Quantization::Int4 { group: 32 }));
         assert_eq!(

@@ -44,6 +44,7 @@ metric_names! {
     describe_counter SPECULATION_HELD_BACK = "tidemill_spec_decode_held_back_total", "Drafts that could have been made, but would not have paid.";
 
     describe_gauge WORKER_UP = "tidemill_worker_up", "1 while the worker answers, 0 while it is gone.";
+    describe_gauge WORKER_RANKS = "tidemill_worker_tensor_parallel_size", "Ranks that compute together in a worker.";
     describe_counter WORKER_RESTARTS = "tidemill_worker_restarts_total", "Starts of a worker after its death.";
     describe_gauge BLOCKS = "tidemill_blocks", "KV blocks by state; the sum over states never changes.";
     describe_counter STEPS = "tidemill_steps_total", "Forward passes.";

@@ -270,6 +270,7 @@ impl Cluster {
             let status = timeout(SILENCE, statuses.next()).await.map_err(|_| LinkError::Silent)?;
             let status = status.ok_or(LinkError::Ended)??;
             if first {
+                self.metrics.record_ranks(&engine.name, engine.tensor_parallel);
                 self.metrics.record_cache_config(
                     &engine.name,
                     engine.block_len,
@@ -279,7 +280,8 @@ impl Cluster {
             self.take_status(index, &status);
             if std::mem::take(&mut first) {
                 self.introduce(index, &link).await;
-                tracing::info!(worker = %engine.name, device = %engine.device, "worker is ready");
+                let ranks = engine.tensor_parallel;
+                tracing::info!(worker = %engine.name, device = %engine.device, ranks, "worker is ready");
             }
         }
     }
