@@ -130,10 +130,6 @@ impl Shard {
 }
 
 impl<'a> Part<'a> {
-    pub(super) fn whole(name: &'a str, shape: [usize; 2]) -> Self {
-        Self::new(name, shape, &Cut::Outputs(0..shape[0]))
-    }
-
     pub(super) fn new(name: &'a str, shape: [usize; 2], cut: &Cut) -> Self {
         let [rows, columns] = shape;
         match cut {
