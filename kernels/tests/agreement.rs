@@ -10,7 +10,7 @@ use support::{
     packed, shape, source, stored,
 };
 use tidemill_kernels::{
-    cpu::{Cpu, Isa, Projection},
+    cpu::{Isa, Projection},
     kv::KvDtype,
     matrix::{Embedding, PackedMatrix, Quantization, WeightDtype, WeightFormat},
     reference,
@@ -408,73 +408,106 @@ fn write_kv() {
     }
 }
 
-/// Fills the blocks of sequences of some lengths and compares attention of their last rows.
-fn check_attention(
-    cpu: &Cpu,
+/// Attention over sequences of some lengths, each with some of its last rows in the step.
+struct AttentionCase {
     dtype: KvDtype,
+    /// Of queries and of K and V.
     heads: (usize, usize),
     head_size: usize,
+    block_len: usize,
     window: Option<usize>,
-) {
-    let mut numbers = Numbers::new(8);
-    let (query_heads, kv_heads) = heads;
-    let shape = shape(dtype, 2, 16, kv_heads, head_size, Order::TokenHead);
-    // Length and how many of its rows are in the step: a whole prompt, one decode, a chunk, a single token.
-    let lengths = [(70, 70), (200, 1), (130, 9), (1, 1)];
-    let blocks: Vec<Blocks> = lengths
-        .iter()
-        .map(|&(length, _)| {
-            let blocks = Blocks::new(shape, length);
-            let (k, v) = (
-                numbers.vector(length * kv_heads * head_size),
-                numbers.vector(length * kv_heads * head_size),
-            );
+    /// Length and how many of its rows are in the step.
+    lengths: Vec<(usize, usize)>,
+}
+
+impl AttentionCase {
+    /// Fills blocks, and compares every instruction set with the reference.
+    fn check(&self) {
+        let mut numbers = Numbers::new(8);
+        let Self { dtype, heads: (query_heads, kv_heads), head_size, block_len, .. } = *self;
+        let shape = shape(dtype, 2, block_len, kv_heads, head_size, Order::TokenHead);
+        let blocks: Vec<Blocks> =
+            self.lengths.iter().map(|&(length, _)| Blocks::new(shape, length)).collect();
+        for (&(length, _), blocks) in self.lengths.iter().zip(&blocks) {
+            let [k, v] = [0, 1].map(|_| numbers.vector(length * kv_heads * head_size));
             let all =
                 SequenceRows { first_row: 0, rows: length, first_position: 0, blocks: &blocks.addresses };
             reference::write_kv(&shape, 1, &k, &v, &[all]);
-            blocks
-        })
-        .collect();
-    let mut first_row = 0;
-    let sequences: Vec<SequenceRows<'_>> = lengths
-        .iter()
-        .zip(&blocks)
-        .map(|(&(length, rows), blocks)| {
-            first_row += rows;
-            SequenceRows {
-                first_row: first_row - rows,
-                rows,
-                first_position: length - rows,
-                blocks: &blocks.addresses,
-            }
-        })
-        .collect();
-    let q: Vec<f32> = numbers.vector(first_row * query_heads * head_size).iter().map(|x| 4.0 * x).collect();
-    let params =
-        AttentionParams { query_heads, scale: (head_size as f32).sqrt().recip(), sliding_window: window };
-    let mut expected = vec![f32::NAN; q.len()];
-    reference::attention(&mut expected, &q, &shape, 1, &sequences, params);
-    let mut actual = vec![f32::NAN; q.len()];
-    cpu.attention(&mut actual, &q, &shape, 1, &sequences, params);
-    let name = format!("{dtype:?} {heads:?} heads of {head_size}, window {window:?} on {}", cpu.describe());
-    assert_close(&actual, &expected, 2e-6, &name);
+        }
+        let mut end = 0;
+        let sequences: Vec<SequenceRows<'_>> = self
+            .lengths
+            .iter()
+            .zip(&blocks)
+            .map(|(&(length, rows), blocks)| {
+                end += rows;
+                let (first_row, first_position) = (end - rows, length - rows);
+                SequenceRows { first_row, rows, first_position, blocks: &blocks.addresses }
+            })
+            .collect();
+        let q: Vec<f32> = numbers.vector(end * query_heads * head_size).iter().map(|x| 4.0 * x).collect();
+        let scale = (head_size as f32).sqrt().recip();
+        let params = AttentionParams { query_heads, scale, sliding_window: self.window };
+        let mut expected = vec![f32::NAN; q.len()];
+        reference::attention(&mut expected, &q, &shape, 1, &sequences, params);
+        for cpu in cpus(THREADS) {
+            // Instructions for bf16 take queries and weights of softmax as two bf16: all but their last seven bits.
+            let is_split = matches!(dtype, KvDtype::Bf16 | KvDtype::Int8)
+                && matches!(cpu.isa(), Isa::Amx | Isa::Avx512Bf16);
+            let tolerance = if is_split { 2e-5 } else { 2e-6 };
+            let mut actual = vec![f32::NAN; q.len()];
+            cpu.attention(&mut actual, &q, &shape, 1, &sequences, params);
+            let name = format!(
+                "{dtype:?} {:?} heads of {head_size}, blocks of {block_len}, window {:?} on {}",
+                self.heads,
+                self.window,
+                cpu.describe()
+            );
+            assert_close(&actual, &expected, tolerance, &name);
+        }
+    }
 }
 
 #[test]
 fn attention() {
-    for cpu in cpus(THREADS) {
-        for dtype in KV_DTYPES {
-            for (heads, head_size, window) in [
-                ((1, 1), 1, None),
-                ((2, 2), 16, None),
-                ((4, 2), 21, Some(1)),
-                ((6, 1), 64, Some(50)),
-                ((6, 2), 128, Some(64)),
-                ((7, 1), 80, None),
-                ((64, 1), 8, Some(1000)),
-            ] {
-                check_attention(&cpu, dtype, heads, head_size, window);
+    for dtype in KV_DTYPES {
+        #[rustfmt::skip]
+        let rows = [
+            // heads, head size, blocks, window
+            ((1, 1),       1,     16,    None),
+            ((2, 2),      16,      4,    None),
+            ((4, 2),      21,     16,    Some(1)),
+            ((3, 1),      32,      1,    Some(5)),
+            ((6, 2),      40,     64,    None),
+            ((6, 1),      64,     16,    Some(50)),
+            ((8, 2),      64,     32,    None),
+            ((7, 1),      80,     16,    None),
+            ((3, 3),      96,     16,    Some(16)),
+            ((6, 2),     128,     16,    Some(64)),
+            ((8, 1),     128,    128,    None),
+            ((4, 2),     256,     16,    None),
+            ((64, 1),      8,     16,    Some(1000)),
+        ];
+        for (heads, head_size, block_len, window) in rows {
+            // A whole prompt, one decode, a chunk, a single token, a whole block, and the first token of the next one.
+            let lengths = vec![(70, 70), (200, 1), (130, 9), (1, 1), (16, 16), (17, 1)];
+            AttentionCase { dtype, heads, head_size, block_len, window, lengths }.check();
+        }
+    }
+}
+
+/// Contexts that are longer than what is summed up in one piece: at its ends, and with so few heads that threads share
+/// one sequence.
+#[test]
+fn attention_over_long_contexts() {
+    for dtype in KV_DTYPES {
+        for (heads, window) in [((2, 1), None), ((8, 2), None), ((2, 1), Some(700))] {
+            for length in [512, 513, 1300] {
+                let lengths = vec![(length, 1)];
+                AttentionCase { dtype, heads, head_size: 64, block_len: 16, window, lengths }.check();
             }
+            let lengths = vec![(1100, 30), (3, 1), (520, 9), (1025, 1)];
+            AttentionCase { dtype, heads, head_size: 32, block_len: 16, window, lengths }.check();
         }
     }
 }

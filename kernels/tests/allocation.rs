@@ -46,6 +46,9 @@ fn no_operation_allocates_after_reserve() {
         formats().map(|format| packed(1, 300, inputs, &values, format)).collect();
     let shape = shape(KvDtype::Bf16, 1, 16, heads, head_size, Order::TokenHead);
     let blocks = Blocks::new(shape, 64);
+    // One row of a sequence that is long enough to be split over threads.
+    let long = Blocks::new(shape, 2048);
+    let decode = [SequenceRows { first_row: 0, rows: 1, first_position: 2000, blocks: &long.addresses }];
     let sequences = [SequenceRows { first_row: 0, rows, first_position: 3, blocks: &blocks.addresses }];
     let params = AttentionParams { query_heads: heads, scale: 0.2, sliding_window: None };
     let (cos, sin) = reference::rope_table(&[1.0; 16], rows, 1.0);
@@ -68,6 +71,7 @@ fn no_operation_allocates_after_reserve() {
             cpu.rope(&mut y, &positions, table, head_size);
             cpu.write_kv(&shape, 0, &x, &y, &sequences);
             cpu.attention(&mut y, &x, &shape, 0, &sequences, params);
+            cpu.attention(&mut y, &x, &shape, 0, &decode, params);
             cpu.silu_mul(&mut y, &x, &x);
             cpu.add(&mut y, &x);
             cpu.log_softmax(&mut out[..300]);

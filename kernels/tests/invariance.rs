@@ -90,15 +90,26 @@ fn a_normalised_row_and_an_activation_are_the_same_in_any_batch() {
     }
 }
 
+/// The sets whose attention differs.
+const ATTENTION_ISAS: [Isa; 4] = [Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Portable];
 const QUERY_HEADS: usize = 6;
 const KV_HEADS: usize = 2;
 const HEAD_SIZE: usize = 40;
 const TOKENS: usize = 210;
 
 struct Prompt {
+    tokens: usize,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+}
+
+impl Prompt {
+    fn new(tokens: usize) -> Self {
+        let mut numbers = Numbers::new(3);
+        let mut vector = |heads: usize| numbers.vector(tokens * heads * HEAD_SIZE);
+        Self { tokens, q: vector(QUERY_HEADS), k: vector(KV_HEADS), v: vector(KV_HEADS) }
+    }
 }
 
 /// Computes a prompt in chunks of the lengths that `chunks` goes round in, beside another sequence when `crowded`.
@@ -110,13 +121,13 @@ fn run(
     window: Option<usize>,
     crowded: bool,
 ) -> Vec<f32> {
-    let blocks = Blocks::new(*shape, TOKENS);
+    let blocks = Blocks::new(*shape, prompt.tokens);
     let other_blocks = Blocks::new(*shape, 40);
     let params = AttentionParams { query_heads: QUERY_HEADS, scale: 0.3, sliding_window: window };
     let mut out = Vec::new();
     let mut done = 0;
     for &chunk in chunks.iter().cycle() {
-        let rows = chunk.min(TOKENS - done);
+        let rows = chunk.min(prompt.tokens - done);
         if rows == 0 {
             break;
         }
@@ -151,9 +162,7 @@ fn run(
 /// Whole on one thread is what all other ways must equal.
 fn check_attention(isa: Isa, dtype: KvDtype, window: Option<usize>) {
     let Some(alone) = cpu(isa, 1) else { return };
-    let mut numbers = Numbers::new(3);
-    let mut vector = |heads: usize| numbers.vector(TOKENS * heads * HEAD_SIZE);
-    let prompt = Prompt { q: vector(QUERY_HEADS), k: vector(KV_HEADS), v: vector(KV_HEADS) };
+    let prompt = Prompt::new(TOKENS);
     let shape_of = |block_len, order| shape(dtype, 1, block_len, KV_HEADS, HEAD_SIZE, order);
     let expected = run(&alone, &shape_of(16, Order::TokenHead), &prompt, &[TOKENS], window, false);
     assert!(expected.iter().all(|x| x.is_finite()), "no stale key was looked at");
@@ -180,11 +189,70 @@ fn check_attention(isa: Isa, dtype: KvDtype, window: Option<usize>) {
 
 #[test]
 fn attention_is_the_same_however_it_is_cut() {
-    // What else there is in AVX-512 changes nothing here.
-    for isa in [Isa::Avx512, Isa::Avx2, Isa::Portable] {
+    for isa in ATTENTION_ISAS {
         for dtype in KV_DTYPES {
             for window in [None, Some(50)] {
                 check_attention(isa, dtype, window);
+            }
+        }
+    }
+}
+
+/// Contexts that are longer than what is summed up in one piece, whole and split over threads: prompts in chunks, and
+/// decodes, which are split where prompts are not.
+#[test]
+fn long_attention_is_the_same_on_any_number_of_threads() {
+    let prompt = Prompt::new(1300);
+    for isa in ATTENTION_ISAS {
+        let Some(alone) = cpu(isa, 1) else { continue };
+        let cpus: Vec<Cpu> = (1..=3).filter_map(|threads| cpu(isa, threads)).collect();
+        for dtype in KV_DTYPES {
+            let shape = shape(dtype, 1, 16, KV_HEADS, HEAD_SIZE, Order::TokenHead);
+            for window in [None, Some(600)] {
+                let expected = run(&alone, &shape, &prompt, &[prompt.tokens], window, false);
+                assert!(expected.iter().all(|x| x.is_finite()), "no stale key was looked at");
+                for cpu in &cpus {
+                    // Decodes from just before and just after the ends of pieces.
+                    for chunks in [&[505, 14, 1][..], &[1000, 20, 1, 1, 1, 1, 1]] {
+                        let actual = run(cpu, &shape, &prompt, chunks, window, true);
+                        let name = format!(
+                            "{isa} {dtype:?} window {window:?} {chunks:?}, {} threads",
+                            cpu.threads()
+                        );
+                        assert_same_bits(&actual, &expected, &name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Values that are no numbers spoil the rows that see them and no others.
+#[test]
+fn what_a_row_does_not_see_does_not_change_it() {
+    let prompt = Prompt::new(100);
+    let row = KV_HEADS * HEAD_SIZE;
+    let mut spoiled = Prompt::new(100);
+    spoiled.v[70 * row..71 * row].fill(f32::INFINITY);
+    spoiled.k[70 * row..71 * row].fill(f32::NAN);
+    for isa in ATTENTION_ISAS {
+        let Some(cpu) = cpu(isa, 2) else { continue };
+        for dtype in KV_DTYPES {
+            let shape = shape(dtype, 1, 16, KV_HEADS, HEAD_SIZE, Order::TokenHead);
+            for window in [None, Some(9)] {
+                let expected = run(&cpu, &shape, &prompt, &[100], window, false);
+                let actual = run(&cpu, &shape, &spoiled, &[100], window, false);
+                let width = QUERY_HEADS * HEAD_SIZE;
+                let sees = |row: usize| 70 <= row && window.is_none_or(|window| row < 70 + window);
+                for row in 0..100 {
+                    let (actual, expected) =
+                        (&actual[row * width..(row + 1) * width], &expected[row * width..(row + 1) * width]);
+                    if sees(row) {
+                        assert!(actual.iter().all(|x| !x.is_finite()), "{isa} {dtype:?}: row {row} sees it");
+                    } else {
+                        assert_same_bits(actual, expected, &format!("{isa} {dtype:?} {window:?}: row {row}"));
+                    }
+                }
             }
         }
     }

@@ -3,7 +3,7 @@
 //! The functions at the bottom carry the instructions and may be called where the features are on; the methods on top
 //! may be called by anyone who has an [`Avx2`].
 
-use super::simd::{BF16_RUN, LANES, SIGN_BF16, Simd};
+use super::simd::{BF16_RUN, LANES, LEAST_POWER, SIGN_BF16, Simd};
 use super::{Isa, simd::Kernel};
 use crate::matrix::PANEL;
 use std::arch::x86_64::*;
@@ -104,12 +104,6 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: &u8) {
-        // SAFETY: a hint about the address of a live reference; as in `add`.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
-    }
-
-    #[inline(always)]
     fn prefetch_far(self, at: *const u8) {
         // SAFETY: a hint, which reads nothing and is ignored where there is nothing; as in `add`.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
@@ -182,6 +176,78 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn panel_i8(self, line: &[u8; PANEL]) -> [__m256; 2] {
+        let [first, second] = line.as_chunks().0 else { unreachable!("two halves") };
+        // SAFETY: as in `add`.
+        let first = unsafe { widen_i8(first) };
+        // SAFETY: as in `add`.
+        let second = unsafe { widen_i8(second) };
+        [first, second]
+    }
+
+    #[inline(always)]
+    fn panel_splat(self, value: f32) -> [__m256; 2] {
+        [self.splat(value); 2]
+    }
+
+    #[inline(always)]
+    fn panel_store(self, panel: [__m256; 2], to: &mut [f32; PANEL]) {
+        for (half, vector) in to.as_chunks_mut().0.iter_mut().zip(panel) {
+            self.store(vector, half);
+        }
+    }
+
+    #[inline(always)]
+    fn panel_add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [self.add(a[0], b[0]), self.add(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn panel_mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [self.mul(a[0], b[0]), self.mul(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn panel_fma(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        [self.mul_add(a[0], b[0], c[0]), self.mul_add(a[1], b[1], c[1])]
+    }
+
+    #[inline(always)]
+    fn panel_max(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [self.max(a[0], b[0]), self.max(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn panel_min(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [self.min(a[0], b[0]), self.min(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn panel_div(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [self.div(a[0], b[0]), self.div(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn panel_round(self, a: [__m256; 2]) -> [__m256; 2] {
+        [self.round(a[0]), self.round(a[1])]
+    }
+
+    #[inline(always)]
+    fn panel_times_power(self, a: [__m256; 2], n: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: as in `add`.
+        let first = unsafe { times_power(a[0], n[0]) };
+        // SAFETY: as in `add`.
+        let second = unsafe { times_power(a[1], n[1]) };
+        [first, second]
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [[__m256; 2]; PANEL]) -> [[__m256; 2]; PANEL] {
+        // SAFETY: as in `add`.
+        unsafe { transpose(rows) }
+    }
+
+    #[inline(always)]
     fn greatest_bf16(self, stored: &[[u8; BF16_RUN]]) -> u16 {
         // SAFETY: as in `add`.
         unsafe { greatest_bf16(stored) }
@@ -211,6 +277,59 @@ fn sums([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
     // SAFETY: four elements are good for writes.
     unsafe { _mm_storeu_ps(sums.as_mut_ptr(), halves) };
     sums
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn times_power(a: __m256, n: __m256) -> __m256 {
+    let is_normal = _mm256_cmp_ps::<_CMP_NLT_UQ>(n, _mm256_set1_ps(LEAST_POWER));
+    _mm256_and_ps(_mm256_mul_ps(a, power_of_two(n)), is_normal)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn transpose(rows: [[__m256; 2]; PANEL]) -> [[__m256; 2]; PANEL] {
+    let mut columns = rows;
+    for square in 0..4 {
+        let (half, first) = (square % 2, square / 2 * LANES);
+        let mut eight = [rows[0][0]; LANES];
+        for (vector, row) in eight.iter_mut().zip(&rows[first..]) {
+            *vector = row[half];
+        }
+        let first_column = half * LANES;
+        for (column, vector) in columns[first_column..].iter_mut().zip(transpose_eight(eight)) {
+            column[first / LANES] = vector;
+        }
+    }
+    columns
+}
+
+/// Rows to columns: neighbours first, then twos, then the two halves of the registers.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn transpose_eight(rows: [__m256; LANES]) -> [__m256; LANES] {
+    let mut fours = rows;
+    for half in [0, 4] {
+        let [a, b, c, d] = [rows[half], rows[half + 1], rows[half + 2], rows[half + 3]];
+        let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let (next_low, next_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        fours[half] = _mm256_shuffle_ps::<0x44>(low, next_low);
+        fours[half + 1] = _mm256_shuffle_ps::<0xee>(low, next_low);
+        fours[half + 2] = _mm256_shuffle_ps::<0x44>(high, next_high);
+        fours[half + 3] = _mm256_shuffle_ps::<0xee>(high, next_high);
+    }
+    let mut columns = fours;
+    for column in 0..4 {
+        columns[column] = _mm256_permute2f128_ps::<0x20>(fours[column], fours[column + 4]);
+        columns[column + 4] = _mm256_permute2f128_ps::<0x31>(fours[column], fours[column + 4]);
+    }
+    columns
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen_i8(from: &[u8; LANES]) -> __m256 {
+    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_set_epi64x(0, i64::from_ne_bytes(*from))))
 }
 
 #[inline]

@@ -5,7 +5,7 @@
 use super::{
     Isa,
     avx2::{self, Avx2},
-    simd::{BF16_RUN, Kernel, LANES, SIGN_BF16, Simd},
+    simd::{BF16_RUN, Kernel, LANES, LEAST_POWER, SIGN_BF16, Simd},
 };
 use crate::matrix::PANEL;
 use std::arch::x86_64::*;
@@ -167,11 +167,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: &u8) {
-        self.0.prefetch(at)
-    }
-
-    #[inline(always)]
     fn prefetch_far(self, at: *const u8) {
         self.0.prefetch_far(at)
     }
@@ -246,12 +241,129 @@ impl Simd for Avx512 {
         // SAFETY: as in `panel_zero`.
         unsafe { panel_bf16(line) }
     }
+
+    #[inline(always)]
+    fn panel_i8(self, line: &[u8; PANEL]) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { panel_i8(line) }
+    }
+
+    #[inline(always)]
+    fn panel_splat(self, value: f32) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn panel_store(self, panel: __m512, to: &mut [f32; PANEL]) {
+        // SAFETY: sixteen elements are good for writes through the reference; the features as in `panel_zero`.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), panel) }
+    }
+
+    #[inline(always)]
+    fn panel_add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn panel_mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn panel_fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn panel_max(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn panel_min(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn panel_div(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn panel_round(self, a: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+
+    #[inline(always)]
+    fn panel_times_power(self, a: __m512, n: __m512) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { times_power(a, n) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [__m512; PANEL]) -> [__m512; PANEL] {
+        // SAFETY: as in `panel_zero`.
+        unsafe { transpose(rows) }
+    }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn panel_mul_add(x: f32, weights: __m512, sums: __m512) -> __m512 {
     _mm512_fmadd_ps(_mm512_set1_ps(x), weights, sums)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn times_power(a: __m512, n: __m512) -> __m512 {
+    let is_normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n, _mm512_set1_ps(LEAST_POWER));
+    _mm512_maskz_scalef_ps(is_normal, a, n)
+}
+
+/// Rows to columns: neighbours first, then twos, then the quarters of the registers.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn transpose(rows: [__m512; PANEL]) -> [__m512; PANEL] {
+    let mut fours = rows;
+    for row in (0..PANEL).step_by(4) {
+        let [a, b, c, d] = [rows[row], rows[row + 1], rows[row + 2], rows[row + 3]];
+        let low = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
+        let high = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+        let next_low = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+        let next_high = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+        fours[row] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, next_low));
+        fours[row + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, next_low));
+        fours[row + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, next_high));
+        fours[row + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, next_high));
+    }
+    // Quarter `q` of `fours[4 * g + c]` is column `4 * q + c` of rows `4 * g..4 * g + 4`.
+    let mut columns = fours;
+    for column in 0..4 {
+        let [a, b, c, d] = [fours[column], fours[4 + column], fours[8 + column], fours[12 + column]];
+        let (low, next_low) = (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0x44>(c, d));
+        let (high, next_high) = (_mm512_shuffle_f32x4::<0xee>(a, b), _mm512_shuffle_f32x4::<0xee>(c, d));
+        columns[column] = _mm512_shuffle_f32x4::<0x88>(low, next_low);
+        columns[4 + column] = _mm512_shuffle_f32x4::<0xdd>(low, next_low);
+        columns[8 + column] = _mm512_shuffle_f32x4::<0x88>(high, next_high);
+        columns[12 + column] = _mm512_shuffle_f32x4::<0xdd>(high, next_high);
+    }
+    columns
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn panel_i8(line: &[u8; PANEL]) -> __m512 {
+    // SAFETY: sixteen bytes are good for reads through the reference.
+    let steps = unsafe { _mm_loadu_si128(line.as_ptr().cast()) };
+    _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(steps))
 }
 
 #[inline]

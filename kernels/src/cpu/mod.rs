@@ -131,6 +131,7 @@ struct Step {
     pool: Pool,
     products: Memory,
     tiles: RowTiles,
+    attention: attention::Memory,
 }
 
 impl Cpu {
@@ -148,7 +149,12 @@ impl Cpu {
             cores => cores,
         };
         let pool = Pool::new(threads, &cores)?;
-        let step = Mutex::new(Step { pool, products: Memory::new(), tiles: RowTiles::default() });
+        let step = Mutex::new(Step {
+            pool,
+            products: Memory::new(),
+            tiles: RowTiles::default(),
+            attention: attention::Memory::new(),
+        });
         let attention = (0..threads).map(|_| Mutex::new(Workspace::new())).collect();
         Ok(Self { level, cores, threads, step, attention })
     }
@@ -188,6 +194,7 @@ impl Cpu {
         let mut step = lock(&self.step);
         step.products.reserve(limits.rows, limits.inputs);
         step.tiles.reserve(limits.rows);
+        step.attention.reserve(limits.rows, limits.head_size, self.threads);
         for workspace in &self.attention {
             lock(workspace).reserve(limits.head_size);
         }
@@ -270,7 +277,7 @@ impl Cpu {
     ) {
         let step = &mut *lock(&self.step);
         let attention = Attention { q, shape, layer, sequences, params };
-        attention.compute(out, self.level, &mut step.pool, &mut step.tiles, &self.attention);
+        attention.compute(out, self.level, &mut step.pool, &mut step.attention, &self.attention);
     }
 
     /// Writes the tokens of `from` into `image`, the bytes of `layers` of one block of shape `to`, whose heads are

@@ -1,6 +1,6 @@
 //! Eight lanes as an array: the compiler finds the instructions.
 
-use super::simd::{LANES, Simd};
+use super::simd::{LANES, LEAST_POWER, Simd};
 use crate::matrix::PANEL;
 use half::f16;
 use std::array;
@@ -69,10 +69,6 @@ impl Simd for Portable {
         array::from_fn(|lane| (a[lane] + ROUNDER) - ROUNDER)
     }
 
-    // There is no portable way to ask, and nothing depends on the answer.
-    #[inline(always)]
-    fn prefetch(self, _at: &u8) {}
-
     #[inline(always)]
     fn power_of_two(self, a: Self::Vector) -> Self::Vector {
         array::from_fn(|lane| f32::from_bits(((a[lane] as i32 + 127) as u32) << 23))
@@ -123,6 +119,69 @@ impl Simd for Portable {
     #[inline(always)]
     fn panel_bf16(self, line: &[u32; PANEL]) -> [Self::Panel; 2] {
         [line.map(|pair| f32::from_bits(pair << 16)), line.map(|pair| f32::from_bits(pair & UPPER_HALF))]
+    }
+
+    #[inline(always)]
+    fn panel_i8(self, line: &[u8; PANEL]) -> Self::Panel {
+        line.map(|step| f32::from(step.cast_signed()))
+    }
+
+    #[inline(always)]
+    fn panel_splat(self, value: f32) -> Self::Panel {
+        [value; PANEL]
+    }
+
+    #[inline(always)]
+    fn panel_store(self, panel: Self::Panel, to: &mut [f32; PANEL]) {
+        *to = panel;
+    }
+
+    #[inline(always)]
+    fn panel_add(self, a: Self::Panel, b: Self::Panel) -> Self::Panel {
+        array::from_fn(|lane| a[lane] + b[lane])
+    }
+
+    #[inline(always)]
+    fn panel_mul(self, a: Self::Panel, b: Self::Panel) -> Self::Panel {
+        array::from_fn(|lane| a[lane] * b[lane])
+    }
+
+    #[inline(always)]
+    fn panel_fma(self, a: Self::Panel, b: Self::Panel, c: Self::Panel) -> Self::Panel {
+        array::from_fn(|lane| a[lane] * b[lane] + c[lane])
+    }
+
+    #[inline(always)]
+    fn panel_max(self, a: Self::Panel, b: Self::Panel) -> Self::Panel {
+        array::from_fn(|lane| if a[lane] > b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
+    fn panel_min(self, a: Self::Panel, b: Self::Panel) -> Self::Panel {
+        array::from_fn(|lane| if a[lane] < b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
+    fn panel_div(self, a: Self::Panel, b: Self::Panel) -> Self::Panel {
+        array::from_fn(|lane| a[lane] / b[lane])
+    }
+
+    #[inline(always)]
+    fn panel_round(self, a: Self::Panel) -> Self::Panel {
+        array::from_fn(|lane| (a[lane] + ROUNDER) - ROUNDER)
+    }
+
+    #[inline(always)]
+    fn panel_times_power(self, a: Self::Panel, n: Self::Panel) -> Self::Panel {
+        array::from_fn(|lane| {
+            let power = f32::from_bits(((n[lane] as i32).wrapping_add(127) as u32) << 23);
+            if n[lane] < LEAST_POWER { 0.0 } else { a[lane] * power }
+        })
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [Self::Panel; PANEL]) -> [Self::Panel; PANEL] {
+        array::from_fn(|column| array::from_fn(|row| rows[row][column]))
     }
 }
 

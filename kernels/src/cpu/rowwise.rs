@@ -1,15 +1,15 @@
 //! Operations that touch each row or element once: normalisation, activation, rotation, addition.
 //!
-//! Sums and `exp` are written in lanes. The rest is plain loops: they have nothing to reduce, so the compiler may
+//! Sums and `exp` are written in sixteen lanes. The rest is plain loops: they have nothing to reduce, so the compiler may
 //! choose the lanes and the bits stay the same.
 
 use super::{
     Level,
     pool::Pool,
     shared_out::SharedOut,
-    simd::{Kernel, LANES, Simd, padded},
+    simd::{Kernel, Simd, padded},
 };
-use crate::step::RopeTable;
+use crate::{matrix::PANEL, step::RopeTable};
 use std::ops::Range;
 
 /// Cuts `items` items of `elements` elements each into chunks and runs `body` on ranges of items.
@@ -116,23 +116,24 @@ impl Kernel for RmsNorm<'_> {
     }
 }
 
-/// Four vectors of partial sums, so that the additions need not wait for each other; then lane by lane.
+/// Four panels of partial sums, so that the additions need not wait for each other; then lane by lane.
 #[inline(always)]
 fn sum_of_squares<S: Simd>(simd: S, row: &[f32]) -> f32 {
-    let mut sums = [simd.splat(0.0); 4];
-    let (vectors, tail) = row.as_chunks::<LANES>();
-    let (quads, rest) = vectors.as_chunks::<4>();
+    let mut sums = [simd.panel_zero(); 4];
+    let (panels, tail) = row.as_chunks::<PANEL>();
+    let (quads, rest) = panels.as_chunks::<4>();
     for quad in quads {
         for (sum, x) in sums.iter_mut().zip(quad) {
-            let x = simd.load(x);
-            *sum = simd.mul_add(x, x, *sum);
+            let x = simd.panel_f32(x);
+            *sum = simd.panel_fma(x, x, *sum);
         }
     }
     for (sum, x) in sums.iter_mut().zip(rest.iter().copied().chain([padded(tail)])) {
-        let x = simd.load(&x);
-        *sum = simd.mul_add(x, x, *sum);
+        let x = simd.panel_f32(&x);
+        *sum = simd.panel_fma(x, x, *sum);
     }
-    simd.sum(simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3])))
+    let [a, b, c, d] = sums;
+    simd.panel_sum(simd.panel_add(simd.panel_add(a, b), simd.panel_add(c, d)))
 }
 
 struct SiluMul<'a> {
@@ -146,24 +147,24 @@ impl Kernel for SiluMul<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (gates, gate_tail) = self.gate.as_chunks::<LANES>();
-        let (ups, up_tail) = self.up.as_chunks::<LANES>();
-        let (outs, out_tail) = self.out.as_chunks_mut::<LANES>();
+        let (gates, gate_tail) = self.gate.as_chunks();
+        let (ups, up_tail) = self.up.as_chunks();
+        let (outs, out_tail) = self.out.as_chunks_mut();
         for ((out, gate), up) in outs.iter_mut().zip(gates).zip(ups) {
-            silu_mul_lanes(simd, out, gate, up);
+            silu_mul_panel(simd, out, gate, up);
         }
-        let mut lanes = [0.0; LANES];
-        silu_mul_lanes(simd, &mut lanes, &padded(gate_tail), &padded(up_tail));
-        out_tail.copy_from_slice(&lanes[..out_tail.len()]);
+        let mut last = [0.0; PANEL];
+        silu_mul_panel(simd, &mut last, &padded(gate_tail), &padded(up_tail));
+        out_tail.copy_from_slice(&last[..out_tail.len()]);
     }
 }
 
 #[inline(always)]
-fn silu_mul_lanes<S: Simd>(simd: S, out: &mut [f32; LANES], gate: &[f32; LANES], up: &[f32; LANES]) {
-    let (gate, up) = (simd.load(gate), simd.load(up));
-    let exp = simd.exp(simd.sub(simd.splat(0.0), gate));
-    let silu = simd.div(gate, simd.add(simd.splat(1.0), exp));
-    simd.store(simd.mul(silu, up), out);
+fn silu_mul_panel<S: Simd>(simd: S, out: &mut [f32; PANEL], gate: &[f32; PANEL], up: &[f32; PANEL]) {
+    let gate = simd.panel_f32(gate);
+    let exp = simd.panel_exp(simd.panel_mul(gate, simd.panel_splat(-1.0)));
+    let silu = simd.panel_div(gate, simd.panel_add(simd.panel_splat(1.0), exp));
+    simd.panel_store(simd.panel_mul(silu, simd.panel_f32(up)), out);
 }
 
 struct Add<'a> {

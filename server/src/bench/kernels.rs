@@ -143,14 +143,18 @@ Examples:
 
 #[cfg(test)]
 mod tests {
+    use tidemill_kvtransfer_proto::layout::KvDtype;
+
     use super::*;
 
     #[test]
     fn the_smallest_operation_is_measured_on_every_instruction_set() {
         let flags = KernelBenchFlags { threads: Some(1), cpu_isa: None, only: None, runs: 2, json: false };
         let isas: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
-        let operations =
-            [Operation::Norm { rows: 4 }, Operation::Attention { sequences: 2, rows: 1, context: 40 }];
+        let operations = [
+            Operation::Norm { rows: 4 },
+            Operation::Attention { sequences: 2, rows: 1, context: 40, dtype: KvDtype::Int8 },
+        ];
         let rows = measure(&flags, &isas, &operations).expect("the machine has them");
         assert_eq!(rows.len(), 2 * isas.len());
         for row in rows {

@@ -17,7 +17,7 @@ pub(super) enum Operation {
     /// A matrix product of so many rows. One row reads a matrix that no cache holds.
     Matmul { rows: usize, format: WeightFormat },
     /// Attention of `rows` new tokens of each sequence, which has `context` tokens in all.
-    Attention { sequences: usize, rows: usize, context: usize },
+    Attention { sequences: usize, rows: usize, context: usize, dtype: KvDtype },
     /// K and V of so many tokens into their blocks.
     WriteKv { rows: usize },
     /// RMS norm.
@@ -65,9 +65,17 @@ impl Operation {
         let quantized = [Quantization::Int8, Quantization::Int4 { group: 32 }].map(WeightFormat::Quantized);
         let formats = stored.into_iter().chain(quantized);
         let products = formats.flat_map(|format| [1, 16, 256].map(|rows| Self::Matmul { rows, format }));
+        let attention = |sequences, rows, context, dtype| Self::Attention { sequences, rows, context, dtype };
         let others = [
-            Self::Attention { sequences: 16, rows: 1, context: 2048 },
-            Self::Attention { sequences: 1, rows: 256, context: 1024 },
+            attention(1, 1, 2048, KvDtype::Bf16),
+            attention(1, 1, 8192, KvDtype::Bf16),
+            attention(16, 1, 2048, KvDtype::Bf16),
+            attention(16, 1, 8192, KvDtype::Bf16),
+            attention(16, 1, 2048, KvDtype::F16),
+            attention(16, 1, 2048, KvDtype::Int8),
+            attention(1, 256, 1024, KvDtype::Bf16),
+            attention(1, 2048, 2048, KvDtype::Bf16),
+            attention(1, 2048, 2048, KvDtype::F16),
             Self::WriteKv { rows: 4096 },
             Self::Norm { rows: 4096 },
             Self::SiluMul { rows: 4096 },
@@ -82,10 +90,12 @@ impl Operation {
         match self {
             Self::Matmul { rows: 1, format } => format!("matmul 1 row, {}", weights_name(*format)),
             Self::Matmul { rows, format } => format!("matmul {rows} rows, {}", weights_name(*format)),
-            Self::Attention { sequences, rows: 1, context } => {
-                format!("attention decode, {sequences} x {context}")
+            Self::Attention { sequences, rows: 1, context, dtype } => {
+                format!("attention decode, {sequences} x {context}, {}", dtype.name())
             }
-            Self::Attention { rows, context, .. } => format!("attention prefill, {rows} of {context}"),
+            Self::Attention { rows, context, dtype, .. } => {
+                format!("attention prefill, {rows} of {context}, {}", dtype.name())
+            }
             Self::WriteKv { .. } => "write K and V, bf16".to_owned(),
             Self::Norm { .. } => "RMS norm".to_owned(),
             Self::SiluMul { .. } => "SiLU and product".to_owned(),
@@ -119,15 +129,15 @@ impl Operation {
                 prepared.out = vec![0.0; rows * outputs];
                 prepared.matrix = Some(matrix(outputs, format));
             }
-            Self::Attention { sequences, rows, context } => {
+            Self::Attention { sequences, rows, context, dtype } => {
                 prepared.x = numbers(sequences * rows * QUERY_HEADS * HEAD);
                 prepared.out = vec![0.0; prepared.x.len()];
-                prepared.cache = Some(Cache::new(sequences, context)?);
+                prepared.cache = Some(Cache::new(sequences, context, dtype)?);
             }
             Self::WriteKv { rows } => {
                 prepared.x = numbers(rows * KV_HEADS * HEAD);
                 prepared.y = numbers(rows * KV_HEADS * HEAD);
-                prepared.cache = Some(Cache::new(1, rows)?);
+                prepared.cache = Some(Cache::new(1, rows, KvDtype::Bf16)?);
             }
             Self::Norm { rows } | Self::SiluMul { rows } | Self::Rope { rows } | Self::Add { rows } => {
                 prepared.x = numbers(rows * INPUTS);
@@ -148,6 +158,10 @@ impl Prepared {
             Operation::Matmul { rows, format } if FEW_ROWS < rows => {
                 Bound::Operations(cpu.arithmetic(format))
             }
+            // K and V of these types are multiplied in bf16 where there are instructions for that.
+            Operation::Attention { rows, dtype: KvDtype::Bf16 | KvDtype::Int8, .. } if 1 < rows => {
+                Bound::Operations(cpu.arithmetic(WeightFormat::Stored(WeightDtype::Bf16)))
+            }
             Operation::Attention { rows, .. } if 1 < rows => Bound::Operations(Arithmetic::F32),
             _ => Bound::Bytes,
         }
@@ -161,13 +175,14 @@ impl Prepared {
                 2 * rows * outputs(rows, format) * INPUTS
             }
             (Operation::Matmul { .. }, Bound::Bytes) => self.matrix.as_ref().map_or(0, PackedMatrix::bytes),
-            (Operation::Attention { sequences, rows, context }, Bound::Operations(_)) => {
+            (Operation::Attention { sequences, rows, context, .. }, Bound::Operations(_)) => {
                 // The rows are the last ones: each sees all that is before it, and itself.
                 let pairs = rows * (context - rows) + rows * (rows + 1) / 2;
                 4 * sequences * pairs * QUERY_HEADS * HEAD
             }
-            (Operation::Attention { sequences, context, .. }, Bound::Bytes) => {
-                2 * sequences * context * KV_HEADS * HEAD * KvDtype::Bf16.bytes()
+            (Operation::Attention { sequences, context, dtype, .. }, Bound::Bytes) => {
+                let scale = usize::from(dtype.has_scales()) * size;
+                2 * sequences * context * KV_HEADS * (HEAD * dtype.bytes() + scale)
             }
             (Operation::WriteKv { rows }, _) => 2 * rows * KV_HEADS * HEAD * (size + KvDtype::Bf16.bytes()),
             (Operation::Norm { rows } | Operation::Rope { rows }, _) => 2 * rows * INPUTS * size,
@@ -241,14 +256,14 @@ impl Bound {
 }
 
 impl Cache {
-    fn new(sequences: usize, tokens: usize) -> anyhow::Result<Self> {
+    fn new(sequences: usize, tokens: usize, dtype: KvDtype) -> anyhow::Result<Self> {
         let layout = KvLayout {
             model: String::new(),
             layers: 1,
             kv_heads: KV_HEADS as u16,
             heads: HeadRange { first: 0, count: KV_HEADS as u16 },
             head_size: HEAD as u16,
-            dtype: KvDtype::Bf16,
+            dtype,
             block_len: BlockLen::new(BLOCK as u32).expect("a power of two"),
             order: AxisOrder::TokenHead,
         };
