@@ -1,8 +1,9 @@
 // Attention of single rows over the paged cache: decode, and whatever the kernels for whole prompts do not take.
 //
 // Bound by reading K and V once for each query group. A block has one row and some query heads of one KV head, so that keys that
-// are read serve them all. Eight lanes hold a key; sixteen keys are looked at together. Keys are cut into splits of a fixed number, so the
-// order of all sums depends on the row's position alone and not on what else is in the step.
+// are read serve them all. Eight lanes hold a key; sixteen keys are looked at together, while the next ones come: a thread copies what it
+// reads itself, so no thread waits for another. Keys are cut into splits of a fixed number, so the order of all sums depends on the
+// row's position alone and not on what else is in the step.
 #include "kv.cuh"
 
 struct Attention {
@@ -60,6 +61,21 @@ __device__ __forceinline__ void widen_pack(float (&values)[kPack8], const Pack<T
   for (unsigned e = 0; e < kPack8; e++) values[e] = widen(pack.elements[e]);
 }
 
+// Copies eight elements of a row.
+__device__ __forceinline__ void copy_pack(uint8_t* to, const uint8_t* from, unsigned bytes) {
+  switch (bytes) {
+    case 32:
+      copy_async_16(to + 16, from + 16);
+      copy_async_16(to, from);
+      break;
+    case 16:
+      copy_async_16(to, from);
+      break;
+    default:
+      copy_async<8>(to, from);
+  }
+}
+
 // Eight elements of a row; each type takes as few accesses as it can.
 __device__ __forceinline__ void read_pack(float (&values)[kPack8], uint32_t dtype, const uint8_t* data, unsigned pack, float scale) {
   switch (dtype) {
@@ -112,12 +128,28 @@ struct AttentionMemory {
   float sums[kAttentionWarps][kHeads][kPacks * kLanes * kPack8];
 };
 
+// Where a thread's copies of keys lie: `kStages` of these. Dynamic memory, since its size depends on the type of K and V.
+template <unsigned kPacks>
+struct Ring {
+  uint8_t* first;
+  unsigned pack_bytes;
+
+  __device__ __forceinline__ uint8_t* pack(unsigned stage, unsigned part, unsigned p) const {
+    return first + (((stage * 2 + part) * kPacks + p) * kAttentionThreads + threadIdx.x) * pack_bytes;
+  }
+  // Behind all packs.
+  __device__ __forceinline__ float* scale(unsigned stages, unsigned stage, unsigned part) const {
+    return (float*)(first + stages * 2 * kPacks * kAttentionThreads * pack_bytes) + (stage * 2 + part) * kAttentionThreads + threadIdx.x;
+  }
+};
+
 // Heads of up to `kPacks * 64` elements, a multiple of 8; `kHeads` query heads at once. Rows along x, parts of query groups along y,
 // splits along z.
-template <unsigned kPacks, unsigned kHeads>
+template <unsigned kPacks, unsigned kHeads, unsigned kStages>
 __device__ void attend(const Attention& params) {
   using Memory = AttentionMemory<kPacks, kHeads>;
   SHARED(Memory, memory);
+  DYNAMIC_SHARED(uint8_t, dynamic);
   const KvShape& shape = params.shape;
   unsigned row = blockIdx.x, head_size = shape.head_size, group = params.query_heads / shape.kv_heads;
   unsigned parts = (group + kHeads - 1) / kHeads, kv_head = blockIdx.y / parts, part = blockIdx.y % parts * kHeads;
@@ -145,21 +177,41 @@ __device__ void attend(const Attention& params) {
     }
   }
   uint8_t* const* blocks = params.blocks + size_t(params.sequences[row]) * params.blocks_per_sequence;
-  for (unsigned first = begin; first < end; first += kKeysAtOnce) {
+  Ring<kPacks> ring{dynamic, kPack8 * kv_element_bytes(shape)};
+  bool scaled = shape.dtype == kKvInt8;
+  auto fetch = [&](unsigned first, unsigned stage) {
     unsigned key = first + threadIdx.x / kLanes;
-    float scores[kHeads] = {};
-    KvRow k{}, v{};
     if (key < end) {
       uint8_t* block = blocks[key / shape.block_len];
-      k = kv_row(shape, block, params.layer, kKey, key % shape.block_len, kv_head);
-      v = kv_row(shape, block, params.layer, kValue, key % shape.block_len, kv_head);
-      float scale = k.scale ? *k.scale : 1.0f;
+#pragma unroll
+      for (unsigned part = 0; part < 2; part++) {
+        KvRow from = kv_row(shape, block, params.layer, KvPart(part), key % shape.block_len, kv_head);
+#pragma unroll
+        for (unsigned p = 0; p < kPacks; p++) {
+          unsigned pack = p * kLanes + lane;
+          if (pack * kPack8 < head_size) copy_pack(ring.pack(stage, part, p), from.data + pack * ring.pack_bytes, ring.pack_bytes);
+        }
+        if (scaled) copy_async<4>(ring.scale(kStages, stage, part), from.scale);
+      }
+    }
+    // A group for each stage, if of nothing, so that what is left in flight can be counted.
+    commit_copies();
+  };
+#pragma unroll
+  for (unsigned stage = 0; stage + 1 < kStages; stage++) fetch(begin + stage * kKeysAtOnce, stage);
+#pragma unroll 1
+  for (unsigned first = begin, stage = 0; first < end; first += kKeysAtOnce, stage = (stage + 1) % kStages) {
+    wait_for_copies<kStages - 2>();
+    fetch(first + (kStages - 1) * kKeysAtOnce, (stage + kStages - 1) % kStages);
+    unsigned key = first + threadIdx.x / kLanes;
+    float scores[kHeads] = {};
+    if (key < end) {
+      float scale = scaled ? *ring.scale(kStages, stage, kKey) : 1.0f;
 #pragma unroll
       for (unsigned p = 0; p < kPacks; p++) {
-        unsigned pack = p * kLanes + lane;
-        if (head_size <= pack * kPack8) continue;
+        if (head_size <= (p * kLanes + lane) * kPack8) continue;
         float values[kPack8];
-        read_pack(values, shape.dtype, k.data, pack, scale);
+        read_pack(values, shape.dtype, ring.pack(stage, kKey, p), 0, scale);
 #pragma unroll
         for (unsigned h = 0; h < kHeads; h++)
 #pragma unroll
@@ -184,19 +236,19 @@ __device__ void attend(const Attention& params) {
 #pragma unroll
         for (unsigned e = 0; e < kPack8; e++) seen[h].sums[p][e] *= earlier;
     }
-    float scale = v.scale ? *v.scale : 1.0f;
+    float scale = scaled ? *ring.scale(kStages, stage, kValue) : 1.0f;
 #pragma unroll
     for (unsigned p = 0; p < kPacks; p++) {
-      unsigned pack = p * kLanes + lane;
-      if (head_size <= pack * kPack8) continue;
+      if (head_size <= (p * kLanes + lane) * kPack8) continue;
       float values[kPack8];
-      read_pack(values, shape.dtype, v.data, pack, scale);
+      read_pack(values, shape.dtype, ring.pack(stage, kValue, p), 0, scale);
 #pragma unroll
       for (unsigned h = 0; h < kHeads; h++)
 #pragma unroll
         for (unsigned e = 0; e < kPack8; e++) seen[h].sums[p][e] += weights[h] * values[e];
     }
   }
+  wait_for_copies<0>();
 
   unsigned warp = threadIdx.x / kWarp;
 #pragma unroll
@@ -232,9 +284,9 @@ __device__ void attend(const Attention& params) {
   }
 }
 
-KERNEL(attention_64, kAttentionThreads, Attention) { attend<1, 4>(params); }
-KERNEL(attention_128, kAttentionThreads, Attention) { attend<2, 4>(params); }
-KERNEL(attention_256, kAttentionThreads, Attention) { attend<4, 2>(params); }
+KERNEL(attention_64, kAttentionThreads, Attention) { attend<1, 4, 4>(params); }
+KERNEL(attention_128, kAttentionThreads, Attention) { attend<2, 4, 4>(params); }
+KERNEL(attention_256, kAttentionThreads, Attention) { attend<4, 2, 2>(params); }
 
 // Joins the splits of rows that have several. Rows along x, query heads along y.
 KERNEL(attention_join, kAttentionThreads, Attention) {

@@ -38,9 +38,11 @@ __device__ __forceinline__ KvRow kv_row(const KvShape& shape, uint8_t* block, un
   return row;
 }
 
-__device__ __forceinline__ unsigned kv_row_bytes(const KvShape& shape) {
-  return shape.head_size * (shape.dtype == kKvF32 ? 4 : shape.dtype == kKvInt8 ? 1 : 2);
+__device__ __forceinline__ unsigned kv_element_bytes(const KvShape& shape) {
+  return shape.dtype == kKvF32 ? 4 : shape.dtype == kKvInt8 ? 1 : 2;
 }
+
+__device__ __forceinline__ unsigned kv_row_bytes(const KvShape& shape) { return shape.head_size * kv_element_bytes(shape); }
 
 // One element of a row; `scale` is that of the row, or 1.
 __device__ __forceinline__ float kv_read(uint32_t dtype, const uint8_t* data, unsigned element, float scale) {

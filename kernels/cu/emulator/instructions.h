@@ -33,6 +33,11 @@ inline void copy_async_16(void* shared, const void* global, unsigned taken = 16)
   ::emulator::begin_copy(shared, global, 16, taken);
 }
 
+template <int kBytes>
+inline void copy_async(void* shared, const void* global) {
+  ::emulator::begin_copy(shared, global, kBytes, kBytes);
+}
+
 inline void commit_copies() { ::emulator::commit_copies(); }
 
 template <int kLeft>

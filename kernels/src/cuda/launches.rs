@@ -41,15 +41,18 @@ pub fn attention(rows: u32, parameters: &Attention) -> (Launch, Option<Launch>) 
     let (head_size, kv_heads) = (parameters.shape.head_size(), parameters.shape.kv_heads());
     assert!(head_size.is_multiple_of(8) && head_size <= 256, "attention: heads of {head_size} elements");
     assert!(parameters.query_heads.is_multiple_of(kv_heads), "attention: whole groups of query heads");
-    let (kernel, at_once) = match head_size {
-        ..=64 => ("attention_64", 4),
-        65..=128 => ("attention_128", 4),
-        _ => ("attention_256", 2),
+    let (kernel, at_once, stages, packs) = match head_size {
+        ..=64 => ("attention_64", 4, 4, 1),
+        65..=128 => ("attention_128", 4, 4, 2),
+        _ => ("attention_256", 2, 2, 4),
     };
+    // `Ring`: a key's and a value's elements for each thread, and their scales.
+    let shared_bytes = stages * 2 * 128 * (packs * PACK * parameters.shape.element_bytes() + 4);
     let groups = kv_heads * (parameters.query_heads / kv_heads).div_ceil(at_once);
     let launch = |kernel, grid| Launch::new("attention", kernel, grid, 128, parameters);
     let join = (1 < parameters.splits).then(|| launch("attention_join", [rows, parameters.query_heads, 1]));
-    (launch(kernel, [rows, groups, parameters.splits]), join)
+    let attend = launch(kernel, [rows, groups, parameters.splits]).with_shared_bytes(shared_bytes);
+    (attend, join)
 }
 
 /// Attention of prompts in so many [tiles](PromptTile), on tensor cores. `None` for f32, which they do not take: see [`attention`].

@@ -440,6 +440,15 @@ impl KvShape {
         self.head_size
     }
 
+    /// Bytes of an element: of `dtype` in the words of `new`.
+    pub(super) const fn element_bytes(&self) -> u32 {
+        match self.dtype {
+            0 => 4,
+            1 | 2 => 2,
+            _ => 1,
+        }
+    }
+
     pub(super) const fn kv_heads(&self) -> u32 {
         self.kv_heads
     }
