@@ -19,7 +19,7 @@ use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
 
-use crate::device::{Device, DeviceChoice};
+use crate::device::Device;
 use crate::draft_model::DraftModel;
 use crate::driver::{Driver, Inbox};
 use crate::engine::{Command, EngineError, Shared};
@@ -48,7 +48,7 @@ pub(crate) fn boot(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Booted, EngineError> {
     let (format, quantization) = (config.load_format, config.quantization);
-    let device = config.device.clone();
+    let device = config.settle_device()?;
     if 1 < config.tensor_parallel {
         let ranks::Started { ranks, cores } = ranks::start(&config)?;
         let cpu = Arc::clone(&ranks.cpus()[0]);
@@ -63,20 +63,19 @@ pub(crate) fn boot(
     let options = LoadOptions { threads: cpu.threads(), format, quantization };
     let boot = Boot { config, instance, wires, cpu, options, progress };
     match device {
-        DeviceChoice::Cpu => {
+        None => {
             let model = Arc::new(Model::load_with(options, &boot.config.model, boot.progress)?);
             boot.run(&model, host_room(), |cpu, arena, limits| {
                 let runner = Runner::new(Arc::clone(&model), Arc::clone(cpu), *arena.shape(), limits);
                 Ok((Device::Cpu(Box::new(HostRunner::One(runner))), None, cpu.describe()))
             })
         }
-        DeviceChoice::Cuda(driver) => {
-            cuda::check(&boot.config)?;
+        Some(driver) => {
             let model = Arc::new(Model::load_on(&driver, options, &boot.config.model, boot.progress)?);
             let room = cuda::room(&driver)?;
-            let graphs = boot.config.cuda_graphs.clone();
+            let (graphs, invariant) = (boot.config.cuda_graphs.clone(), boot.config.batch_invariant);
             boot.run(&model, Some(room), |_, arena, limits| {
-                cuda::open(&driver, &model, arena, limits, &graphs)
+                cuda::open(&driver, &model, arena, limits, &graphs, invariant)
             })
         }
     }

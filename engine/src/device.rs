@@ -23,8 +23,10 @@ pub enum DeviceChoice {
     /// The processor, by the instructions and threads that the configuration names.
     #[default]
     Cpu,
-    /// A GPU that was opened.
+    /// A GPU that was opened. What it cannot do is refused.
     Cuda(Arc<dyn cuda::Driver>),
+    /// A GPU that was opened, if it can do what is asked for, else the processor.
+    CudaOrCpu(Arc<dyn cuda::Driver>),
 }
 
 /// What computes.
@@ -149,7 +151,7 @@ impl fmt::Display for DeviceChoice {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => formatter.write_str("cpu"),
-            Self::Cuda(driver) => formatter.write_str(&driver.properties().name),
+            Self::Cuda(driver) | Self::CudaOrCpu(driver) => formatter.write_str(&driver.properties().name),
         }
     }
 }

@@ -17,7 +17,7 @@ pub enum DeviceName {
     /// The processor.
     #[default]
     Cpu,
-    /// The first GPU, where it is of use, else the processor.
+    /// The first GPU, where it is of use and can do what is asked for, else the processor.
     Auto,
     /// The GPU of this number, as the driver counts.
     Cuda(u32),
@@ -49,8 +49,8 @@ impl DeviceName {
     pub fn open(self) -> Result<DeviceChoice, CudaError> {
         match self {
             Self::Cpu => Ok(DeviceChoice::Cpu),
-            Self::Cuda(index) => open(index),
-            Self::Auto => open(0).or_else(|reason| {
+            Self::Cuda(index) => open(index).map(DeviceChoice::Cuda),
+            Self::Auto => open(0).map(DeviceChoice::CudaOrCpu).or_else(|reason| {
                 tracing::info!(%reason, "cpu only");
                 Ok(DeviceChoice::Cpu)
             }),
@@ -78,11 +78,11 @@ fn usable(index: u32) -> Result<(), CudaError> {
     gpu.1.map_or(Ok(()), Err)
 }
 
-fn open(index: u32) -> Result<DeviceChoice, CudaError> {
+fn open(index: u32) -> Result<Arc<dyn Driver>, CudaError> {
     let gpu = Gpu::open(index, Images::usual_folder())?;
     let GpuProperties { name, multiprocessors, .. } = gpu.properties();
     tracing::info!(gpu = index, %name, multiprocessors, compiled = gpu.compiled(), "computes on a GPU");
-    Ok(DeviceChoice::Cuda(Arc::new(gpu)))
+    Ok(Arc::new(gpu))
 }
 
 impl FromStr for DeviceName {

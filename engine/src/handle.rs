@@ -106,6 +106,8 @@ pub struct EngineConfig {
     pub tensor_parallel: u32,
     /// Which decode steps of a GPU are recorded, to be asked for in one call.
     pub cuda_graphs: CudaGraphs,
+    /// Whether a GPU multiplies by kernels alone that give a row the same bits whatever else is computed: slower.
+    pub batch_invariant: bool,
     /// How its weights come to be.
     pub load_format: LoadFormat,
     /// How its weights are made smaller; `None` keeps them as they come.
@@ -172,6 +174,7 @@ impl EngineConfig {
             device: DeviceChoice::Cpu,
             tensor_parallel: 1,
             cuda_graphs: CudaGraphs::Usual,
+            batch_invariant: false,
             load_format: LoadFormat::Safetensors,
             quantization: None,
             max_model_len: None,

@@ -7,7 +7,7 @@ mod support;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use support::cuda::{Buffer, Pinned, floats};
 use tidemill_kernels::cuda::{
-    CudaError, DeviceAddress, Driver, Graph, Launch, Queue, RmsNorm,
+    CudaError, DeviceAddress, Driver, Graph, Launch, MatrixProduct, Product, Queue, RmsNorm,
     emulator::Order,
     fake::{Calls, Fake},
     launches,
@@ -196,7 +196,7 @@ fn tickets_order_the_host() {
     fake.start_upload(Queue::Compute, device.address(), pinned.address(), 8).unwrap();
     fake.copy(Queue::Compute, device.address().offset(8), device.address(), 8).unwrap();
     assert_eq!(device.read::<u64>(), [0x0101_0101_0101_0101; 2]);
-    let expected = Calls { allocations: 2, launches: 0, replays: 0, copies: 6, waits: 2 };
+    let expected = Calls { allocations: 2, launches: 0, products: 0, replays: 0, copies: 6, waits: 2 };
     assert_eq!(
         fake.calls(),
         expected,
@@ -360,4 +360,80 @@ fn filled(device: &dyn Driver) -> DeviceAddress {
     let address = device.allocate(512).expect("there is room");
     device.fill(address, 512, 0).expect("there is room");
     address
+}
+
+/// A product of rows of ones, of four inputs each, which comes to fours.
+fn product([out, x, w]: [DeviceAddress; 3], rows: u32) -> MatrixProduct {
+    let bias = DeviceAddress::NULL;
+    let product = Product { out, x, w, bias, rows, inputs: 4, outputs: 4, adds: 0 };
+    MatrixProduct { dtype: WeightDtype::F32, to_f32: false, product }
+}
+
+#[test]
+fn the_library_multiplies_what_it_takes() {
+    for has_library in [false, true] {
+        let fake = Fake::new(Order::Forwards);
+        let fake = if has_library { fake.with_library() } else { fake };
+        assert_eq!(fake.library().is_ok(), has_library);
+        {
+            let [x, w] = [8, 16].map(|count| Buffer::new(&fake, &vec![1.0f32; count]));
+            let out = Buffer::new(&fake, &[0.5f32; 8]);
+            let mut asked = product([out.address(), x.address(), w.address()], 2);
+            assert_eq!(fake.multiply(&asked), Ok(has_library));
+            assert_eq!(out.read::<f32>(), [if has_library { 4.0 } else { 0.5 }; 8]);
+            asked.product.adds = 1;
+            asked.product.bias = w.address();
+            assert_eq!(fake.multiply(&asked), Ok(has_library));
+            assert_eq!(out.read::<f32>(), [if has_library { 9.0 } else { 0.5 }; 8]);
+            asked.product.x = x.address().offset(4);
+            assert_eq!(fake.multiply(&asked), Ok(false), "between packs");
+            // As part of a graph, as often as it is replayed.
+            asked.product.x = x.address();
+            if has_library {
+                let graph = capture(&fake, || assert_eq!(fake.multiply(&asked), Ok(true)));
+                assert_eq!((out.read::<f32>(), graph.launches), (vec![9.0; 8], 0));
+                fake.replay(graph).unwrap();
+                fake.replay(graph).unwrap();
+                assert_eq!(out.read::<f32>(), [19.0; 8]);
+                fake.free_graph(graph).unwrap();
+            }
+        }
+        fake.assert_nothing_left();
+    }
+}
+
+#[test]
+fn products_that_are_asked_for_wrongly_are_found() {
+    let full = |fake: &Fake, bytes: usize| {
+        let address = fake.allocate(bytes).unwrap();
+        fake.upload(address, &vec![0; bytes]).unwrap();
+        address
+    };
+    let ask = |fake: &Fake, addresses| assert!(fake.multiply(&product(addresses, 2)).unwrap());
+    let with_library = |mistake: &dyn Fn(&Fake)| {
+        let fake = Fake::new(Order::Forwards).with_capacity(1 << 20).with_library();
+        let panic = catch_unwind(AssertUnwindSafe(|| mistake(&fake))).expect_err("a mistake");
+        panic.downcast::<String>().map_or_else(|_| String::new(), |it| *it)
+    };
+    let rows: [Mistake<'_>; 5] = [
+        ("product of 32 bytes", &|fake| ask(fake, [full(fake, 31), full(fake, 32), full(fake, 64)])),
+        ("product of 64 bytes", &|fake| ask(fake, [full(fake, 32), full(fake, 32), full(fake, 48)])),
+        ("some of which nobody wrote", &|fake| {
+            ask(fake, [full(fake, 32), fake.allocate(32).unwrap(), full(fake, 64)]);
+        }),
+        ("whose result overlaps an operand", &|fake| {
+            let shared = full(fake, 64);
+            ask(fake, [shared, shared.offset(16), full(fake, 64)]);
+        }),
+        ("whose memory was given back", &|fake| {
+            let [out, x, w] = [32, 32, 64].map(|bytes| full(fake, bytes));
+            let graph = capture(fake, || ask(fake, [out, x, w]));
+            fake.free(x).unwrap();
+            fake.replay(graph).unwrap();
+        }),
+    ];
+    for (expected, mistake) in rows {
+        let message = with_library(mistake);
+        assert!(message.contains(expected), "expected {expected:?}: {message}");
+    }
 }

@@ -49,6 +49,16 @@ fn drivers_that_are_of_no_use_say_why() {
     const NO_GPU: &str = "int cuInit(unsigned flags) { return 100; }";
     const STUB: &str = "int cuInit(unsigned flags) { return 34; }";
     const OLD: &str = "int cuInit(unsigned flags) { return 0; } int cuDriverGetVersion(int* version) { *version = 12020; return 0; }";
+    // Libraries of CUDA's that anybody could load, and none of the compiler.
+    const WITHOUT_A_COMPILER: &str = "int cuInit(unsigned flags) { return 0; }
+        int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
+        int cuDeviceGetCount(int* count) { *count = 1; return 0; }
+        int cuDeviceGet(int* device, int index) { *device = index; return 0; }
+        int cuDeviceGetName(char* name, int bytes, int device) { name[0] = 'X'; name[1] = 0; return 0; }
+        int cuDeviceGetAttribute(int* value, int which, int device) { *value = which == 75 ? 9 : 1; return 0; }
+        int cuDevicePrimaryCtxRetain(void** context, int device) { *context = &device; return 0; }
+        int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
+        int cuCtxSetCurrent(void* context) { return 0; }";
     let rows = [
         ("no GPU", NO_GPU, "there is no GPU 0: the driver sees 0"),
         ("a stub", STUB, "no driver for NVIDIA GPUs: cuInit says CUDA_ERROR_STUB_LIBRARY"),
@@ -57,8 +67,16 @@ fn drivers_that_are_of_no_use_say_why() {
             OLD,
             "the NVIDIA driver is for CUDA 12.2; CUDA 12.3 or newer is needed: update the driver",
         ),
+        (
+            "no compiler",
+            WITHOUT_A_COMPILER,
+            "no compiler for CUDA kernels: libnvrtc.so was not found: install CUDA, or `pip install nvidia-cuda-nvrtc`, and name its \
+             folder in LD_LIBRARY_PATH",
+        ),
     ];
-    for (name, source, expected) in rows {
+    // Where the system itself has a compiler, nobody can be without one.
+    let has_compiler = Nvrtc::open().is_ok();
+    for (name, source, expected) in rows.into_iter().filter(|row| !has_compiler || row.0 != "no compiler") {
         let folder = tempfile::tempdir().expect("there is room");
         let file = folder.path().join("driver.c");
         fs::write(&file, source).expect("there is room");

@@ -15,7 +15,7 @@ mod front;
 mod speculative;
 mod values;
 
-pub(crate) use engine::{DeploymentFlags, EngineFlags, ModelFlags, RoleOverrides, cpu_isa};
+pub(crate) use engine::{DeploymentFlags, EngineFlags, ModelFlags, RoleOverrides, cpu_isa, device};
 pub(crate) use front::{FrontFlags, LogFlags};
 pub(crate) use speculative::DraftName;
 pub(crate) use values::{CoreList, LoadFormatName, LogFormat, RoleName, TransportName, typed};

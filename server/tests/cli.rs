@@ -175,3 +175,38 @@ fn an_empty_environment_is_enough() {
         assert!(gpus.contains("cpu only: "), "{gpus}");
     }
 }
+
+/// A driver that sees no GPU, as a library of its own: `cuda:0` is refused with the reason, `auto` computes on the CPU.
+#[test]
+fn a_driver_without_a_gpu_is_no_reason_not_to_compute() {
+    let folder = tempfile::tempdir().expect("there is room");
+    let source = folder.path().join("driver.c");
+    std::fs::write(&source, "int cuInit(unsigned flags) { return 100; }").expect("there is room");
+    let library = folder.path().join("libcuda.so");
+    let built = Command::new("cc").args(["-shared", "-o"]).args([&library, &source]).status();
+    assert!(built.expect("there is a C compiler").success());
+    let bench = |device: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+        command.env_clear().env("LD_LIBRARY_PATH", folder.path()).stdin(Stdio::null());
+        command.args([
+            "bench",
+            "model",
+            "--shape",
+            "llama-tiny",
+            "--prefill-len",
+            "1",
+            "--decode-batch",
+            "1",
+        ]);
+        command.args(["--runs", "1", "--threads", "1", "--json", "--device", device]);
+        command.output().expect("the binary starts")
+    };
+    let refused = bench("cuda:0");
+    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused.stdout));
+    let said = text(&refused.stderr);
+    assert!(said.contains("for '--device <NAME>': there is no GPU 0: the driver sees 0"), "{said}");
+    let computed = bench("auto");
+    assert!(computed.status.success(), "{}", text(&computed.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&computed.stdout).expect("is JSON");
+    assert_eq!(report["rows"].as_array().map(Vec::len), Some(2), "{report}");
+}

@@ -7,30 +7,16 @@ use tidemill_kernels::cuda::Driver;
 use super::Opened;
 use crate::device::Device;
 use crate::engine::EngineError;
-use crate::handle::{CudaGraphs, EngineConfig};
+use crate::handle::CudaGraphs;
 use crate::memory::{Arena, DevicePool};
-use crate::models::{Model, ModelSpec};
+use crate::models::Model;
+use crate::requirements;
 use crate::runner::{CudaRunner, RunnerLimits};
 use crate::weights::DeviceWeights;
 
-/// Refuses, before weights are read, what the kernels do not do.
-pub(super) fn check(config: &EngineConfig) -> Result<(), EngineError> {
-    let limits = RunnerLimits {
-        max_tokens: config.max_num_batched_tokens as usize,
-        max_seqs: config.max_num_seqs as usize,
-        max_model_len: 1,
-    };
-    match CudaRunner::refusal(&ModelSpec::read(&config.model)?, limits) {
-        Some(reason) => Err(EngineError::Device(reason)),
-        None => Ok(()),
-    }
-}
-
-/// Bytes that blocks can have, with the weights on the device: three quarters of what is left, which leaves room for the buffers
-/// of a step and for graphs.
+/// Bytes that blocks can have, with the weights on the device.
 pub(super) fn room(driver: &Arc<dyn Driver>) -> Result<u64, EngineError> {
-    let memory = driver.memory()?;
-    Ok(memory.free as u64 / 4 * 3)
+    Ok(requirements::room_for_blocks(driver.memory()?.free as u64))
 }
 
 /// Makes the blocks and buffers on the device.
@@ -40,10 +26,23 @@ pub(super) fn open(
     arena: &Arena,
     limits: RunnerLimits,
     graphs: &CudaGraphs,
+    batch_invariant: bool,
 ) -> Result<Opened, EngineError> {
     let pool = DevicePool::new(driver, arena.shape().block_bytes(), arena.blocks())?;
     let sizes = graphs.sizes(limits);
-    let runner = CudaRunner::new(Arc::clone(model), Arc::clone(driver), *arena.shape(), limits, &sizes)?;
+    let mut runner = CudaRunner::new(Arc::clone(model), Arc::clone(driver), *arena.shape(), limits, &sizes)?;
+    if batch_invariant {
+        runner.set_library_rows(None);
+    }
+    match driver.library() {
+        _ if batch_invariant => {
+            tracing::info!("matrices are multiplied by kernels of our own, as was asked for")
+        }
+        Ok(library) => tracing::info!(%library, "multiplies large matrices"),
+        Err(reason) => {
+            tracing::warn!(%reason, "large matrices are multiplied by kernels of our own, which are slower")
+        }
+    }
     tracing::info!(
         bytes = pool.bytes(),
         blocks = arena.blocks().0,

@@ -6,7 +6,7 @@ use tidemill_kernels::cpu::Ranks;
 
 use super::placement::{Nodes, place};
 use super::{Boot, Booted, host_room};
-use crate::device::{Device, DeviceChoice};
+use crate::device::Device;
 use crate::engine::EngineError;
 use crate::handle::EngineConfig;
 use crate::models::{Model, ModelSpec};
@@ -22,11 +22,6 @@ pub(super) struct Started {
 /// Starts the threads of all ranks, if so many can share the model.
 pub(super) fn start(config: &EngineConfig) -> Result<Started, EngineError> {
     let count = config.tensor_parallel as usize;
-    if let DeviceChoice::Cuda(_) = config.device {
-        return Err(EngineError::Setting(format!(
-            "--tensor-parallel-size {count} is for the CPU: a GPU computes the whole model"
-        )));
-    }
     if let Some(reason) = Shard::refusal(count, &ModelSpec::read(&config.model)?) {
         return Err(EngineError::Setting(reason));
     }

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use tidemill_kernels::cuda;
 use tidemill_kernels::matrix::{Embedding, PackedMatrix, WeightDtype};
 
-use crate::handle::{LoadFormat, LoadProgress, ModelSource};
+use crate::handle::{LoadFormat, LoadProgress, ModelSource, Quantization};
 use crate::models::{GgufModel, LoadOptions, ModelError, ModelFiles, ModelSpec};
 use checkpoint::CheckpointFiles;
 use dummy::Dummy;
@@ -194,6 +194,27 @@ pub(crate) fn load_on(
     load_into(&mut uploader, Shard::WHOLE, spec, model, options, progress)
 }
 
+/// Bytes of all weights, each in the type that the configuration names.
+pub(crate) fn plain_bytes(spec: &ModelSpec) -> u64 {
+    let elements: u64 = tensors::tensors(spec).iter().map(TensorSpec::elements).sum();
+    elements * spec.dtype.bytes() as u64
+}
+
+/// The least that weights take, should their matrices be made smaller: half a byte or a byte for each element, and no scales.
+pub(crate) fn least_bytes(spec: &ModelSpec, quantization: Option<Quantization>) -> u64 {
+    let bytes = |tensor: &TensorSpec| match quantization {
+        Some(Quantization::Int8) if is_smaller(tensor) => tensor.elements(),
+        Some(Quantization::Int4 { .. }) if is_smaller(tensor) => tensor.elements() / 2,
+        _ => tensor.elements() * spec.dtype.bytes() as u64,
+    };
+    tensors::tensors(spec).iter().map(bytes).sum()
+}
+
+/// Whether a tensor is a matrix that is made smaller: all but the embedding.
+fn is_smaller(tensor: &TensorSpec) -> bool {
+    tensor.shape.len() == 2 && tensor.name != EMBEDDING
+}
+
 fn load_into<S: Store>(
     store: &mut S,
     shard: Shard,
@@ -218,8 +239,7 @@ fn load_into<S: Store>(
             read_all(store, shard, spec, (&mut checkpoint, total), options, progress)
         }
         (LoadFormat::Dummy { seed }, _) => {
-            let elements: u64 = wanted.iter().map(TensorSpec::elements).sum();
-            let total = elements * spec.dtype.bytes() as u64;
+            let total = plain_bytes(spec);
             let mut dummy = Dummy { seed, dtype: spec.dtype, threads: options.threads };
             read_all(store, shard, spec, (&mut dummy, total), options, progress)
         }

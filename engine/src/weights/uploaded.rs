@@ -56,9 +56,30 @@ impl DeviceTensor {
     pub const fn address(&self) -> DeviceAddress {
         self.0.address()
     }
+
+    /// Size in bytes.
+    pub const fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
 }
 
 impl DeviceMatrix {
+    /// Size in bytes, scales included.
+    pub const fn bytes(&self) -> usize {
+        match self {
+            Self::Plain(tensor) => tensor.bytes(),
+            Self::Quantized(DeviceSteps { steps, scales, .. }) => steps.bytes() + scales.bytes(),
+        }
+    }
+
+    /// How it is made smaller, if it is.
+    pub const fn quantization(&self) -> Option<Quantization> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Quantized(DeviceSteps { quantization, .. }) => Some(*quantization),
+        }
+    }
+
     /// Whether it is in fewer bits.
     pub(crate) const fn is_quantized(&self) -> bool {
         matches!(self, Self::Quantized(_))

@@ -18,7 +18,9 @@ use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen};
 
 /// A model folder with goldens of transformers.
 pub(crate) fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(name)
+    // Of this checkout, which need not be where the test was built.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    PathBuf::from(package).join("../tests/fixtures/models").join(name)
 }
 
 /// A fixture model with its weights.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::bench::{Bench, Storage, Work, distance, fixture, goldens};
 use super::formats;
 use super::quantized::cosine;
+use super::test_gpu::TestGpu;
 use tidemill_engine::handle::{LoadFormat, ModelSource, Quantization};
 use tidemill_engine::memory::{DevicePool, block_shape};
 use tidemill_engine::models::{LoadOptions, Model};
@@ -45,7 +46,7 @@ for_every_model! {
     qwen3_yarn: "qwen3-yarn",
 }
 
-/// A runner on a fake device, and its blocks.
+/// A runner on a device, and its blocks.
 struct Gpu {
     runner: CudaRunner,
     pool: DevicePool,
@@ -59,25 +60,26 @@ struct Place {
 }
 
 impl Gpu {
-    fn new(fake: &Arc<Fake>, name: &str, storage: Storage, graph_sizes: &[usize]) -> Self {
-        Self::of(fake, &ModelSource::Folder(fixture(name)), None, storage, graph_sizes)
+    fn new(driver: Arc<dyn Driver>, name: &str, storage: Storage, graph_sizes: &[usize]) -> Self {
+        Self::of(driver, &ModelSource::Folder(fixture(name)), None, storage, graph_sizes)
     }
 
     fn of(
-        fake: &Arc<Fake>,
+        driver: Arc<dyn Driver>,
         source: &ModelSource,
         quantization: Option<Quantization>,
         storage: Storage,
         graph_sizes: &[usize],
     ) -> Self {
-        let driver: Arc<dyn Driver> = Arc::clone(fake) as _;
         let options = LoadOptions { threads: 2, format: LoadFormat::Safetensors, quantization };
         let model = Model::load_on(&driver, options, source, &mut |_| {}).expect("the fixture loads");
         let block_len = BlockLen::new(storage.block_len).expect("a power of two");
         let shape = block_shape(&model.kv_layout(storage.dtype, block_len, storage.order));
         let pool = DevicePool::new(&driver, shape.block_bytes(), BlockCount(BLOCKS)).expect("memory");
         let limits = RunnerLimits { max_tokens: 64, max_seqs: 4, max_model_len: 128 };
-        let runner = CudaRunner::new(Arc::new(model), driver, shape, limits, graph_sizes).expect("memory");
+        let mut runner = CudaRunner::new(Arc::new(model), driver, shape, limits, graph_sizes).expect("memory");
+        // A prompt of a fixture has few rows, and a step of decode fewer.
+        runner.set_library_rows(Some(4));
         Self { runner, pool, blocks_given: 0 }
     }
 
@@ -140,12 +142,17 @@ impl Row {
 }
 
 fn check(name: &str) {
-    let fake = Arc::new(Fake::new(Order::Forwards));
-    check_on(&fake, name);
+    let gpu = TestGpu::new(Order::Forwards);
+    check_on(gpu.driver(), name);
+    gpu.assert_nothing_left();
+    // The same with a library, and for more of the products than usually.
+    let fake = Arc::new(Fake::new(Order::Forwards).with_library());
+    check_on(Arc::clone(&fake) as _, name);
+    assert!(0 < fake.calls().products, "{name}: prompts are multiplied by the library");
     fake.assert_nothing_left();
 }
 
-fn check_on(fake: &Arc<Fake>, name: &str) {
+fn check_on(driver: Arc<dyn Driver>, name: &str) {
     let dtype = Model::load(&ModelSource::Folder(fixture(name)), LoadFormat::Safetensors, &mut |_| {})
         .expect("the fixture loads")
         .dtype;
@@ -155,7 +162,7 @@ fn check_on(fake: &Arc<Fake>, name: &str) {
         // Every result between two operations is rounded to 8 bits, as K and V are.
         WeightDtype::Bf16 => (KvDtype::Bf16, 8e-2),
     };
-    let mut gpu = Gpu::new(fake, name, Storage { dtype: kv_dtype, block_len: 16, order: AxisOrder::HeadToken }, &[1, 4]);
+    let mut gpu = Gpu::new(driver, name, Storage { dtype: kv_dtype, block_len: 16, order: AxisOrder::HeadToken }, &[1, 4]);
     let goldens = goldens(name);
     // Beyond the window of those that have one.
     let continued = if gpu.runner.model().spec.windows[1].is_some() { 24 } else { 6 };
@@ -208,12 +215,28 @@ fn check_choices(gpu: &mut Gpu, name: &str, place: &Place, next: u32, first: u32
 }
 
 #[test]
+fn few_rows_and_all_of_who_asks_for_the_same_bits_are_multiplied_by_our_kernels() {
+    let fake = Arc::new(Fake::new(Order::Forwards).with_library());
+    let mut gpu = Gpu::new(Arc::clone(&fake) as _, "llama3", Storage::PLAIN, &[]);
+    let prompt: Vec<u32> = (3..15).collect();
+    for (most, are_the_librarys) in [(Some(11), true), (Some(12), false), (None, false)] {
+        let before = fake.calls().products;
+        gpu.runner.set_library_rows(most);
+        let place = gpu.place(16);
+        gpu.step(&[(&place, &prompt)], LogitsWanted::None, &|_| None);
+        assert_eq!(before < fake.calls().products, are_the_librarys, "{most:?}");
+    }
+    drop(gpu);
+    fake.assert_nothing_left();
+}
+
+#[test]
 fn a_graph_gives_the_bits_of_its_launches() {
-    let fake = Arc::new(Fake::new(Order::Random(3)));
+    let device = TestGpu::new(Order::Random(3));
     let storage = Storage { dtype: KvDtype::Bf16, ..Storage::PLAIN };
     let mut found = Vec::new();
     for sizes in [&[][..], &[1, 4]] {
-        let mut gpu = Gpu::new(&fake, "llama-bf16-new-keys", storage, sizes);
+        let mut gpu = Gpu::new(device.driver(), "llama-bf16-new-keys", storage, sizes);
         let mut places = [gpu.place(40), gpu.place(40), gpu.place(40)];
         let mut bits = Vec::new();
         // Rows come and go; one sequence gets to its second block.
@@ -229,7 +252,7 @@ fn a_graph_gives_the_bits_of_its_launches() {
         found.push(bits);
     }
     assert!(found[0] == found[1]);
-    fake.assert_nothing_left();
+    device.assert_nothing_left();
 }
 
 /// K and V in fewer bits than the weights, in blocks of either order: as close to transformers as on the CPU.
@@ -239,21 +262,21 @@ fn narrow_kv_stays_within_bounds() {
     for (dtype, order, bound) in
         [(KvDtype::F16, AxisOrder::TokenHead, 5e-3), (KvDtype::Int8, AxisOrder::HeadToken, 8e-2)]
     {
-        let fake = Arc::new(Fake::new(Order::Random(5)));
-        let mut gpu = Gpu::new(&fake, "llama3", Storage { dtype, block_len: 4, order }, &[]);
+        let device = TestGpu::new(Order::Random(5));
+        let mut gpu = Gpu::new(device.driver(), "llama3", Storage { dtype, block_len: 4, order }, &[]);
         let place = gpu.place(golden.prompt.len());
         let rows = gpu.step(&[(&place, &golden.prompt)], LogitsWanted::Last, &|_| None);
         let far = distance(rows[0][0].logits(), golden.logits.last().expect("the last position"));
         assert!((1e-5..bound).contains(&far), "{dtype:?}: {far:e}");
         drop(gpu);
-        fake.assert_nothing_left();
+        device.assert_nothing_left();
     }
 }
 
 #[test]
 fn the_host_waits_once_for_a_step_whose_tokens_the_device_chooses() {
     let fake = Arc::new(Fake::new(Order::Backwards));
-    let mut gpu = Gpu::new(&fake, "llama3", Storage::PLAIN, &[2]);
+    let mut gpu = Gpu::new(Arc::clone(&fake) as _, "llama3", Storage::PLAIN, &[2]);
     let [mut first, mut second] = [gpu.place(16), gpu.place(16)];
     let row = Some(SampleRow::default());
     for step in 0..4_u32 {
@@ -280,7 +303,7 @@ fn rows_on_tensor_cores_are_the_same_in_any_company() {
     for name in ["llama-bf16-new-keys", "llama-f16-old-keys"] {
         let fake = Arc::new(Fake::new(Order::Random(7)));
         let storage = Storage { dtype: KvDtype::Bf16, block_len: 8, ..Storage::PLAIN };
-        let mut gpu = Gpu::new(&fake, name, storage, &[]);
+        let mut gpu = Gpu::new(Arc::clone(&fake) as _, name, storage, &[]);
         let prompt: Vec<u32> = (0..40).map(|index| 3 + index * 7 % 200).collect();
         let mut bits = |chunks: &[usize], with_others: bool| {
             gpu.blocks_given = 0;
@@ -340,7 +363,7 @@ fn in_fewer_bits_logits_are_those_of_the_cpu() {
         expected[0].push(bench.extend(&mut place, &[4]));
 
         let fake = Arc::new(Fake::new(Order::Forwards));
-        let mut gpu = Gpu::of(&fake, &source, quantization, Storage::PLAIN, &[1]);
+        let mut gpu = Gpu::of(Arc::clone(&fake) as _, &source, quantization, Storage::PLAIN, &[1]);
         assert_eq!(gpu.runner.model().fingerprint, model.fingerprint, "{name}: workers pair");
         let mut place = gpu.place(64);
         let mut found = gpu.step(&[(&place, &prompt[..])], LogitsWanted::All, &|_| None).remove(0);

@@ -4,6 +4,8 @@ mod bench;
 mod blocks;
 tidemill_kernels::where_emulated! {
     mod cuda;
+    #[path = "../support/test_gpu.rs"]
+    mod test_gpu;
 }
 mod formats;
 mod loading;

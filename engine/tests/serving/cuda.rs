@@ -1,34 +1,34 @@
 //! Whole engines on a GPU, which the emulator is here: the same tokens as on the CPU, whatever else runs, and by every way
 //! of a handoff between the two. Nothing of the device's memory is left at the end.
 
+use super::test_gpu::TestGpu;
 use super::*;
 use std::sync::Arc;
 
-use tidemill_engine::handle::{CudaGraphs, DeviceChoice, Quantization};
+use tidemill_engine::handle::{CudaGraphs, DeviceChoice, LoadFormat, Quantization};
 use tidemill_kernels::cuda::CudaError;
 use tidemill_kernels::cuda::emulator::Order;
 use tidemill_kernels::cuda::fake::Fake;
 
 /// Engines on devices that are looked at when all have ended.
 #[derive(Default)]
-struct Gpus(Vec<(Arc<Fake>, EngineHandle)>);
+struct Gpus(Vec<(TestGpu, EngineHandle)>);
 
 impl Gpus {
     fn start(&mut self, config: EngineConfig) -> EngineHandle {
-        let fake = Arc::new(Fake::new(Order::Forwards));
-        let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
-        let engine = start(EngineConfig { device, ..config });
-        self.0.push((fake, engine.clone()));
+        let gpu = TestGpu::new(Order::Forwards);
+        let engine = start(EngineConfig { device: DeviceChoice::Cuda(gpu.driver()), ..config });
+        self.0.push((gpu, engine.clone()));
         engine
     }
 
     /// Ends all.
     fn end(self) {
-        for (fake, engine) in self.0 {
+        for (gpu, engine) in self.0 {
             closes(&engine);
             engine.clone().shutdown();
             ends(&engine);
-            fake.assert_nothing_left();
+            gpu.assert_nothing_left();
         }
     }
 }
@@ -196,14 +196,62 @@ fn a_cancelled_request_frees_both_sides() {
     gpus.end();
 }
 
+/// What a row changes in the settings.
+type Asked<'a> = &'a dyn Fn(&mut EngineConfig);
+
+/// What a GPU cannot do is told before weights are read; where `auto` was asked for the CPU computes instead.
 #[test]
-fn what_a_gpu_does_not_do_is_refused_before_weights_are_read() {
-    let fake: Arc<Fake> = Arc::new(Fake::new(Order::Forwards));
-    let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
-    let config = EngineConfig { device, max_num_batched_tokens: 70_000, ..small_config(Role::Hybrid) };
-    let error = EngineHandle::start(config, &mut |_| {}).map(drop).expect_err("grids are smaller");
-    assert!(error.to_string().contains("steps of up to 70000 tokens"), "{error}");
-    fake.assert_nothing_left();
+fn what_a_gpu_cannot_do_is_refused_or_left_to_the_cpu() {
+    let folder = tempfile::tempdir().expect("there is room");
+    let odd_heads = SMALL_CONFIG.replace("\"head_dim\": 16", "\"head_dim\": 12");
+    std::fs::write(folder.path().join("config.json"), odd_heads).expect("there is room");
+    let odd_heads = |it: &mut EngineConfig| {
+        it.model = ModelSource::Folder(folder.path().to_owned());
+        it.load_format = LoadFormat::Dummy { seed: 1 };
+    };
+    const ENOUGH: usize = 4 << 30;
+    #[rustfmt::skip]
+    let rows: [(&str, usize, Asked<'_>, Option<&str>); 8] = [
+        ("nothing more",              ENOUGH,    &|_| {},                                                 None),
+        ("smaller weights in the room of large ones", 300 << 10, &|it| {
+            it.quantization = Some(Quantization::Int4 { group: 32 });
+            it.kv_cache_memory = Some(16 * 16 * BYTES_PER_TOKEN);
+        }, None),
+        ("heads of no whole packs",   ENOUGH,    &odd_heads,                                              Some("heads of 12 elements")),
+        ("very long steps",           ENOUGH,    &|it| it.max_num_batched_tokens = 70_000,                Some("steps of up to 70000 tokens")),
+        ("no room for weights",       300 << 10, &|_| {},                                                 Some("weights of 345344 bytes")),
+        ("no room for blocks",        500 << 10, &|_| {},                                                 Some("a KV cache of 196608 bytes")),
+        ("no room for one sequence",  350 << 10, &|it| it.kv_cache_memory = None,                         Some("a KV cache of 32768 bytes")),
+        ("room for one sequence",     2 << 20,   &|it| it.kv_cache_memory = None,                         None),
+    ];
+    for (row, capacity, change, expected) in rows {
+        let mut config = small_config(Role::Hybrid);
+        change(&mut config);
+        let fake = Arc::new(Fake::new(Order::Forwards).with_capacity(capacity));
+        config.device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
+        let settled = config.settle_device();
+        match expected {
+            None => assert!(settled.is_ok_and(|gpu| gpu.is_some()), "{row}"),
+            Some(expected) => {
+                let error = settled.err().unwrap_or_else(|| panic!("{row} is taken"));
+                assert!(error.to_string().contains(expected), "{row}: {error}");
+                let error = EngineHandle::start(config.clone(), &mut |_| {}).map(drop).expect_err(row);
+                assert!(error.to_string().contains(expected), "{row}: {error}");
+            }
+        }
+        config.device = DeviceChoice::CudaOrCpu(Arc::clone(&fake) as _);
+        let settled = config.settle_device().unwrap_or_else(|error| panic!("{row}: {error}"));
+        assert_eq!(settled.is_none(), expected.is_some(), "{row}");
+        drop(settled);
+        let calls = fake.calls();
+        assert_eq!((calls.allocations, calls.copies), (0, 0), "{row}: nothing was asked of the GPU");
+        if expected.is_some() {
+            let engine = start(config);
+            assert!(!engine.describe().device.contains("emulated"), "{row}: {}", engine.describe().device);
+            closes(&engine);
+        }
+        fake.assert_nothing_left();
+    }
 }
 
 /// Whole, and split between both kinds of devices, whose workers pair because they compute the same.
@@ -231,8 +279,9 @@ fn in_fewer_bits_a_gpu_answers_as_the_cpu_does() {
 }
 
 #[test]
-fn a_gpu_without_room_is_an_error_that_leaves_nothing() {
-    let fake = Arc::new(Fake::new(Order::Forwards).with_capacity(200 << 10));
+fn a_gpu_without_room_for_a_step_is_an_error_that_leaves_nothing() {
+    // Weights and blocks fit, and no more.
+    let fake = Arc::new(Fake::new(Order::Forwards).with_capacity(540 << 10));
     let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
     let config = EngineConfig { device, ..small_config(Role::Hybrid) };
     let error = EngineHandle::start(config, &mut |_| {}).map(drop).expect_err("it has less");
@@ -262,3 +311,7 @@ fn a_gpu_that_fails_ends_its_requests_and_its_worker() {
 
 const REQUESTS: u32 = 5;
 const SMALL_OUTPUT: u32 = 5;
+/// The shape of the model, of which there are no weights.
+const SMALL_CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 288, "hidden_size": 64,
+    "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu", "dtype": "float32"}"#;

@@ -2,6 +2,8 @@
 
 tidemill_kernels::where_emulated! {
     mod cuda;
+    #[path = "../support/test_gpu.rs"]
+    mod test_gpu;
 }
 mod draft_model;
 mod ranks;
@@ -281,7 +283,9 @@ impl Pair {
 }
 
 fn fixture(model: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(model)
+    // Of this checkout, which need not be where the test was built.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).join("../tests/fixtures/models").join(model)
 }
 
 fn config(model: &str, role: Role) -> EngineConfig {

@@ -1,6 +1,6 @@
 //! What is asked of a device: memory, copies, launches, graphs of them.
 
-use super::{ComputeCapability, CudaError, Launch, timeline::Moment};
+use super::{ComputeCapability, CudaError, Launch, MatrixProduct, timeline::Moment};
 use bytemuck::NoUninit;
 use std::fmt::Debug;
 
@@ -91,7 +91,7 @@ pub struct MemoryInfo {
 /// There are two queues. Operations of one are carried out in the order of the calls. An operation of [`Queue::Transfer`] begins after
 /// everything that was asked of [`Queue::Compute`] before it; the computation waits for a transfer only where
 /// [`compute_after`](Self::compute_after) says so. [`upload`](Self::upload), [`download`](Self::download), [`fill`](Self::fill),
-/// [`launch`](Self::launch) and [`replay`](Self::replay) belong to [`Queue::Compute`].
+/// [`launch`](Self::launch), [`multiply`](Self::multiply) and [`replay`](Self::replay) belong to [`Queue::Compute`].
 ///
 /// An upload has read its source when it returns, a download has filled its target; everything else may still be under way.
 /// The host waits for a part of it by a [`Ticket`], or for all by [`synchronize`](Self::synchronize). A ticket is for everything that
@@ -109,7 +109,7 @@ pub struct MemoryInfo {
 /// # Graphs
 ///
 /// Between [`begin_capture`](Self::begin_capture) and [`end_capture`](Self::end_capture) operations of [`Queue::Compute`] are
-/// recorded instead of carried out: launches, fills, [`copy`](Self::copy), [`start_upload`](Self::start_upload) and
+/// recorded instead of carried out: launches, products, fills, [`copy`](Self::copy), [`start_upload`](Self::start_upload) and
 /// [`start_download`](Self::start_download). Everything else but access to pinned memory may not be asked for meanwhile. A replay uses
 /// the addresses and numbers that were recorded, and reads pinned memory when it is carried out.
 ///
@@ -182,6 +182,14 @@ pub trait Driver: Debug + Send + Sync {
 
     /// Runs a kernel.
     fn launch(&self, launch: &Launch) -> Result<(), CudaError>;
+
+    /// What multiplies large matrices beside our kernels, or why nothing does.
+    fn library(&self) -> Result<String, String>;
+
+    /// Has the [library](Self::library) multiply matrices, none of which overlaps the result; `false` where there is none, or none that
+    /// [takes](MatrixProduct::fits) the product: then nothing was asked for, and a kernel of ours is to do it. The same product is always
+    /// answered alike, so that what is captured is what was tried before.
+    fn multiply(&self, product: &MatrixProduct) -> Result<bool, CudaError>;
 
     /// The end of everything that was asked of a queue so far. Nothing needs to be given back.
     fn ticket(&self, queue: Queue) -> Result<Ticket, CudaError>;

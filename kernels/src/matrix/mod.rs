@@ -28,7 +28,7 @@ use std::{fmt, iter, str::FromStr};
 pub(crate) const PANEL: usize = 16;
 
 /// Type of stored weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WeightDtype {
     /// IEEE 754 single precision.
     F32,

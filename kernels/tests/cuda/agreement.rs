@@ -8,6 +8,8 @@ use tidemill_kernels::cuda::{Driver, emulator::Order, fake::Fake, gpu::Gpu, imag
 mod attention;
 #[path = "convert.rs"]
 mod convert;
+#[path = "exchange.rs"]
+mod exchange;
 #[path = "matrix_product.rs"]
 mod matrix_product;
 #[path = "product.rs"]
@@ -25,14 +27,23 @@ mod sampling;
 
 /// Runs the same on a device for each order of threads, or on the GPU whose number is asked for.
 fn on_devices(run: impl Fn(&dyn Driver)) {
+    on_each(&Order::SOME, run);
+}
+
+/// The same in one order.
+fn on_device(run: impl Fn(&dyn Driver)) {
+    on_each(&[Order::Forwards], run);
+}
+
+fn on_each(orders: &[Order], run: impl Fn(&dyn Driver)) {
     static GPU: OnceLock<Gpu> = OnceLock::new();
     if let Some(number) = std::env::var_os(ASKED_FOR) {
         let number = number.to_str().and_then(|it| it.parse().ok()).expect("the number of a GPU");
         let open = || Gpu::open(number, Images::usual_folder()).expect("a GPU is there that was asked for");
         return run(GPU.get_or_init(open));
     }
-    for order in Order::SOME {
-        let device = Fake::new(order);
+    for order in orders {
+        let device = Fake::new(*order);
         run(&device);
         device.assert_nothing_left();
     }

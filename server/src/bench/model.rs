@@ -1,9 +1,10 @@
 //! `tidemill bench model`: how fast forward passes are, beside what this machine could do at most.
 //!
-//! The engine's runner is called as a library: no HTTP, no scheduler. Before every timed pass the machine's limits are
+//! The engine's runner, of the processor or of a GPU, is called as a library: no HTTP, no scheduler. Before every timed pass the machine's limits are
 //! measured anew, and a share of a limit is always that of its neighbour in time, since on machines with other
 //! guests both move together.
 
+mod engine;
 mod passes;
 mod shapes;
 
@@ -16,15 +17,17 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar};
 use serde_json::{Value, json};
-use tidemill_engine::handle::{Isa, LoadFormat, ModelSource, Quantization};
+use tidemill_engine::device_name::DeviceName;
+use tidemill_engine::handle::{EngineConfig, Isa, LoadFormat, LoadProgress, ModelSource, Quantization, Role};
 use tidemill_engine::models::{LoadOptions, Model};
-use tidemill_kernels::cpu::{Cpu, CpuOptions};
+use tidemill_kernels::cpu::{Arithmetic, Cpu, CpuOptions};
 
 use super::limits::{Limits, Yardstick, weights_name};
 use super::machine;
 use super::statistics::Distribution;
 use crate::flags::{LoadFormatName, ModelFlags};
 use crate::model_source;
+use engine::Subject;
 use passes::{Pass, Passes, Work};
 use shapes::Shape;
 
@@ -42,6 +45,12 @@ pub(crate) struct ModelBenchFlags {
     /// Make weights smaller and faster while they are loaded: int8, int4 (in groups of 32), int4-g64 or int4-g128
     #[arg(long, env = "TIDEMILL_QUANTIZATION", value_name = "KIND", value_parser = Quantization::from_str)]
     quantization: Option<Quantization>,
+    /// What to compute on: cpu, cuda:N for GPU N, or auto for the first GPU where it is of use, else the CPU
+    #[arg(long, env = "TIDEMILL_DEVICE", value_name = "NAME", default_value_t, value_parser = crate::flags::device)]
+    device: DeviceName,
+    /// Launch each step of a GPU kernel by kernel, without graphs
+    #[arg(long, env = "TIDEMILL_ENFORCE_EAGER")]
+    enforce_eager: bool,
     /// Instructions to compute with, such as avx2 or portable [default: the fastest there are]
     #[arg(long, env = "TIDEMILL_CPU_ISA", value_name = "NAME", value_parser = crate::flags::cpu_isa)]
     cpu_isa: Option<Isa>,
@@ -107,6 +116,17 @@ struct Row {
     bound: &'static str,
     /// Rate ÷ limit, run by run, at the median.
     share: f64,
+    /// Seconds that asking for a step took, before anybody waited for it.
+    asking: f64,
+}
+
+/// One run of a pass.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    rate: f64,
+    limit: f64,
+    bound: &'static str,
+    asking: f64,
 }
 
 /// Measures the model and prints what came of it.
@@ -115,27 +135,25 @@ pub(super) fn run(flags: &ModelBenchFlags) -> anyhow::Result<ExitCode> {
     let load_before = machine::load();
     let bars = MultiProgress::new();
     let (name, source) = source(flags, &bars)?;
-    let threads = flags.threads.map(|threads| threads as usize);
-    let cpu = Arc::new(Cpu::new(CpuOptions { threads, isa: flags.cpu_isa, ..CpuOptions::default() })?);
-    let model = load(flags, &cpu, &source, &bars)?;
+    let subject = subject(flags, &source, &bars)?;
     let passes = passes(flags);
     ensure!(!passes.is_empty(), "there is nothing to measure");
-    let device = cpu.describe();
-    let mut yardstick = Yardstick::new(Arc::clone(&cpu));
-    let mut bench =
-        Passes::new(Arc::clone(&model), cpu, &passes, flags.max_num_batched_tokens, flags.decode_context)?;
+    let device = subject.device();
+    let mut yardstick = yardstick(&subject)?;
+    let mut bench = Passes::new(subject, &passes, flags.max_num_batched_tokens, flags.decode_context)?;
     if flags.in_turns {
         return in_turns(&passes, &mut bench, &mut yardstick, std::io::stdin().lock());
     }
-    let (format, arithmetic) = (bench.format(), bench.arithmetic());
-    let rows = measure(flags, &passes, &mut bench, &mut yardstick);
+    let format = bench.format();
+    let arithmetic = bench.arithmetic().map(Arithmetic::name);
+    let rows = measure(flags, &passes, &mut bench, &mut yardstick)?;
     let limits = yardstick.median();
     let weights_bytes = bench.work(Pass::Decode(1)).bytes;
     if flags.json {
         let rows: Vec<Value> = rows.iter().map(|row| row.json(&bench.work(row.pass))).collect();
         let report = json!({
-            "version": crate::VERSION, "model": name, "weights": weights_name(format), "arithmetic": arithmetic.name(),
-            "device": device, "processor": machine::processor(), "runs": flags.runs,
+            "version": crate::VERSION, "model": name, "weights": weights_name(format), "arithmetic": arithmetic,
+            "device": device, "context": flags.decode_context, "chunk": flags.max_num_batched_tokens, "processor": machine::processor(), "runs": flags.runs,
             "load_before": load_before, "load_after": machine::load(),
             "read_bytes_per_s": limits.read, "flop_per_s": limits.flop, "rows": rows,
         });
@@ -148,12 +166,18 @@ pub(super) fn run(flags: &ModelBenchFlags) -> anyhow::Result<ExitCode> {
         weights_bytes / 1e9
     );
     println!("{}; {device}; load {load_before} → {}", machine::processor(), machine::load());
-    println!(
-        "limits measured in between: {:.2} GB/s read, {:.1} G multiplications and additions of {} per second\n",
-        limits.read / 1e9,
-        limits.flop / 1e9,
-        arithmetic.name()
-    );
+    match arithmetic {
+        Some(arithmetic) => println!(
+            "limits measured in between: {:.2} GB/s read, {:.1} G multiplications and additions of {arithmetic} per second\n",
+            limits.read / 1e9,
+            limits.flop / 1e9
+        ),
+        None => println!(
+            "limits: copies read and write {:.2} GB/s in between, a product of 8192³ makes {:.0} GFLOP/s (inf: no library)\n",
+            limits.read / 1e9,
+            limits.flop / 1e9
+        ),
+    }
     println!("{:<22}{:>12}{:>12}{:>12}{:>12}{:>10}  by", "", "tokens/s", "min", "max", "limit", "of limit");
     rows.iter().for_each(|row| println!("{}", row.line()));
     Ok(ExitCode::SUCCESS)
@@ -164,27 +188,28 @@ fn measure(
     passes: &[Pass],
     bench: &mut Passes,
     yardstick: &mut Yardstick,
-) -> Vec<Row> {
+) -> anyhow::Result<Vec<Row>> {
     let bar = ProgressBar::new(u64::from(flags.runs) * passes.len() as u64).with_style(super::bar_style());
-    let mut samples: Vec<Vec<(f64, f64, &'static str)>> = vec![Vec::new(); passes.len()];
+    let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); passes.len()];
     for &pass in passes {
         bar.set_message(format!("warming up: {}", pass.name()));
         bar.tick();
-        bench.warm_up(pass);
+        bench.warm_up(pass)?;
     }
     // Round by round, so that what disturbs the machine for a while disturbs every pass alike.
     for _ in 0..flags.runs {
         for (&pass, samples) in passes.iter().zip(&mut samples) {
             bar.set_message(pass.name());
             let work = bench.work(pass);
-            let (fastest, bound) = work.at_best(yardstick.measure(bench.arithmetic()));
-            let rate = work.tokens / bench.time(pass).as_secs_f64();
-            samples.push((rate, work.tokens / fastest, bound));
+            let (fastest, bound) = work.at_best(yardstick.measure(bench.arithmetic())?);
+            let rate = work.tokens / bench.time(pass)?.as_secs_f64();
+            let (limit, asking) = (work.tokens / fastest, bench.asking().as_secs_f64());
+            samples.push(Sample { rate, limit, bound, asking });
             bar.inc(1);
         }
     }
     bar.finish_and_clear();
-    passes.iter().zip(samples).map(|(&pass, samples)| Row::new(pass, &samples)).collect()
+    Ok(passes.iter().zip(samples).map(|(&pass, samples)| Row::new(pass, &samples)).collect())
 }
 
 /// Measures one of `passes` for each line of `asked`. The answers begin once all are warm.
@@ -195,7 +220,7 @@ fn in_turns(
     yardstick: &mut Yardstick,
     asked: impl BufRead,
 ) -> anyhow::Result<ExitCode> {
-    passes.iter().for_each(|&pass| bench.warm_up(pass));
+    passes.iter().try_for_each(|&pass| bench.warm_up(pass))?;
     println!("{}", json!({"ready": true}));
     for line in asked.lines() {
         let line = line.context("stdin")?;
@@ -205,8 +230,8 @@ fn in_turns(
             format!("`{}` is not among what was announced: {}", line.trim(), known.join(", "))
         })?;
         let work = bench.work(pass);
-        let (fastest, bound) = work.at_best(yardstick.measure(bench.arithmetic()));
-        let rate = work.tokens / bench.time(pass).as_secs_f64();
+        let (fastest, bound) = work.at_best(yardstick.measure(bench.arithmetic())?);
+        let rate = work.tokens / bench.time(pass)?.as_secs_f64();
         println!(
             "{}",
             json!({"tokens_per_s": rate, "limit_tokens_per_s": work.tokens / fastest, "limited_by": bound})
@@ -223,25 +248,45 @@ fn source(flags: &ModelBenchFlags, bars: &MultiProgress) -> anyhow::Result<(Stri
     Ok((resolved.name, resolved.source))
 }
 
-fn load(
-    flags: &ModelBenchFlags,
-    cpu: &Cpu,
-    source: &ModelSource,
-    bars: &MultiProgress,
-) -> anyhow::Result<Arc<Model>> {
+/// Loads the model where it is to compute.
+fn subject(flags: &ModelBenchFlags, source: &ModelSource, bars: &MultiProgress) -> anyhow::Result<Subject> {
+    let device = flags.device.open().with_context(|| format!("--device {}", flags.device))?;
+    let config = EngineConfig {
+        device,
+        quantization: flags.quantization,
+        max_num_batched_tokens: flags.max_num_batched_tokens,
+        ..EngineConfig::new("bench", Role::Hybrid, source.clone())
+    };
     let format = match (flags.shape, flags.load_format) {
         (None, LoadFormatName::Safetensors) => LoadFormat::Safetensors,
         _ => LoadFormat::Dummy { seed: flags.seed },
     };
+    let threads = flags.threads.map(|threads| threads as usize);
+    let cpu = Arc::new(Cpu::new(CpuOptions { threads, isa: flags.cpu_isa, ..CpuOptions::default() })?);
     let options = LoadOptions { threads: cpu.threads(), format, quantization: flags.quantization };
     let bar = bars.add(ProgressBar::new(0).with_style(super::bar_style()));
-    let model = Model::load_with(options, source, &mut |progress| {
+    let mut progress = |progress: LoadProgress| {
         bar.set_length(progress.total >> 20);
         bar.set_position(progress.done >> 20);
         bar.set_message(format!("MiB, {}", progress.stage));
-    });
+    };
+    let subject = match config.settle_device()? {
+        None => Subject::Cpu(Arc::new(Model::load_with(options, source, &mut progress)?), cpu),
+        Some(driver) => {
+            let model = Arc::new(Model::load_on(&driver, options, source, &mut progress)?);
+            Subject::Gpu { model, driver, graphs: !flags.enforce_eager }
+        }
+    };
     bar.finish_and_clear();
-    Ok(Arc::new(model?))
+    Ok(subject)
+}
+
+/// What measures the limits of the device that computes.
+fn yardstick(subject: &Subject) -> anyhow::Result<Yardstick> {
+    Ok(match subject {
+        Subject::Cpu(_, cpu) => Yardstick::new(Arc::clone(cpu)),
+        Subject::Gpu { driver, .. } => Yardstick::on_gpu(driver)?,
+    })
 }
 
 fn passes(flags: &ModelBenchFlags) -> Vec<Pass> {
@@ -274,12 +319,16 @@ impl Work {
 }
 
 impl Row {
-    fn new(pass: Pass, samples: &[(f64, f64, &'static str)]) -> Self {
-        let rates = Distribution::new(samples.iter().map(|(rate, _, _)| *rate));
-        let limit = Distribution::new(samples.iter().map(|(_, limit, _)| *limit)).median();
-        let share = Distribution::new(samples.iter().map(|(rate, limit, _)| rate / limit)).median();
-        let bound = samples.last().map_or("", |(_, _, bound)| bound);
-        Self { pass, rates, limit, bound, share }
+    fn new(pass: Pass, samples: &[Sample]) -> Self {
+        let of = |number: fn(&Sample) -> f64| Distribution::new(samples.iter().map(number));
+        Self {
+            pass,
+            rates: of(|it| it.rate),
+            limit: of(|it| it.limit).median(),
+            bound: samples.last().map_or("", |it| it.bound),
+            share: of(|it| it.rate / it.limit).median(),
+            asking: of(|it| it.asking).median(),
+        }
     }
 
     fn line(&self) -> String {
@@ -303,7 +352,7 @@ impl Row {
         json!({
             "phase": phase, "size": size, "tokens_per_s": self.rates.median(), "runs": self.rates.sorted(),
             "limit_tokens_per_s": self.limit, "limited_by": self.bound, "share_of_limit": self.share,
-            "bytes": work.bytes, "flop": work.flop,
+            "bytes": work.bytes, "flop": work.flop, "asking_s": self.asking,
         })
     }
 }
@@ -320,7 +369,8 @@ pub(super) const EXAMPLES: &str = "\
 Examples:
   tidemill bench model --shape llama-1.1b             weights from a seed; nothing is downloaded
   tidemill bench model --shape llama-0.4b --quantization int8 --threads 1 --json
-  tidemill bench model ./Qwen3-0.6B --prefill-len 512 --decode-batch 1,16";
+  tidemill bench model ./Qwen3-0.6B --prefill-len 512 --decode-batch 1,16
+  tidemill bench model --shape llama-3-8b --device cuda:0 --decode-batch 1,64 --decode-context 1024";
 
 #[cfg(test)]
 mod tests;

@@ -129,6 +129,10 @@ pub(crate) struct EngineFlags {
     /// Launch each step of a GPU kernel by kernel, without graphs
     #[arg(long, env = "TIDEMILL_ENFORCE_EAGER")]
     pub(crate) enforce_eager: bool,
+    /// Multiply on a GPU by kernels alone that give a token the same bits whatever else is computed, as a CPU does: without
+    /// cuBLASLt, and slower
+    #[arg(long, env = "TIDEMILL_BATCH_INVARIANT")]
+    pub(crate) batch_invariant: bool,
     /// Instructions to compute with, such as avx2 or portable, to compare them [default: the fastest there are]
     #[arg(long, env = "TIDEMILL_CPU_ISA", value_name = "NAME", value_parser = cpu_isa)]
     pub(crate) cpu_isa: Option<Isa>,
@@ -322,6 +326,7 @@ impl EngineFlags {
             ("--no-in-place", self.no_in_place),
             ("--huge-pages", self.huge_pages),
             ("--enforce-eager", self.enforce_eager),
+            ("--batch-invariant", self.batch_invariant),
         ];
         arguments.extend(switches.iter().filter(|(_, on)| *on).map(|(flag, _)| (*flag).to_owned()));
         arguments
@@ -356,7 +361,7 @@ pub(crate) fn cpu_isa(name: &str) -> Result<Isa, String> {
 }
 
 /// Refuses at once a GPU that is not there, with the reason.
-fn device(name: &str) -> Result<DeviceName, String> {
+pub(crate) fn device(name: &str) -> Result<DeviceName, String> {
     let device: DeviceName = name.parse().map_err(|error: UnknownDevice| error.to_string())?;
     device.check().map(|()| device).map_err(|error| error.to_string())
 }

@@ -38,6 +38,8 @@ pub struct CudaRunner {
     shape: KvBlockShape,
     kv_shape: KvShape,
     limits: RunnerLimits,
+    /// Products of more rows are the library's.
+    library_rows: Option<usize>,
     buffers: Buffers,
     inputs: Inputs,
     graphs: Graphs,
@@ -93,6 +95,7 @@ impl CudaRunner {
             driver,
             shape,
             limits,
+            library_rows: Some(products::FEW_ROWS),
         })
     }
 

@@ -2,7 +2,7 @@
 
 use tidemill_kernels::cuda::weights::{padded, scale_stride};
 use tidemill_kernels::cuda::{
-    CudaError, DeviceAddress, Launch, Product, QuantizeRows, QuantizedProduct, launches,
+    CudaError, DeviceAddress, Launch, MatrixProduct, Product, QuantizeRows, QuantizedProduct, launches,
 };
 use tidemill_kernels::matrix::{Quantization, WeightDtype};
 
@@ -36,7 +36,7 @@ impl CudaRunner {
         }
         for (Linear { matrix, bias }, target) in products {
             let bias = bias.as_ref().map_or(DeviceAddress::NULL, DeviceTensor::address);
-            self.launch(self.product(rows, matrix, bias, *target, self.model.dtype))?;
+            self.multiply(rows, matrix, bias, *target, self.model.dtype)?;
         }
         Ok(())
     }
@@ -48,7 +48,33 @@ impl CudaRunner {
             self.quantize(rows)?;
         }
         let target = Target { out, outputs: self.model.spec.vocab_size, adds: false };
-        self.launch(self.product(rows, head, DeviceAddress::NULL, target, WeightDtype::F32))
+        self.multiply(rows, head, DeviceAddress::NULL, target, WeightDtype::F32)
+    }
+
+    /// Products of more rows than this are done by the library that the device has for them, if it has one; `None`: of none.
+    pub fn set_library_rows(&mut self, most: Option<usize>) {
+        self.library_rows = most;
+    }
+
+    /// The one place that decides who multiplies.
+    fn multiply(
+        &self,
+        rows: Rows,
+        matrix: &DeviceMatrix,
+        bias: DeviceAddress,
+        target: Target,
+        to: WeightDtype,
+    ) -> Result<(), CudaError> {
+        let dtype = self.model.dtype;
+        if let DeviceMatrix::Plain(matrix) = matrix
+            && self.library_rows.is_some_and(|most| most < rows.rows)
+        {
+            let product = plain(rows, matrix, bias, target);
+            if self.driver.multiply(&MatrixProduct { dtype, to_f32: to != dtype, product })? {
+                return Ok(());
+            }
+        }
+        self.launch(self.product(rows, matrix, bias, target, to))
     }
 
     /// Makes steps of rows, once for all products with them.
@@ -63,23 +89,23 @@ impl CudaRunner {
         self.launch(launches::quantize_rows(self.model.dtype, narrow(rows), &parameters))
     }
 
+    /// The product by a kernel of ours.
     fn product(
         &self,
-        Rows { x, rows, inputs }: Rows,
+        rows: Rows,
         matrix: &DeviceMatrix,
         bias: DeviceAddress,
-        Target { out, outputs, adds }: Target,
+        target: Target,
         to: WeightDtype,
     ) -> Launch {
         let dtype = self.model.dtype;
-        let (rows, adds) = (narrow(rows), u32::from(adds));
         match matrix {
             DeviceMatrix::Plain(matrix) => {
-                let (inputs, outputs) = (narrow(inputs), narrow(outputs));
-                let parameters = Product { out, x, w: matrix.address(), bias, rows, inputs, outputs, adds };
-                launches::product(dtype, to != dtype, &parameters)
+                launches::product(dtype, to != dtype, &plain(rows, matrix, bias, target))
             }
             DeviceMatrix::Quantized(DeviceSteps { steps, scales, quantization }) => {
+                let (Rows { rows, inputs, .. }, Target { out, outputs, adds }) = (rows, target);
+                let (rows, adds) = (narrow(rows), u32::from(adds));
                 let (group, stride) = match *quantization {
                     Quantization::Int8 => (0, 0),
                     Quantization::Int4 { group } => (group, scale_stride(outputs)),
@@ -105,3 +131,19 @@ impl CudaRunner {
         }
     }
 }
+
+fn plain(rows: Rows, matrix: &DeviceTensor, bias: DeviceAddress, target: Target) -> Product {
+    Product {
+        out: target.out,
+        x: rows.x,
+        w: matrix.address(),
+        bias,
+        rows: narrow(rows.rows),
+        inputs: narrow(rows.inputs),
+        outputs: narrow(target.outputs),
+        adds: u32::from(target.adds),
+    }
+}
+
+/// Rows up to which reading the weights takes the time, which our kernels do as fast as any, and give a row the same bits.
+pub(super) const FEW_ROWS: usize = 64;

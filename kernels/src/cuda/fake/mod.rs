@@ -10,12 +10,13 @@
 
 mod memory;
 mod operation;
+mod product;
 mod recording;
 mod state;
 
 use super::{
-    ComputeCapability, CudaError, DeviceAddress, Driver, Graph, Launch, MemoryInfo, PinnedAddress,
-    Properties, Queue, Ticket,
+    ComputeCapability, CudaError, DeviceAddress, Driver, Graph, Launch, MatrixProduct, MemoryInfo,
+    PinnedAddress, Properties, Queue, Ticket,
     emulator::{Kernels, Order},
 };
 use operation::Operation;
@@ -38,6 +39,8 @@ pub struct Calls {
     pub allocations: usize,
     /// Kernels launched one by one.
     pub launches: usize,
+    /// Products that the library was asked for one by one.
+    pub products: usize,
     /// Graphs replayed.
     pub replays: usize,
     /// Copies and fills asked for one by one.
@@ -63,6 +66,13 @@ impl Fake {
     #[must_use]
     pub fn with_kernels(self, kernels: Kernels) -> Self {
         self.state().kernels = kernels;
+        self
+    }
+
+    /// With a library that multiplies matrices; without it there is none.
+    #[must_use]
+    pub fn with_library(self) -> Self {
+        self.state().library = true;
         self
     }
 
@@ -187,6 +197,18 @@ impl Driver for Fake {
 
     fn launch(&self, launch: &Launch) -> Result<(), CudaError> {
         self.state().ask(Queue::Compute, Operation::Launch(*launch))
+    }
+
+    fn library(&self) -> Result<String, String> {
+        if self.state().library { Ok("plain loops".to_owned()) } else { Err("the fake has none".to_owned()) }
+    }
+
+    fn multiply(&self, product: &MatrixProduct) -> Result<bool, CudaError> {
+        let mut state = self.state();
+        if !state.library || !product.fits() {
+            return Ok(false);
+        }
+        state.ask(Queue::Compute, Operation::Multiply(*product)).map(|()| true)
     }
 
     fn ticket(&self, queue: Queue) -> Result<Ticket, CudaError> {

@@ -1,6 +1,6 @@
 //! What a queue is asked for, as a value that can wait or be recorded.
 
-use crate::cuda::{DeviceAddress, Launch, PinnedAddress, timeline::Access};
+use crate::cuda::{DeviceAddress, Launch, MatrixProduct, PinnedAddress, timeline::Access};
 use std::ops::Range;
 
 /// Lengths are in bytes.
@@ -8,6 +8,7 @@ use std::ops::Range;
 #[expect(clippy::large_enum_variant, reason = "most of them are launches")]
 pub(super) enum Operation {
     Launch(Launch),
+    Multiply(MatrixProduct),
     Fill { to: DeviceAddress, bytes: usize, value: u8 },
     Upload { to: DeviceAddress, from: PinnedAddress, bytes: usize },
     Download { to: PinnedAddress, from: DeviceAddress, bytes: usize },
@@ -33,6 +34,7 @@ impl Operation {
     pub(super) const fn name(&self) -> &'static str {
         match self {
             Self::Launch(_) => "launch",
+            Self::Multiply(_) => "product",
             Self::Fill { .. } => "fill",
             Self::Upload { .. } => "upload",
             Self::Download { .. } => "download",
@@ -51,6 +53,25 @@ impl Operation {
         let source = |room, start, bytes| named(room, start, bytes, Access::Read);
         match *self {
             Self::Launch(_) => Vec::new(),
+            Self::Multiply(it) => {
+                let (product, out) = (it.product, target(Room::Device, it.product.out.0, it.out_bytes()));
+                let mut sources = vec![
+                    source(Room::Device, product.x.0, it.x_bytes()),
+                    source(Room::Device, product.w.0, it.w_bytes()),
+                ];
+                if product.bias != DeviceAddress::NULL {
+                    sources.push(source(Room::Device, product.bias.0, it.bias_bytes()));
+                }
+                for Named { memory, .. } in &sources {
+                    let apart = memory.end <= out.memory.start || out.memory.end <= memory.start;
+                    assert!(apart, "{it:?}, whose result overlaps an operand");
+                }
+                if product.adds != 0 {
+                    sources.push(source(Room::Device, product.out.0, it.out_bytes()));
+                }
+                sources.insert(0, out);
+                sources
+            }
             Self::Fill { to, bytes, .. } => vec![target(Room::Device, to.0, bytes)],
             Self::Upload { to, from, bytes } => {
                 vec![target(Room::Device, to.0, bytes), source(Room::Pinned, from.0, bytes)]

@@ -4,6 +4,7 @@ use super::{
     Calls,
     memory::Memory,
     operation::{Named, Operation, Room},
+    product,
     recording::Recording,
 };
 use crate::cuda::{
@@ -20,6 +21,8 @@ pub(super) struct State {
     pub(super) kernels: Kernels,
     pub(super) order: Order,
     pub(super) capacity: usize,
+    /// Whether there is one that multiplies matrices.
+    pub(super) library: bool,
     pub(super) device: Memory,
     pub(super) pinned: Memory,
     pub(super) launches: Vec<Launch>,
@@ -50,6 +53,7 @@ impl State {
             kernels: Kernels::Ours,
             order,
             capacity,
+            library: false,
             device: Memory::new("the device"),
             pinned: Memory::new("pinned memory"),
             launches: Vec::new(),
@@ -163,6 +167,7 @@ impl State {
         self.count_down()?;
         match operation {
             Operation::Launch(_) => self.calls.launches += 1,
+            Operation::Multiply(_) => self.calls.products += 1,
             _ => self.calls.copies += 1,
         }
         self.begin(queue, operation);
@@ -206,6 +211,7 @@ impl State {
                 let outcome = self.device.emulator.launch(self.kernels, &launch, self.order);
                 outcome.unwrap_or_else(|reason| panic!("{reason}"));
             }
+            Operation::Multiply(product) => product::carry_out(&product, &mut self.device),
             Operation::Fill { to, bytes, value } => {
                 self.device.set_written(&range(to.0, bytes));
                 self.device.write(to.0, &vec![value; bytes]);

@@ -4,6 +4,7 @@
 //! the same [timeline](super::timeline) that the fake goes by.
 
 mod compiler;
+mod library;
 mod modules;
 mod raw;
 mod state;
@@ -11,8 +12,8 @@ mod state;
 pub use compiler::Nvrtc;
 
 use super::{
-    ComputeCapability, CudaError, DeviceAddress, Driver, Graph, Launch, MemoryInfo, PinnedAddress,
-    Properties, Queue, Ticket, images::Images,
+    ComputeCapability, CudaError, DeviceAddress, Driver, Graph, Launch, MatrixProduct, MemoryInfo,
+    PinnedAddress, Properties, Queue, Ticket, images::Images,
 };
 use modules::Modules;
 use raw::{Context, Device};
@@ -173,6 +174,14 @@ impl Driver for Gpu {
 
     fn launch(&self, launch: &Launch) -> Result<(), CudaError> {
         self.enter()?.launch(launch)
+    }
+
+    fn library(&self) -> Result<String, String> {
+        self.state().library()
+    }
+
+    fn multiply(&self, product: &MatrixProduct) -> Result<bool, CudaError> {
+        self.enter()?.multiply(product)
     }
 
     fn ticket(&self, queue: Queue) -> Result<Ticket, CudaError> {

@@ -1,11 +1,12 @@
 //! What was asked of a GPU and is not over yet.
 
 use super::{
+    library::Library,
     modules::Modules,
     raw::{Event, RecordedGraph, Stream, check},
 };
 use crate::cuda::{
-    CudaError, DeviceAddress, Graph, Launch, MemoryInfo, PinnedAddress, Queue, Ticket,
+    CudaError, DeviceAddress, Graph, Launch, MatrixProduct, MemoryInfo, PinnedAddress, Queue, Ticket,
     timeline::{Access, Accessor, Timeline},
 };
 use cudarc::driver::sys::{self, CUgraphNode, CUresult};
@@ -32,6 +33,8 @@ pub(super) struct State {
     fork: Event,
     streams: [Stream; 2],
     modules: Modules,
+    /// What multiplies large matrices, or why nothing does.
+    library: Result<Library, String>,
     pinned: BTreeMap<u64, usize>,
     timeline: Timeline,
     recording: Option<Recording>,
@@ -70,6 +73,7 @@ impl State {
             fork: Event::new()?,
             streams: [Stream::new()?, Stream::new()?],
             modules,
+            library: Library::open(),
             pinned: BTreeMap::new(),
             timeline: Timeline::default(),
             recording: None,
@@ -216,6 +220,19 @@ impl State {
             recording.launches.push(stream.last_node()?);
         }
         Ok(())
+    }
+
+    pub(super) fn library(&self) -> Result<String, String> {
+        self.library.as_ref().map(Library::name).map_err(Clone::clone)
+    }
+
+    pub(super) fn multiply(&mut self, product: &MatrixProduct) -> Result<bool, CudaError> {
+        if self.library.is_err() || !product.fits() {
+            return Ok(false);
+        }
+        self.begin(Queue::Compute, None)?;
+        let Ok(library) = &mut self.library else { return Ok(false) };
+        library.multiply(product, self.streams[Queue::Compute as usize].0)
     }
 
     /// Notes an operation, with the pinned memory that it uses.

@@ -9,6 +9,7 @@ use tidemill_kernels::step::{AttentionParams, RopeTable, SequenceRows};
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen};
 
+use super::{BLOCK, HEAD, KV_HEADS, QUERY_HEADS};
 use crate::bench::limits::{Limits, weights_name};
 
 /// What is measured.
@@ -323,8 +324,4 @@ const MATRIX_BYTES: usize = 128 << 20;
 const INPUTS: usize = 2048;
 /// Rows up to which the matrix is the larger part.
 const FEW_ROWS: usize = 16;
-const QUERY_HEADS: usize = 32;
-const KV_HEADS: usize = 8;
-const HEAD: usize = 128;
-const BLOCK: usize = 16;
 const VOCABULARY: usize = 131_072;

@@ -1,18 +1,15 @@
 //! Forward passes to be timed: the engine's runner on made-up prompts, without scheduler or network.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
-use tidemill_engine::memory::Arena;
-use tidemill_engine::models::{Model, ModelSpec};
-use tidemill_engine::runner::{Batch, BatchSequence, LogitsWanted, Runner, RunnerLimits};
-use tidemill_engine::weights::Weights;
-use tidemill_kernels::cpu::{Arithmetic, Cpu};
-use tidemill_kernels::kv::BlockAddress;
+use tidemill_engine::models::ModelSpec;
+use tidemill_engine::runner::{LogitsWanted, RunnerLimits};
+use tidemill_kernels::cpu::Arithmetic;
 use tidemill_kernels::matrix::WeightFormat;
-use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
-use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen, TokenCount};
+use tidemill_kvtransfer_proto::layout::KvDtype;
+use tidemill_kvtransfer_proto::units::{BlockLen, TokenCount};
+
+use super::engine::{Engine, Matrices, Part, Subject};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +34,13 @@ pub(super) struct Work {
 /// A model in memory, and room for the sequences of every pass.
 #[derive(Debug)]
 pub(super) struct Passes {
-    model: Arc<Model>,
-    runner: Runner,
-    arena: Arena,
+    subject: Subject,
+    engine: Engine,
+    layers: Matrices,
+    head: Matrices,
     chunk: u32,
     context: u32,
+    asking: Duration,
 }
 
 impl Passes {
@@ -50,13 +49,7 @@ impl Passes {
     /// # Errors
     ///
     /// When there is no memory for the KV cache, or the model is not made for such lengths.
-    pub(super) fn new(
-        model: Arc<Model>,
-        cpu: Arc<Cpu>,
-        passes: &[Pass],
-        chunk: u32,
-        context: u32,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn new(subject: Subject, passes: &[Pass], chunk: u32, context: u32) -> anyhow::Result<Self> {
         let decode_len = context + STEPS + 1;
         let prefills =
             passes.iter().filter_map(|pass| if let Pass::Prefill(len) = pass { Some(*len) } else { None });
@@ -65,54 +58,70 @@ impl Passes {
         let (longest, batch) = (prefills.max().unwrap_or(1), batches.max().unwrap_or(1));
         let max_model_len = longest.max(decode_len);
         anyhow::ensure!(
-            max_model_len <= model.spec.max_positions,
+            max_model_len <= subject.spec().max_positions,
             "the model is made for {} tokens, {max_model_len} are asked for",
-            model.spec.max_positions
+            subject.spec().max_positions
         );
         let block_len = BlockLen::new(BLOCK_LEN).expect("a power of two");
-        let layout = model.kv_layout(model.kv_dtype(), block_len, AxisOrder::TokenHead);
         let blocks = |tokens: u32| TokenCount(tokens).blocks_to_hold(block_len).0;
         let count = blocks(longest).max(blocks(decode_len) * batch);
-        let arena = Arena::new(layout, BlockCount(count)).context("memory for the KV cache")?;
         let limits = RunnerLimits {
             max_tokens: chunk.max(batch) as usize,
             max_seqs: batch as usize,
             max_model_len: max_model_len as usize,
         };
-        let runner = Runner::new(Arc::clone(&model), cpu, *arena.shape(), limits);
-        Ok(Self { model, runner, arena, chunk, context })
+        let (layers, head) = subject.matrices();
+        let engine = subject.clone().open(block_len, count, limits)?;
+        Ok(Self { subject, engine, layers, head, chunk, context, asking: Duration::ZERO })
     }
 
     /// How the weights of layers are held.
     pub(super) fn format(&self) -> WeightFormat {
-        self.model.weights.layers[0].query.matrix.format()
+        self.subject.format()
     }
 
-    /// What the machine could multiply them with at best.
-    pub(super) fn arithmetic(&self) -> Arithmetic {
-        self.runner.cpu().arithmetic(self.format())
+    /// What a processor could multiply them with at best.
+    pub(super) fn arithmetic(&self) -> Option<Arithmetic> {
+        self.subject.arithmetic()
+    }
+
+    /// How long a step of the pass before took to ask for, before anybody waited: of a processor, all of it.
+    pub(super) fn asking(&self) -> Duration {
+        self.asking
     }
 
     /// Runs a pass and returns how long it took: for decode, a step of several on average.
-    pub(super) fn time(&mut self, pass: Pass) -> Duration {
+    ///
+    /// # Errors
+    ///
+    /// What the GPU says.
+    pub(super) fn time(&mut self, pass: Pass) -> anyhow::Result<Duration> {
         match pass {
             Pass::Prefill(tokens) => self.prefill(tokens),
             Pass::Decode(batch) => self.decode(batch, STEPS),
         }
     }
 
-    /// Runs the pass once, so that memory is there and caches are as they will be.
-    pub(super) fn warm_up(&mut self, pass: Pass) {
-        match pass {
-            Pass::Prefill(tokens) => drop(self.prefill(tokens.min(self.chunk))),
-            Pass::Decode(batch) => drop(self.decode(batch, 1)),
+    /// Runs the pass, so that memory is there, caches are as they will be, and what a GPU records is recorded.
+    ///
+    /// # Errors
+    ///
+    /// What the GPU says.
+    pub(super) fn warm_up(&mut self, pass: Pass) -> anyhow::Result<()> {
+        match (pass, &self.engine) {
+            (Pass::Prefill(tokens), Engine::Cpu { .. }) => self.prefill(tokens.min(self.chunk)).map(drop),
+            (Pass::Prefill(tokens), Engine::Gpu { .. }) => self.prefill(tokens).map(drop),
+            (Pass::Decode(batch), Engine::Cpu { .. }) => self.decode(batch, 1).map(drop),
+            // The first step of a kind loads kernels, the second records them.
+            (Pass::Decode(batch), Engine::Gpu { .. }) => {
+                (0..2).try_for_each(|_| self.decode(batch, STEPS).map(drop))
+            }
         }
     }
 
     /// What the pass must at least do.
     pub(super) fn work(&self, pass: Pass) -> Work {
-        let Model { spec, weights, .. } = &*self.model;
-        let (layers, head) = (layer_weights(weights), head_weights(weights));
+        let (spec, layers, head) = (self.subject.spec(), self.layers, self.head);
         match pass {
             Pass::Prefill(tokens) => {
                 let chunks = f64::from(tokens.div_ceil(self.chunk));
@@ -128,7 +137,7 @@ impl Passes {
                 // Keys and values as they are halfway through the steps.
                 let seen = f64::from(self.context) + f64::from(STEPS + 1) / 2.0;
                 let batch = f64::from(batch);
-                let kv = batch * seen * kv_token_bytes(spec, self.arena.layout().dtype);
+                let kv = batch * seen * kv_token_bytes(spec, self.subject.kv_dtype());
                 Work {
                     tokens: batch,
                     bytes: layers.bytes + head.bytes + kv,
@@ -138,84 +147,52 @@ impl Passes {
         }
     }
 
-    fn prefill(&mut self, tokens: u32) -> Duration {
-        let vocabulary = self.model.spec.vocab_size as u32;
+    fn prefill(&mut self, tokens: u32) -> anyhow::Result<Duration> {
+        let vocabulary = self.subject.spec().vocab_size as u32;
         let prompt: Vec<u32> =
             (0..tokens).map(|index| index.wrapping_mul(2_654_435_761) % vocabulary).collect();
-        let blocks = self.blocks(0, tokens);
+        let blocks = blocks(0, tokens);
         let start = Instant::now();
         for (index, chunk) in prompt.chunks(self.chunk as usize).enumerate() {
             let first_position = index as u32 * self.chunk;
             let is_last = first_position as usize + chunk.len() == prompt.len();
             let logits = if is_last { LogitsWanted::Last } else { LogitsWanted::None };
-            let sequence = BatchSequence { tokens: chunk, first_position, blocks: &blocks, logits };
-            self.runner.step(&Batch { sequences: &[sequence] }, &mut |_| {}).for_each(|_| {});
+            self.asking =
+                self.engine.step(&[Part { tokens: chunk, first_position, blocks, logits }], &mut [0])?;
         }
-        start.elapsed()
+        Ok(start.elapsed())
     }
 
     /// Steps in which each sequence's likeliest token is its next.
-    fn decode(&mut self, batch: u32, steps: u32) -> Duration {
+    fn decode(&mut self, batch: u32, steps: u32) -> anyhow::Result<Duration> {
         let length = self.context + STEPS + 1;
-        let blocks: Vec<Vec<BlockAddress>> = (0..batch).map(|index| self.blocks(index, length)).collect();
-        let mut tokens: Vec<u32> =
-            (0..batch).map(|index| index % self.model.spec.vocab_size as u32).collect();
+        let vocabulary = self.subject.spec().vocab_size as u32;
+        let mut tokens: Vec<u32> = (0..batch).map(|index| index % vocabulary).collect();
+        let mut asking = Duration::ZERO;
         let start = Instant::now();
         for step in 0..steps {
-            let sequences: Vec<BatchSequence<'_>> = tokens
-                .iter()
-                .zip(&blocks)
-                .map(|(token, blocks)| BatchSequence {
-                    tokens: std::slice::from_ref(token),
-                    first_position: self.context + step,
-                    blocks,
-                    logits: LogitsWanted::Last,
-                })
-                .collect();
+            let part = |(index, token)| Part {
+                tokens: std::slice::from_ref(token),
+                first_position: self.context + step,
+                blocks: blocks(index as u32, length),
+                logits: LogitsWanted::Last,
+            };
+            let parts: Vec<Part<'_>> = tokens.iter().enumerate().map(part).collect();
             let mut next = vec![0; batch as usize];
-            let logits = self.runner.step(&Batch { sequences: &sequences }, &mut |_| {});
-            logits.for_each(|row| next[row.sequence] = likeliest(row.logits));
+            asking += self.engine.step(&parts, &mut next)?;
+            // Weights of a seed may say nothing at all.
+            next.iter_mut().for_each(|token| *token = (*token).min(vocabulary - 1));
             tokens = next;
         }
-        start.elapsed() / steps
-    }
-
-    /// The blocks of the `index`-th sequence of `tokens` tokens.
-    fn blocks(&self, index: u32, tokens: u32) -> Vec<BlockAddress> {
-        let each = tokens.div_ceil(BLOCK_LEN);
-        (index * each..(index + 1) * each).map(|block| self.arena.address(BlockId(block))).collect()
+        self.asking = asking / steps;
+        Ok(start.elapsed() / steps)
     }
 }
 
-fn likeliest(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-    best.map_or(0, |(index, _)| index as u32)
-}
-
-/// Some matrices: how many weights, in how many bytes.
-#[derive(Clone, Copy)]
-struct Matrices {
-    count: f64,
-    bytes: f64,
-}
-
-/// Those that every token goes through.
-fn layer_weights(weights: &Weights) -> Matrices {
-    let matrices = weights.layers.iter().flat_map(|layer| {
-        [&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down]
-    });
-    let sizes = matrices.map(|linear| {
-        let matrix = &linear.matrix;
-        ((matrix.outputs() * matrix.inputs()) as f64, matrix.bytes() as f64)
-    });
-    let (count, bytes) = sizes.fold((0.0, 0.0), |sum, size| (sum.0 + size.0, sum.1 + size.1));
-    Matrices { count, bytes }
-}
-
-/// The one that only tokens with logits go through.
-fn head_weights(weights: &Weights) -> Matrices {
-    let head = &weights.head;
-    Matrices { count: (head.outputs() * head.inputs()) as f64, bytes: head.bytes() as f64 }
+/// The blocks of the `index`-th sequence of `tokens` tokens: the first, and how many.
+fn blocks(index: u32, tokens: u32) -> (usize, usize) {
+    let each = tokens.div_ceil(BLOCK_LEN) as usize;
+    (index as usize * each, each)
 }
 
 /// Operations of attention for a query and a key, in all layers and heads: `q · k` and `p · v`.
