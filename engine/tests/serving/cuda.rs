@@ -211,13 +211,14 @@ fn what_a_gpu_cannot_do_is_refused_or_left_to_the_cpu() {
     };
     const ENOUGH: usize = 4 << 30;
     #[rustfmt::skip]
-    let rows: [(&str, usize, Asked<'_>, Option<&str>); 8] = [
+    let rows: [(&str, usize, Asked<'_>, Option<&str>); 9] = [
         ("nothing more",              ENOUGH,    &|_| {},                                                 None),
         ("smaller weights in the room of large ones", 300 << 10, &|it| {
             it.quantization = Some(Quantization::Int4 { group: 32 });
             it.kv_cache_memory = Some(16 * 16 * BYTES_PER_TOKEN);
         }, None),
         ("heads of no whole packs",   ENOUGH,    &odd_heads,                                              Some("heads of 12 elements")),
+        ("ranks",                     ENOUGH,    &|it| it.tensor_parallel = 2,                            Some("--tensor-parallel-size 2 is for the CPU")),
         ("very long steps",           ENOUGH,    &|it| it.max_num_batched_tokens = 70_000,                Some("steps of up to 70000 tokens")),
         ("no room for weights",       300 << 10, &|_| {},                                                 Some("weights of 345344 bytes")),
         ("no room for blocks",        500 << 10, &|_| {},                                                 Some("a KV cache of 196608 bytes")),
