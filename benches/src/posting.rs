@@ -77,6 +77,7 @@ fn prepared(
     let mut core = EndpointCore::new(EndpointRules {
         layout: layout.clone(),
         blocks: 1024,
+        staging: 0,
         in_place: false,
         coverage: Coverage::Sampled,
         lease: second,
@@ -139,6 +140,7 @@ fn hello(layout: &KvLayout) -> Hello {
         name: "decode".to_owned(),
         layout: layout.clone(),
         region_bytes: 1024 * layout.block_bytes() as u64,
+        staging_bytes: 0,
         listen_port: 1,
         host: String::new(),
         memory_socket: String::new(),

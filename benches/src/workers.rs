@@ -190,6 +190,7 @@ impl Worker {
             instance,
             layout: layout.clone(),
             region: Arc::clone(&region),
+            staging_bytes: 0,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             transport: if way == Way::Tcp { TransportChoice::Tcp } else { TransportChoice::SharedMemory },
             require: true,

@@ -23,7 +23,9 @@ use crate::device::Device;
 use crate::draft_model::DraftModel;
 use crate::driver::{Driver, Inbox};
 use crate::engine::{Command, EngineError, Shared};
-use crate::handle::{Counters, Description, DigestCoverage, EngineConfig, GuessMethod, LoadProgress};
+use crate::handle::{
+    Counters, Description, DigestCoverage, EngineConfig, GuessMethod, LoadProgress, TransportChoice,
+};
 use crate::memory::{Arena, DevicePool, available_bytes};
 use crate::models::{LoadOptions, Model, ModelSpec};
 use crate::roles::prefill::Outgoings;
@@ -113,6 +115,7 @@ impl Boot<'_> {
             max_model_len: max_model_len as usize,
         };
         let (device, pool, described) = open(&cpu, &arena, runner_limits)?;
+        let tail = Arc::clone(arena.tail());
         // A peer that computes in these blocks reads them too, and the arena does not have what a GPU has computed.
         let in_place = config.in_place && pool.is_none();
         let endpoint = Arc::new(endpoint(&config, in_place, instance, &arena, wires.commands)?);
@@ -156,7 +159,7 @@ impl Boot<'_> {
             shared: wires.shared,
             inbox: Inbox { commands: wires.inbox, seen: VecDeque::new() },
             requests: BTreeMap::new(),
-            outgoing: Outgoings::default(),
+            outgoing: Outgoings::new(tail),
             incoming: BTreeMap::new(),
             counters: Counters::default(),
             draining: false,
@@ -200,11 +203,23 @@ fn reserve<W>(
     }
     progress(LoadProgress { stage: "reserving KV cache", done: 0, total: bytes as u64 });
     let pages = if config.huge_pages { Pages::Huge } else { Pages::Normal };
-    let take = |layout| {
-        Arena::with_pages(layout, blocks, pages).map_err(|source| EngineError::KvCache { bytes, source })
+    let take = |layout, tail| {
+        Arena::with_tail(layout, blocks, tail, pages).map_err(|source| EngineError::KvCache { bytes, source })
     };
-    let (arena, draft_arena) = (take(layout)?, draft_layout.map(take).transpose()?);
+    let tail = staging_bytes(config.transport, blocks.0 as usize * layout.block_bytes());
+    let (arena, draft_arena) = (take(layout, tail)?, draft_layout.map(|layout| take(layout, 0)).transpose()?);
     Ok(Cache { arena, draft_arena, blocks, max_model_len })
+}
+
+/// How much room there is for blocks that are converted for peers that read, which they do over RDMA alone. Without an RDMA
+/// device it is never touched, so that it takes no memory.
+fn staging_bytes(transport: TransportChoice, cache_bytes: usize) -> usize {
+    match transport {
+        TransportChoice::Auto | TransportChoice::Rdma => {
+            (cache_bytes / STAGING_SHARE).min(MOST_STAGING).next_multiple_of(STAGING_STEP)
+        }
+        TransportChoice::SharedMemory | TransportChoice::Tcp => 0,
+    }
 }
 
 fn layout<W>(config: &EngineConfig, model: &Model<W>) -> Result<KvLayout, EngineError> {
@@ -308,6 +323,7 @@ fn endpoint(
             instance,
             layout: arena.layout().clone(),
             region: Arc::clone(arena.region()),
+            staging_bytes: arena.tail_bytes(),
             listen: address,
             transport: crate::network::choice(config.transport),
             rdma: tidemill_kvtransfer::RdmaConfig {
@@ -335,3 +351,9 @@ fn endpoint(
 /// Share of the free memory that a KV cache takes when nobody says how much: there are other workers, and other things
 /// than Tidemill.
 const DEFAULT_SHARE: u64 = 4;
+/// As much as any receiver has on its way at a time: more would wait there.
+const MOST_STAGING: usize = tidemill_kvtransfer::DEFAULT_CREDIT as usize;
+/// A small cache gets less: this share of its size.
+const STAGING_SHARE: usize = 8;
+/// But a huge page, in which a layer of a block of any usual model finds room.
+const STAGING_STEP: usize = 2 << 20;

@@ -40,7 +40,7 @@ struct Pusher<'a> {
     pool: Option<&'a DevicePool>,
     fault: Option<&'a Fault>,
     /// What comes down from the device meanwhile, in order.
-    under_way: VecDeque<(HandoffId, RequestId, Vec<Piece>, Descent)>,
+    under_way: VecDeque<(HandoffId, Vec<Piece>, Descent)>,
     /// Bytes of the landing that it takes.
     landing: usize,
     outcome: Result<(), CudaError>,
@@ -64,7 +64,7 @@ impl Driver {
             pass,
             inbox: &mut self.inbox,
             outgoing,
-            origin: Origin { arena, cpu: &self.cpu, endpoint },
+            origin: Origin { scheduler, arena, cpu: &self.cpu, endpoint },
             pool: pool.as_ref(),
             fault: self.fault.as_ref(),
             under_way: VecDeque::new(),
@@ -236,7 +236,7 @@ impl Pusher<'_> {
     /// Pushes pieces at once, or has them come down first.
     fn begin(&mut self, handoff: HandoffId, request: RequestId, pieces: Vec<Piece>) -> Result<(), CudaError> {
         let Some(pool) = self.pool else {
-            self.send(handoff, request, pieces);
+            self.send(handoff, pieces);
             return Ok(());
         };
         let arena = self.origin.arena;
@@ -248,10 +248,10 @@ impl Pusher<'_> {
             descent = pool.start_down(&parts, arena, &mut self.landing)?;
         }
         match descent {
-            Some(descent) => self.under_way.push_back((handoff, request, pieces, descent)),
+            Some(descent) => self.under_way.push_back((handoff, pieces, descent)),
             None => {
                 pool.bring_down(&parts, arena)?;
-                self.send(handoff, request, pieces);
+                self.send(handoff, pieces);
             }
         }
         Ok(())
@@ -264,18 +264,17 @@ impl Pusher<'_> {
     }
 
     fn land(&mut self) -> Result<(), CudaError> {
-        while let Some((handoff, request, pieces, descent)) = self.under_way.pop_front() {
+        while let Some((handoff, pieces, descent)) = self.under_way.pop_front() {
             let pool = self.pool.expect("only from a pool does anything come down");
             pool.land(descent, self.origin.arena)?;
-            self.send(handoff, request, pieces);
+            self.send(handoff, pieces);
         }
         self.landing = 0;
         Ok(())
     }
 
-    fn send(&mut self, handoff: HandoffId, request: RequestId, pieces: Vec<Piece>) {
-        let table = self.pass.scheduler.block_table(request);
-        self.outgoing.push(handoff, pieces, table, &self.origin);
+    fn send(&mut self, handoff: HandoffId, pieces: Vec<Piece>) {
+        self.outgoing.push(handoff, pieces, &self.origin);
         fault::meet(self.fault, FaultStage::Pushing);
     }
 }

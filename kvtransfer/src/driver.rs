@@ -85,7 +85,7 @@ impl Driver {
         links: Arc<LinkTable>,
     ) -> Result<Self, EndpointError> {
         let block_bytes = BlockShape::of(&config.layout).block;
-        let region_bytes = config.region.len();
+        let region_bytes = config.region.len().saturating_sub(config.staging_bytes);
         if region_bytes < block_bytes {
             return Err(EndpointError::Region { region_bytes, block_bytes });
         }
@@ -293,7 +293,8 @@ impl Driver {
 fn rules(config: &EndpointConfig) -> EndpointRules {
     EndpointRules {
         layout: config.layout.clone(),
-        blocks: (config.region.len() / config.layout.block_bytes()) as u64,
+        blocks: ((config.region.len() - config.staging_bytes) / config.layout.block_bytes()) as u64,
+        staging: config.staging_bytes as u64,
         in_place: config.in_place,
         coverage: config.coverage,
         lease: config.timing.lease,
@@ -329,6 +330,7 @@ fn hello(config: &EndpointConfig, address: SocketAddr, socket_name: Option<Strin
         name: config.name.clone(),
         layout: config.layout.clone(),
         region_bytes: config.region.len() as u64,
+        staging_bytes: config.staging_bytes as u64,
         listen_port: address.port(),
         host: host::identity(),
         memory_socket: socket_name.unwrap_or_default(),

@@ -72,6 +72,9 @@ pub struct EndpointConfig {
     pub layout: KvLayout,
     /// The block arena: block `b` starts at `b * layout.block_bytes()`.
     pub region: Arc<Region>,
+    /// How many bytes at the end of the region are no blocks but its [`Tail`](crate::Tail): without any, peers of another layout
+    /// cannot read from this worker.
+    pub staging_bytes: usize,
     /// Where peers connect; port 0 picks one.
     pub listen: SocketAddr,
     /// Which ways for data are acceptable.

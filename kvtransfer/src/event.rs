@@ -13,6 +13,7 @@ use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
 use crate::error::MeetError;
 use crate::shm::{Region, Slab};
+use crate::tail::TailPiece;
 
 /// Another worker, as the router tells of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,6 +97,8 @@ pub enum Source {
     },
     /// In staging memory, from that offset on.
     Slab(Arc<Slab>, usize),
+    /// In a piece of the room behind the blocks, from that offset in it on: for a peer that reads.
+    Tail(Arc<TailPiece>, usize),
 }
 
 /// Prefill side: a peer's reservation.
@@ -130,6 +133,9 @@ pub enum Path {
     InPlace(Arc<Region>),
     /// By pushing.
     Write,
+    /// By pushing what lies in the endpoint's own region, where the peer reads it: in blocks, or in pieces of its
+    /// [`Tail`](crate::Tail).
+    Read,
 }
 
 /// What happens to handoffs and peers. Delivered on the endpoint's own thread: a receiver passes it on and
@@ -154,6 +160,11 @@ pub enum HandoffEvent {
         handoff: HandoffId,
         /// Why.
         error: TransferError,
+    },
+    /// Prefill side: the peer has read the pieces of the tail that were pushed so far, and nobody keeps them any more.
+    Fetched {
+        /// Which handoff.
+        handoff: HandoffId,
     },
     /// Prefill side: the peer does not want it any more, or is gone. Stop, then call `abandon`; `SendFailed`
     /// follows.

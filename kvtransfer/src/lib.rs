@@ -26,6 +26,7 @@ mod host;
 pub mod pair_probe;
 pub mod shm;
 mod source;
+mod tail;
 mod tcp;
 pub mod verbs;
 mod verification;
@@ -37,4 +38,5 @@ pub use event::{
     HandoffEvent, HandoffStats, Met, Path, PeerAddress, PeerLink, PushWrite, Reserve, Reserved, Source,
 };
 pub use shm::{Access, Pages, Region, Slab};
+pub use tail::{Tail, TailPiece};
 pub use verbs::RdmaConfig;

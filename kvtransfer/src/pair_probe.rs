@@ -312,6 +312,7 @@ fn config(
         instance,
         layout,
         region: Region::new(name, LARGE_BYTES).map_err(ProbeError::System)?,
+        staging_bytes: 0,
         listen,
         transport,
         require: false,

@@ -32,6 +32,7 @@ fn hello(instance: u64) -> Hello {
         name: "impostor".into(),
         layout: layout(),
         region_bytes: 1 << 40,
+        staging_bytes: 0,
         listen_port: 1,
         host: "elsewhere".into(),
         memory_socket: String::new(),

@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use tidemill_kvtransfer::error::EndpointError;
 use tidemill_kvtransfer::{
-    Endpoint, EndpointConfig, HandoffEvent, HandoffMode, PushWrite, RdmaConfig, Region, Reserve, Slab,
-    Source, TransportChoice,
+    Endpoint, EndpointConfig, HandoffEvent, HandoffMode, Path, PushWrite, RdmaConfig, Region, Reserve, Slab,
+    Source, Tail, TransportChoice,
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
-use tidemill_kvtransfer_proto::layout::KvDtype;
+use tidemill_kvtransfer_proto::layout::{Bridge, KvDtype};
 use tidemill_kvtransfer_proto::message::TransportKind;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
 use worker::{PATIENCE, Way, Worker, config, pair};
@@ -147,7 +147,7 @@ fn a_worker_that_reads_offers_no_shared_memory() {
 
 #[test]
 #[ignore = "needs verbs devices: tests/rdma/run"]
-fn what_is_converted_cannot_be_read_and_is_declined() {
+fn what_is_converted_cannot_be_read_without_room_for_it_and_is_declined() {
     let mut wide = config("prefill", 1, Way::RdmaRead, 8);
     wide.layout.dtype = KvDtype::F32;
     wide.region = Region::new("wide", wide.layout.block_bytes() * 8).expect("memory");
@@ -159,6 +159,72 @@ fn what_is_converted_cannot_be_read_and_is_declined() {
     assert_eq!(prefill.news(), "send-failed:layout");
     assert_eq!((decode.news().as_str(), decode.news().as_str()), ("reserve-failed:declined", "released"));
     decode.assert_nothing_leaked();
+}
+
+/// Whatever ends a handoff, what was converted for it makes room for others once nobody can read it.
+#[test]
+#[ignore = "needs verbs devices: tests/rdma/run"]
+fn what_is_converted_is_read_out_of_room_that_is_smaller_than_all_of_it() {
+    let mut decode = Worker::start(config("decode", 2, Way::RdmaRead, 64));
+    let layer = decode.layout.strides().layer;
+    let mut wide = config("prefill", 1, Way::RdmaRead, 8);
+    wide.layout.dtype = KvDtype::F32;
+    let blocks_end = wide.layout.block_bytes() * 8;
+    wide.staging_bytes = 4 * layer;
+    wide.region = Region::new("wide", blocks_end + wide.staging_bytes).expect("memory");
+    let tail = Tail::new(Arc::clone(&wide.region), blocks_end);
+    let mut prefill = Worker::start(wide);
+    prefill.meet(decode.address());
+    for number in 0..40 {
+        let handoff = HandoffId(number);
+        decode.reserve(handoff, 1, 5);
+        prefill.endpoint.expect(handoff, 2, PATIENCE);
+        let reserved = prefill.expect_reserved();
+        assert!(matches!(reserved.path, Path::Read) && reserved.bridge != Bridge::Identical);
+        let pieces =
+            (0..usize::from(decode.layout.layers)).flat_map(|it| (0..5).map(move |index| (it, index)));
+        for (at, index) in pieces {
+            let piece = loop {
+                match tail.take(layer) {
+                    Some(piece) => break Arc::new(piece),
+                    None => assert_eq!(prefill.news(), "fetched"),
+                }
+            };
+            let content = worker::content(handoff, index, &decode.layout);
+            prefill.region.write(piece.offset(), &content[at * layer..(at + 1) * layer]);
+            let (target_index, offset) = (index as u32, at * layer);
+            let write = PushWrite { target_index, offset, len: layer, source: Source::Tail(piece, 0) };
+            prefill.endpoint.push(handoff, vec![write]);
+        }
+        let is_given_up = number % 4 == 3;
+        if is_given_up {
+            prefill.endpoint.abandon(handoff, "enough".into());
+            assert_eq!(
+                (decode.news().as_str(), decode.news().as_str()),
+                ("reserve-failed:abandoned", "released")
+            );
+        } else {
+            prefill.endpoint.finish(handoff, vec![]);
+            assert_eq!(decode.news(), "committed");
+            decode.adopt_and_check(handoff);
+        }
+        let end = std::iter::repeat_with(|| prefill.news()).find(|news| news != "fetched");
+        let expected = if is_given_up { "send-failed:abandoned" } else { "delivered" };
+        assert_eq!(end.as_deref(), Some(expected), "{number}");
+        assert!(tail.is_unused(), "{number}: somebody keeps what nobody reads");
+    }
+    // Decode dies while it may read: its queue pairs and its key end, and only then the room is free.
+    decode.reserve(HandoffId(100), 1, 5);
+    prefill.endpoint.expect(HandoffId(100), 2, PATIENCE);
+    prefill.expect_reserved();
+    let piece = Arc::new(tail.take(layer).expect("all of it is free"));
+    let source = Source::Tail(piece, 0);
+    prefill.endpoint.push(HandoffId(100), vec![PushWrite { target_index: 0, offset: 0, len: layer, source }]);
+    drop(decode);
+    while prefill.news() != "cancel-wanted" {}
+    prefill.endpoint.abandon(HandoffId(100), "told to".into());
+    while !prefill.news().starts_with("send-failed") {}
+    assert!(tail.is_unused());
 }
 
 #[test]

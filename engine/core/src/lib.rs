@@ -21,4 +21,5 @@ pub mod scheduler;
 pub mod sequence;
 pub mod simulator;
 pub mod speculation;
+pub mod staging;
 mod step;

@@ -88,6 +88,8 @@ pub enum Mischief {
     ReadEarly,
     /// The same, and digests are taken for granted.
     SkipDigest,
+    /// What a peer may read of what was converted for it makes room for other things at once.
+    ReuseStaging,
     /// Blocks of a peer are called final when the step begins that computes them.
     NameEarly,
     /// The device stores into blocks of a peer that were called final.
@@ -148,6 +150,10 @@ pub struct Summary {
     pub writes: u64,
     /// Reads that were posted.
     pub reads: u64,
+    /// Pieces that were converted for peers that read.
+    pub staged: u64,
+    /// How often all room for such pieces was in use when one was due.
+    pub short_of_room: u64,
     /// Writes that were turned down by admission.
     pub turned_down: u64,
     /// Writes, or layers computed in place, that reached blocks in quarantine.
@@ -286,6 +292,8 @@ impl Summary {
         self.links += other.links;
         self.writes += other.writes;
         self.reads += other.reads;
+        self.staged += other.staged;
+        self.short_of_room += other.short_of_room;
         self.turned_down += other.turned_down;
         self.late += other.late;
         add_all(&mut self.injected, &other.injected);
@@ -321,12 +329,14 @@ impl fmt::Display for Summary {
         )?;
         writeln!(
             f,
-            "writes: {} posted, {} turned down, {} into quarantined blocks; {} reads; {} quarantines; links: {} up, {} \
-             lost",
+            "writes: {} posted, {} turned down, {} into quarantined blocks; {} reads, {} of copies, which lacked room {} \
+             times; {} quarantines; links: {} up, {} lost",
             self.writes,
             self.turned_down,
             self.late,
             self.reads,
+            self.staged,
+            self.short_of_room,
             self.quarantines,
             self.links,
             self.links_lost

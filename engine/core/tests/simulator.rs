@@ -27,6 +27,7 @@ fn a_cluster_without_faults_answers_everything_without_a_second_attempt() {
     assert_eq!((sum.turned_down, sum.late, sum.links_lost), (0, 0, 0), "{sum}");
     assert!(sum.handoffs.iter().all(|count| 10 < *count), "{sum}");
     assert!(10 < sum.in_place && 10 < sum.converted && 0 < sum.named_ahead, "{sum}");
+    assert!(10 < sum.staged && 10 < sum.short_of_room, "{sum}");
 }
 
 /// Were anything on the way from a request to its first token found only by looking for it now and then, or after a time
@@ -95,6 +96,7 @@ fn planted_bugs_are_found() {
         ("blocks are freed that a peer still reads",             Mischief::FreeOffered,     &["is not held for it"]),
         ("a read counts as complete when it is posted",          Mischief::ReadEarly,       &["commits what it has not written", "is not lent to it"]),
         ("… and nobody looks at digests",                        Mischief::SkipDigest,      &["foreign byte", "is not lent to it"]),
+        ("copies make room that a peer still reads",             Mischief::ReuseStaging,    &["a copy of worker", "commits what it has not written"]),
         ("blocks are called final before they are computed",     Mischief::NameEarly,       &["a final block finds a foreign byte", "commits what it has not written"]),
         ("blocks are stored into that were called final",        Mischief::StoreAgain,      &["foreign byte"]),
     ];

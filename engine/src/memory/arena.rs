@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::kv::{self, BlockAddress, KvBlockShape};
-use tidemill_kvtransfer::{Pages, Region};
+use tidemill_kvtransfer::{Pages, Region, Tail, TailPiece};
 use tidemill_kvtransfer_proto::layout::{KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId};
 
@@ -21,6 +21,8 @@ pub struct Arena {
     layout: KvLayout,
     shape: KvBlockShape,
     blocks: BlockCount,
+    /// What is behind the blocks of a region that was made here. It is the only one of that region.
+    tail: Arc<Tail>,
 }
 
 impl Arena {
@@ -39,9 +41,23 @@ impl Arena {
     ///
     /// As for [`new`](Self::new); and there are no or not enough huge pages.
     pub fn with_pages(layout: KvLayout, blocks: BlockCount, pages: Pages) -> io::Result<Self> {
-        let bytes =
-            (blocks.0 as usize).checked_mul(layout.block_bytes()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self::over(Region::with_pages(REGION_NAME, bytes, pages)?, layout))
+        Self::with_tail(layout, blocks, 0, pages)
+    }
+
+    /// The same, with `tail` bytes behind the blocks, in which blocks are converted for peers that read.
+    ///
+    /// # Errors
+    ///
+    /// As for [`with_pages`](Self::with_pages).
+    pub fn with_tail(layout: KvLayout, blocks: BlockCount, tail: usize, pages: Pages) -> io::Result<Self> {
+        let bytes = (blocks.0 as usize)
+            .checked_mul(layout.block_bytes())
+            .filter(|&bytes| 0 < bytes)
+            .and_then(|bytes| bytes.checked_add(tail))
+            .ok_or(io::ErrorKind::OutOfMemory)?;
+        let region = Region::with_pages(REGION_NAME, bytes, pages)?;
+        let tail = Tail::new(Arc::clone(&region), bytes - tail);
+        Ok(Self { blocks, tail, ..Self::over(region, layout) })
     }
 
     /// The blocks of a region that exists: a peer's, mapped here for reading and writing. A rest at the end that is
@@ -55,7 +71,8 @@ impl Arena {
         assert!(region.as_ptr().addr().is_multiple_of(ALIGNMENT), "a region starts on a page");
         assert!(shape.block_bytes().is_multiple_of(ALIGNMENT), "layouts pad layers to whole cache lines");
         let blocks = u32::try_from(region.len() / shape.block_bytes()).unwrap_or(u32::MAX);
-        Self { region, layout, shape, blocks: BlockCount(blocks) }
+        let tail = Tail::new(Arc::clone(&region), region.len() / ALIGNMENT * ALIGNMENT);
+        Self { region, layout, shape, blocks: BlockCount(blocks), tail }
     }
 
     /// Where a block is in this process.
@@ -106,6 +123,33 @@ impl Arena {
         // SAFETY: in bounds and mapped for reads. A block is read by who holds it, once a commit has said that its peer
         // writes no more.
         read(unsafe { std::slice::from_raw_parts(first, self.shape.block_bytes()) })
+    }
+
+    /// What is behind the blocks of an arena that was made here; nothing, of one that a peer shares.
+    pub const fn tail(&self) -> &Arc<Tail> {
+        &self.tail
+    }
+
+    /// How many bytes are behind the blocks.
+    pub fn tail_bytes(&self) -> usize {
+        self.tail.len()
+    }
+
+    /// Has somebody write a piece of what is behind the blocks.
+    ///
+    /// # Panics
+    ///
+    /// When the piece is not of this arena: a bug.
+    pub fn fill<T>(&self, piece: &mut TailPiece, write: impl FnOnce(&mut [u8]) -> T) -> T {
+        let (start, end) = (piece.offset(), piece.offset() + piece.len());
+        assert!(Arc::ptr_eq(piece.tail(), &self.tail), "a piece of what is behind these blocks");
+        assert!(end <= self.region.len(), "it lies in the region");
+        // SAFETY: the piece lies within the region, as asserted.
+        let first = unsafe { self.region.as_ptr().add(start) };
+        // SAFETY: in bounds as above, and mapped for reads and writes, since only `with_tail` makes a tail with bytes. No
+        // kernel is given an address behind the blocks, and no other piece has these bytes, for the region has no other tail;
+        // this one is borrowed mutably. Peers are told of it when it is pushed, which is later, and to read it.
+        write(unsafe { std::slice::from_raw_parts_mut(first, end - start) })
     }
 
     /// Offset of a block from the region's first byte.

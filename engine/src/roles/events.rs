@@ -83,6 +83,10 @@ impl Driver {
 
     /// News from the endpoint.
     pub(crate) fn handoff(&mut self, event: HandoffEvent) {
+        let may_make_room = matches!(
+            event,
+            HandoffEvent::Fetched { .. } | HandoffEvent::Delivered { .. } | HandoffEvent::SendFailed { .. }
+        );
         match event {
             HandoffEvent::Reserved(reserved) => self.reserved(&reserved),
             HandoffEvent::Delivered { handoff, stats } => self.delivered(handoff, &stats),
@@ -98,8 +102,24 @@ impl Driver {
                 self.reservation_failed(handoff, &error.to_string());
             }
             HandoffEvent::Released { handoff } => self.scheduler.quiet(handoff),
-            // The endpoint logs both, and tells of each handoff by itself.
-            HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } => {}
+            // The endpoint logs two of them, and tells of each handoff by itself.
+            HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } | HandoffEvent::Fetched { .. } => {}
+        }
+        if may_make_room {
+            self.push_waiting();
+        }
+    }
+
+    /// Prefill: pushes what waited for room to be converted in, and commits what was complete but for that.
+    fn push_waiting(&mut self) {
+        let Self { arena, cpu, endpoint, scheduler, .. } = self;
+        self.outgoing.push_waiting(&Origin { scheduler, arena, cpu, endpoint });
+        self.commit_caught_up();
+    }
+
+    fn commit_caught_up(&mut self) {
+        for handoff in self.outgoing.take_caught_up() {
+            self.commit_if_complete(handoff);
         }
     }
 
@@ -136,6 +156,7 @@ impl Driver {
                 self.push_layers(handoff, work.request, TokenCount(work.first.0 + work.count.0));
             }
         }
+        self.commit_caught_up();
     }
 
     fn push_request(&mut self, handoff: HandoffId, request: RequestId) {
@@ -146,17 +167,17 @@ impl Driver {
 
     fn push_layers(&mut self, handoff: HandoffId, request: RequestId, computed: TokenCount) {
         let layers = self.arena.shape().layers;
-        let Self { arena, pool, cpu, endpoint, .. } = self;
+        let Self { arena, pool, cpu, endpoint, scheduler, .. } = self;
         let Some(pieces) = self.outgoing.due(handoff, 0..layers, computed) else { return };
-        let table = self.scheduler.block_table(request);
         if let Some(pool) = pool {
+            let table = scheduler.block_table(request);
             let parts = self.outgoing.parts(handoff, &pieces, table, arena.shape().block_len);
             if let Err(error) = pool.bring_down(&parts, arena) {
                 self.failure = Some(error);
                 return;
             }
         }
-        self.outgoing.push(handoff, pieces, table, &Origin { arena, cpu, endpoint });
+        self.outgoing.push(handoff, pieces, &Origin { scheduler, arena, cpu, endpoint });
     }
 
     fn commit_if_complete(&mut self, handoff: HandoffId) {

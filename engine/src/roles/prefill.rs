@@ -3,6 +3,9 @@
 //! A prompt is computed either *in place*, in the blocks that the peer reserved, or in blocks of its own that are
 //! pushed layer by layer. In the second case neither side waits for the other to begin: the reservation may arrive
 //! before, during or after the computation, and whatever is due by then is pushed at once.
+//!
+//! For a peer that reads, blocks of another layout are converted in the arena's tail. That is bounded and shared by all such
+//! peers: what finds no room there waits, and goes when earlier pieces have been read.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,10 +13,13 @@ use std::sync::Arc;
 
 use tidemill_engine_core::pushes::{Due, Pushes};
 use tidemill_engine_core::request::RequestId;
+use tidemill_engine_core::scheduler::Scheduler;
+pub(crate) use tidemill_engine_core::staging::Piece;
+use tidemill_engine_core::staging::StagingQueue;
 use tidemill_kernels::cpu::Cpu;
 use tidemill_kernels::kv::BlockAddress;
 use tidemill_kernels::step::TokenSpan;
-use tidemill_kvtransfer::{Endpoint, Path, PushWrite, Reserved, Source};
+use tidemill_kvtransfer::{Endpoint, Path, PushWrite, Reserved, Source, Tail};
 use tidemill_kvtransfer_proto::layout::{Bridge, KvLayout};
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
@@ -23,10 +29,15 @@ use crate::device::{LayerRange, Parts};
 use crate::memory::{Arena, block_shape};
 
 /// All handoffs that this worker computes prompts for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Outgoings {
     by_handoff: BTreeMap<HandoffId, Outgoing>,
     staging: Staging,
+    /// Where pieces for peers that read are converted, and those that wait for room there.
+    tail: Arc<Tail>,
+    waiting: StagingQueue,
+    /// Handoffs of which none waits any more, since that was asked for.
+    caught_up: Vec<HandoffId>,
 }
 
 /// One of them.
@@ -47,8 +58,16 @@ enum Target {
     Unknown,
     /// In the peer's memory, which is computed in directly.
     InPlace { blocks: Vec<BlockAddress>, _arena: Arena },
-    /// In blocks that are written to.
-    Pushed { pushes: Pushes, bridge: Bridge, layout: Arc<KvLayout> },
+    /// In blocks that are written to, or that the peer reads for.
+    Pushed(Pushed),
+}
+
+#[derive(Debug)]
+struct Pushed {
+    pushes: Pushes,
+    bridge: Bridge,
+    layout: Arc<KvLayout>,
+    is_read: bool,
 }
 
 /// What the driver does about an announced reservation.
@@ -62,17 +81,21 @@ pub(crate) enum Announced {
     Unknown,
 }
 
-/// Some layers of a block of the peer's, counted from the first that it is missing.
-pub(crate) type Piece = (Range<usize>, u32);
-
 /// What pushing reads: this worker's blocks and the means to convert them.
 pub(crate) struct Origin<'a> {
+    pub(crate) scheduler: &'a Scheduler,
     pub(crate) arena: &'a Arena,
     pub(crate) cpu: &'a Cpu,
     pub(crate) endpoint: &'a Endpoint,
 }
 
 impl Outgoings {
+    /// None yet.
+    pub(crate) fn new(tail: Arc<Tail>) -> Self {
+        let (by_handoff, staging, waiting) = Default::default();
+        Self { by_handoff, staging, tail, waiting, caught_up: Vec::new() }
+    }
+
     /// A prompt for another worker has come.
     pub(crate) fn begin(&mut self, handoff: HandoffId, request: RequestId) {
         let outgoing = Outgoing { request, target: Target::Unknown, first_token: None, ended: false };
@@ -97,14 +120,15 @@ impl Outgoings {
                 let cached = reserved.first_block * layout.block_len.tokens();
                 Announced::ComputeInPlace { cached: TokenCount(cached) }
             }
-            Path::InPlace(_) | Path::Write => {
+            Path::InPlace(_) | Path::Write | Path::Read => {
                 let targets =
                     u32::try_from(reserved.targets.len()).expect("a frame bounds the number of blocks");
                 let layers = usize::from(layout.layers);
                 let pushes =
                     Pushes::new(layout.block_len, reserved.first_block, targets, reserved.tokens, layers);
-                outgoing.target =
-                    Target::Pushed { pushes, bridge: reserved.bridge, layout: Arc::clone(layout) };
+                let (bridge, layout) = (reserved.bridge, Arc::clone(layout));
+                let is_read = matches!(reserved.path, Path::Read);
+                outgoing.target = Target::Pushed(Pushed { pushes, bridge, layout, is_read });
                 Announced::ComputeAndPush
             }
         }
@@ -119,7 +143,7 @@ impl Outgoings {
     pub(crate) fn blocks_in_place(&self, handoff: HandoffId) -> Option<&[BlockAddress]> {
         match &self.by_handoff.get(&handoff)?.target {
             Target::InPlace { blocks, .. } => Some(blocks),
-            Target::Unknown | Target::Pushed { .. } => None,
+            Target::Unknown | Target::Pushed(_) => None,
         }
     }
 
@@ -131,7 +155,7 @@ impl Outgoings {
         computed: TokenCount,
     ) -> Option<Vec<Piece>> {
         let outgoing = self.by_handoff.get_mut(&handoff)?;
-        let Target::Pushed { pushes, .. } = &mut outgoing.target else { return None };
+        let Target::Pushed(Pushed { pushes, .. }) = &mut outgoing.target else { return None };
         let due = pushes.take_due(layers, computed);
         if outgoing.ended || due.is_empty() {
             return None;
@@ -151,7 +175,8 @@ impl Outgoings {
         table: &[BlockRef],
         block_len: usize,
     ) -> Parts {
-        let Some(Target::Pushed { pushes, .. }) = self.by_handoff.get(&handoff).map(|it| &it.target) else {
+        let Some(Target::Pushed(Pushed { pushes, .. })) = self.by_handoff.get(&handoff).map(|it| &it.target)
+        else {
             return Parts::new();
         };
         let mut parts = Parts::new();
@@ -164,21 +189,58 @@ impl Outgoings {
         parts
     }
 
-    /// Pushes pieces of a prompt, which lies in `table`; the arena holds what they are made from.
-    pub(crate) fn push(
-        &mut self,
-        handoff: HandoffId,
-        pieces: Vec<Piece>,
-        table: &[BlockRef],
-        origin: &Origin<'_>,
-    ) {
-        let Some(outgoing) = self.by_handoff.get_mut(&handoff) else { return };
-        let Target::Pushed { pushes, bridge, layout } = &mut outgoing.target else { return };
-        let writes = match bridge {
-            Bridge::Identical => origin.as_it_is(pushes, pieces, table),
-            Bridge::Convert { .. } => origin.converted(pushes, pieces, table, layout, &mut self.staging),
+    /// Pushes pieces of a prompt; the arena holds what they are made from.
+    pub(crate) fn push(&mut self, handoff: HandoffId, pieces: Vec<Piece>, origin: &Origin<'_>) {
+        let Some(Outgoing { request, target: Target::Pushed(pushed), .. }) = self.by_handoff.get(&handoff)
+        else {
+            return;
         };
-        origin.endpoint.push(handoff, writes);
+        let table = origin.scheduler.block_table(*request);
+        match pushed.bridge {
+            Bridge::Identical => {
+                origin.endpoint.push(handoff, origin.as_it_is(&pushed.pushes, pieces, table));
+            }
+            Bridge::Convert { .. } if pushed.is_read => {
+                self.waiting.add(handoff, pieces);
+                self.push_waiting(origin);
+            }
+            Bridge::Convert { .. } => {
+                let mut slab = self.staging.take(pushed.bytes(&pieces));
+                let image = Arc::get_mut(&mut slab).expect("nobody reads what was just taken").as_mut_slice();
+                origin.convert(pushed, &pieces, table, image);
+                let writes = pushed.writes(pieces, |at| Source::Slab(Arc::clone(&slab), at));
+                origin.endpoint.push(handoff, writes);
+                self.staging.keep(slab);
+            }
+        }
+    }
+
+    /// Pushes what waits for room in the tail, as far as there is some.
+    pub(crate) fn push_waiting(&mut self, origin: &Origin<'_>) {
+        let Self { by_handoff, waiting, tail, caught_up, .. } = self;
+        let pushed = |handoff: HandoffId| match &by_handoff[&handoff] {
+            Outgoing { request, target: Target::Pushed(pushed), .. } => (*request, pushed),
+            Outgoing { .. } => unreachable!("only what is pushed waits"),
+        };
+        while let Some((handoff, pieces)) =
+            waiting.take(tail.longest(), |handoff| pushed(handoff).1.layer_bytes())
+        {
+            let (request, pushed) = pushed(handoff);
+            let mut room = tail.take(pushed.bytes(&pieces)).expect("others only give back");
+            let table = origin.scheduler.block_table(request);
+            origin.arena.fill(&mut room, |image| origin.convert(pushed, &pieces, table, image));
+            let room = Arc::new(room);
+            let writes = pushed.writes(pieces, |at| Source::Tail(Arc::clone(&room), at));
+            origin.endpoint.push(handoff, writes);
+            if !waiting.has(handoff) {
+                caught_up.push(handoff);
+            }
+        }
+    }
+
+    /// Handoffs of which pieces waited for room in the tail, and none does now.
+    pub(crate) fn take_caught_up(&mut self) -> Vec<HandoffId> {
+        std::mem::take(&mut self.caught_up)
     }
 
     /// The prompt is computed and its first token known.
@@ -194,7 +256,7 @@ impl Outgoings {
         let is_complete = match &outgoing.target {
             Target::Unknown => false,
             Target::InPlace { .. } => true,
-            Target::Pushed { pushes, .. } => pushes.is_complete(),
+            Target::Pushed(Pushed { pushes, .. }) => pushes.is_complete() && !self.waiting.has(handoff),
         };
         let first_token = outgoing.first_token.take_if(|_| is_complete && !outgoing.ended)?;
         outgoing.ended = true;
@@ -203,6 +265,7 @@ impl Outgoings {
 
     /// The handoff will not complete: nothing more is pushed. True when the endpoint has not been told.
     pub(crate) fn give_up(&mut self, handoff: HandoffId) -> bool {
+        self.waiting.remove(handoff);
         self.by_handoff
             .get_mut(&handoff)
             .is_some_and(|outgoing| !std::mem::replace(&mut outgoing.ended, true))
@@ -210,7 +273,33 @@ impl Outgoings {
 
     /// The sender is quiet: forgets the handoff and returns its request.
     pub(crate) fn end(&mut self, handoff: HandoffId) -> Option<RequestId> {
+        self.waiting.remove(handoff);
         self.by_handoff.remove(&handoff).map(|outgoing| outgoing.request)
+    }
+}
+
+impl Pushed {
+    /// Bytes of a layer of a block of the peer.
+    fn layer_bytes(&self) -> usize {
+        self.layout.strides().layer
+    }
+
+    /// Bytes that pieces have at the peer.
+    fn bytes(&self, pieces: &[Piece]) -> usize {
+        pieces.iter().map(|(layers, _)| layers.len()).sum::<usize>() * self.layer_bytes()
+    }
+
+    /// Pieces that were converted one behind the other into one memory; `source` names a place there.
+    fn writes(&self, pieces: Vec<Piece>, source: impl Fn(usize) -> Source) -> Vec<PushWrite> {
+        let layer_bytes = self.layer_bytes();
+        let mut at = 0;
+        let write = |(layers, target): Piece| {
+            let len = layers.len() * layer_bytes;
+            let source = source(at);
+            at += len;
+            PushWrite { target_index: target, offset: layers.start * layer_bytes, len, source }
+        };
+        pieces.into_iter().map(write).collect()
     }
 }
 
@@ -236,41 +325,25 @@ impl Origin<'_> {
         pieces.into_iter().map(write).collect()
     }
 
-    /// The peer's blocks are gathered and converted, into one slab for all pieces.
-    fn converted(
-        &self,
-        pushes: &Pushes,
-        pieces: Vec<Piece>,
-        table: &[BlockRef],
-        layout: &KvLayout,
-        staging: &mut Staging,
-    ) -> Vec<PushWrite> {
+    /// The peer's blocks are gathered and converted, one piece behind the other.
+    fn convert(&self, pushed: &Pushed, pieces: &[Piece], table: &[BlockRef], image: &mut [u8]) {
+        let Pushed { pushes, layout, .. } = pushed;
         let shape = &block_shape(layout);
         // A tensor-parallel peer holds some of our heads.
         let first_head = usize::from(layout.heads.first - self.arena.layout().heads.first);
         let blocks: Vec<BlockAddress> =
             table.iter().map(|reference| self.arena.address(reference.block)).collect();
-        let bytes = |layers: &Range<usize>| layers.len() * shape.layer_stride;
-        let total = pieces.iter().map(|(layers, _)| bytes(layers)).sum();
-        let mut slab = staging.take(total);
-        let mut rest = Arc::get_mut(&mut slab).expect("nobody reads what was just taken").as_mut_slice();
-        for (layers, target) in &pieces {
-            let (image, behind) = rest.split_at_mut(bytes(layers));
+        let mut rest = image;
+        for (layers, target) in pieces {
+            let (image, behind) = rest.split_at_mut(layers.len() * shape.layer_stride);
             let tokens = pushes.tokens_of(*target);
             let (first, count) = (tokens.start as usize, tokens.len());
             let from = TokenSpan { shape: self.arena.shape(), blocks: &blocks, first, count };
             self.cpu.convert_block(image, shape, layers.clone(), from, first_head);
             rest = behind;
         }
-        let mut at = 0;
-        let write = |(layers, target): Piece| {
-            let len = bytes(&layers);
-            let source = Source::Slab(Arc::clone(&slab), at);
-            at += len;
-            PushWrite { target_index: target, offset: layers.start * shape.layer_stride, len, source }
-        };
-        let writes = pieces.into_iter().map(write).collect();
-        staging.keep(slab);
-        writes
     }
 }
+
+#[cfg(test)]
+mod tests;

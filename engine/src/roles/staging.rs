@@ -1,4 +1,5 @@
-//! Memory in which blocks are converted for a peer, used again and again.
+//! Memory in which blocks are converted for a peer that is written to, used again and again. (A peer that reads finds them in the
+//! arena's tail.)
 //!
 //! Fresh memory comes from the system zeroed, page by page as it is first touched, which takes longer than to convert
 //! what is put there.

@@ -71,6 +71,8 @@ pub struct EndpointRules {
     pub layout: KvLayout,
     /// How many blocks its region has.
     pub blocks: u64,
+    /// Bytes behind them in the region, for what is converted for peers that read.
+    pub staging: u64,
     /// Whether prompts may be computed right in the blocks of a peer on this host, when layouts are equal.
     pub in_place: bool,
     /// How much of each block the digests must cover that this side verifies.
@@ -210,6 +212,11 @@ pub enum EndpointEvent {
         /// Why.
         error: TransferError,
     },
+    /// Prefill side: the peer has done with what was staged for it so far, which can be used again.
+    Fetched {
+        /// Which handoff.
+        handoff: HandoffId,
+    },
     /// Prefill side: stop, then abandon.
     CancelWanted {
         /// Which handoff.
@@ -266,8 +273,20 @@ pub struct ReservedHandoff {
     pub cached: Vec<BlockRef>,
     /// Blocks of the peer to be filled.
     pub targets: Vec<BlockRef>,
-    /// Whether the engine may compute right in them.
-    pub in_place: bool,
+    /// How they are filled.
+    pub delivery: Delivery,
+}
+
+/// How a peer's blocks are filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// The engine may compute right in them. It may push as well.
+    InPlace,
+    /// What is pushed is written to them.
+    Written,
+    /// What is pushed is read by the peer, out of this side's region. It lies there, unchanged, until [`EndpointEvent::Fetched`] or the
+    /// handoff's end.
+    Read,
 }
 
 /// What a handoff took.

@@ -137,6 +137,11 @@ impl Contact {
 }
 
 impl Hello {
+    /// How many blocks it has.
+    pub fn blocks(&self) -> u64 {
+        self.region_bytes.saturating_sub(self.staging_bytes) / self.layout.block_bytes() as u64
+    }
+
     /// Whether both are on one host, and of one user.
     pub fn is_same_host(&self, theirs: &Self) -> bool {
         !self.host.is_empty() && self.host == theirs.host
@@ -165,7 +170,7 @@ impl Hello {
                 format!("{} here, {} at the peer", mismatch.ours, mismatch.theirs),
             );
         }
-        if theirs.region_bytes < theirs.layout.block_bytes() as u64 {
+        if theirs.blocks() == 0 {
             return refuse("region_bytes", "less than one block".to_owned());
         }
         if self.best_way(theirs).is_none() {
@@ -315,7 +320,7 @@ mod tests {
         let ours = hello(1);
         type Change = fn(&mut Hello);
         #[rustfmt::skip]
-        let rows: [(&str, Change, Result<(), &str>); 10] = [
+        let rows: [(&str, Change, Result<(), &str>); 12] = [
             ("a worker of another number",            |_| {},                                       Ok(())),
             ("another layout that can be bridged",    |it| it.layout.dtype = KvDtype::Bf16,         Ok(())),
             ("another version",                       |it| it.protocol += 1,                        Err("protocol")),
@@ -323,6 +328,8 @@ mod tests {
             ("a name without end",                    |it| it.name = "x".repeat(257),               Err("name")),
             ("another model",                         |it| it.layout.model = "other".to_owned(),    Err("model")),
             ("an arena without a block",              |it| it.region_bytes = 1,                     Err("region_bytes")),
+            ("… beside what is no block",             |it| it.staging_bytes = it.region_bytes,      Err("region_bytes")),
+            ("more that is no block than there is",   |it| it.staging_bytes = it.region_bytes + 1,  Err("region_bytes")),
             ("no way in common",                      |it| { it.offer.tcp = false; it.offer.shared_memory = false }, Err("transports")),
             ("shared memory of another host",         |it| { it.offer.tcp = false; it.host = "there".to_owned() }, Err("transports")),
             ("shared memory of this host",            |it| it.offer.tcp = false,                    Ok(())),
@@ -379,6 +386,7 @@ mod tests {
             instance,
             name: "worker".to_owned(),
             region_bytes: 8 * layout.block_bytes() as u64,
+            staging_bytes: 0,
             layout,
             listen_port: 1,
             host: "here".to_owned(),

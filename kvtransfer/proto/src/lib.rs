@@ -13,6 +13,7 @@ pub mod credit;
 pub mod digest;
 pub mod endpoint_core;
 pub mod error;
+pub mod extents;
 pub mod handshake;
 pub mod layout;
 pub mod message;

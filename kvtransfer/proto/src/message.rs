@@ -133,8 +133,10 @@ pub struct Hello {
     pub name: String,
     /// Meaning of the bytes of its blocks.
     pub layout: KvLayout,
-    /// Size of its block arena in bytes; block `b` starts at `b * layout.block_bytes()`.
+    /// Size of its memory in bytes; block `b` starts at `b * layout.block_bytes()`.
     pub region_bytes: u64,
+    /// How many of them, at its end, are no blocks: there peers that read find what was converted for them.
+    pub staging_bytes: u64,
     /// TCP port on which it listens.
     pub listen_port: u16,
     /// Equal for two processes of one host and one user.
@@ -351,7 +353,7 @@ impl TransportKind {
 
 /// Version of the protocol. Raised when an old worker would misunderstand a new one; fields that an old worker
 /// may ignore do not raise it.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 #[cfg(test)]
 mod tests {

@@ -77,6 +77,7 @@ fn core(blocks: u64, credit: u64) -> EndpointCore<Zeros> {
     EndpointCore::new(EndpointRules {
         layout: (*layout()).clone(),
         blocks,
+        staging: 0,
         in_place: true,
         coverage: Coverage::Sampled,
         lease: Duration::from_millis(500),
@@ -95,6 +96,7 @@ fn up(instance: u64, blocks: u64, proof: QuietProof) -> LinkUp {
         name: format!("worker-{instance}"),
         layout: (*layout()).clone(),
         region_bytes: blocks * layout().block_bytes() as u64,
+        staging_bytes: 0,
         listen_port: 1,
         host: String::new(),
         memory_socket: String::new(),

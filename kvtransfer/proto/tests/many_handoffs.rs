@@ -165,6 +165,7 @@ fn rules() -> EndpointRules {
     EndpointRules {
         layout: layout(),
         blocks: 8,
+        staging: 0,
         in_place: false,
         coverage: Coverage::Full,
         lease: Duration::from_millis(500),
@@ -196,6 +197,7 @@ fn hello(instance: u64) -> Hello {
         name: "peer".to_owned(),
         layout: layout(),
         region_bytes: 8 * layout().block_bytes() as u64,
+        staging_bytes: 0,
         listen_port: 1,
         host: String::new(),
         memory_socket: String::new(),

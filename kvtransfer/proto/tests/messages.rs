@@ -46,13 +46,13 @@ fn layout() -> impl Strategy<Value = KvLayout> {
 
 fn hello() -> impl Strategy<Value = Hello> {
     let text = || ".{0,30}";
-    let numbers = (any::<u32>(), any::<u64>(), any::<u64>(), any::<u16>());
+    let numbers = (any::<u32>(), any::<u64>(), any::<(u64, u64)>(), any::<u16>());
     let offer = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     // The wire counts whole milliseconds.
     let lease = any::<u32>().prop_map(|milliseconds| Duration::from_millis(milliseconds.into()));
     (numbers, text(), layout(), text(), text(), offer, lease).prop_map(
         |(
-            (protocol, instance, region_bytes, listen_port),
+            (protocol, instance, (region_bytes, staging_bytes), listen_port),
             name,
             layout,
             host,
@@ -69,6 +69,7 @@ fn hello() -> impl Strategy<Value = Hello> {
                 name,
                 layout,
                 region_bytes,
+                staging_bytes,
                 listen_port,
                 host,
                 memory_socket,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tidemill_kvtransfer_proto::endpoint_core::{
-    DigestOrder, EndpointAction, EndpointEvent, LinkId, ReservedHandoff, TargetWrite,
+    Delivery, DigestOrder, EndpointAction, EndpointEvent, LinkId, ReservedHandoff, TargetWrite,
 };
 use tidemill_kvtransfer_proto::error::TransferError;
 use tidemill_kvtransfer_proto::message::Message;
@@ -92,11 +92,19 @@ impl Driver {
     pub(super) fn take_writes(&mut self, handoff: HandoffId, writes: Vec<PushWrite>) {
         let region = &self.config.region;
         let target_write = |PushWrite { target_index, offset, len, source }| {
+            let is_foreign =
+                matches!(&source, Source::Tail(piece, _) if !Arc::ptr_eq(piece.region(), region));
             let (memory, from) = match source {
                 Source::Region { offset } => (Memory::Arena(Arc::clone(region)), offset),
                 Source::Slab(slab, offset) => (Memory::Staged(slab), offset),
+                // One that would lie beyond the address space is outside too.
+                Source::Tail(piece, offset) => {
+                    let from = piece.offset().saturating_add(offset);
+                    (Memory::Tail(piece), from)
+                }
             };
-            TargetWrite { target_index, offset, source: SourceRange::new(memory, from, len) }
+            let source = SourceRange::new(memory, from, len).filter(|_| !is_foreign);
+            TargetWrite { target_index, offset, source }
         };
         let writes = writes.into_iter().map(target_write).collect();
         self.core.push(handoff, writes, self.moment());
@@ -137,6 +145,7 @@ impl Driver {
                 log_end(handoff, &error);
                 self.tell(HandoffEvent::SendFailed { handoff, error });
             }
+            EndpointEvent::Fetched { handoff } => self.tell(HandoffEvent::Fetched { handoff }),
             EndpointEvent::CancelWanted { handoff } => self.tell(HandoffEvent::CancelWanted { handoff }),
             EndpointEvent::Committed { handoff, tokens, payload } => {
                 self.tell(HandoffEvent::Committed { handoff, tokens, payload });
@@ -153,10 +162,14 @@ impl Driver {
     }
 
     fn tell_reserved(&mut self, reserved: ReservedHandoff) {
-        let ReservedHandoff { handoff, peer, layout, bridge, tokens, first_block, cached, targets, in_place } =
+        let ReservedHandoff { handoff, peer, layout, bridge, tokens, first_block, cached, targets, delivery } =
             reserved;
         // Pushing is always allowed, so that a peer whose memory is gone already needs no case of its own.
-        let arena = if in_place { self.arena_of(peer) } else { None };
+        let path = match delivery {
+            Delivery::InPlace => self.arena_of(peer).map_or(Path::Write, Path::InPlace),
+            Delivery::Written => Path::Write,
+            Delivery::Read => Path::Read,
+        };
         self.tell(HandoffEvent::Reserved(Reserved {
             handoff,
             peer_instance: peer,
@@ -166,7 +179,7 @@ impl Driver {
             first_block,
             cached,
             targets,
-            path: arena.map_or(Path::Write, Path::InPlace),
+            path,
         }));
     }
 }

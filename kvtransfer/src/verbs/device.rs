@@ -247,12 +247,17 @@ impl Nic {
     /// The registration that `memory` lies in.
     pub(super) fn registered(&self, memory: &Memory) -> Result<Arc<MemoryRegion>, VerbsError> {
         match memory {
-            Memory::Arena(region) if Arc::ptr_eq(region, &self.region) => Ok(Arc::clone(&self.arena)),
-            Memory::Arena(region) => {
-                MemoryRegion::of_region(&self.domain, region, Reach::Source).map(Arc::new)
-            }
+            Memory::Arena(region) => self.registered_region(region),
+            Memory::Tail(piece) => self.registered_region(piece.region()),
             Memory::Staged(slab) => self.registered_slab(slab),
         }
+    }
+
+    fn registered_region(&self, region: &Arc<Region>) -> Result<Arc<MemoryRegion>, VerbsError> {
+        if Arc::ptr_eq(region, &self.region) {
+            return Ok(Arc::clone(&self.arena));
+        }
+        MemoryRegion::of_region(&self.domain, region, Reach::Source).map(Arc::new)
     }
 
     fn registered_slab(&self, slab: &Arc<Slab>) -> Result<Arc<MemoryRegion>, VerbsError> {

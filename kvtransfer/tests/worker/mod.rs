@@ -34,8 +34,8 @@ pub(crate) struct Worker {
     free: Vec<BlockRef>,
     lent: BTreeMap<HandoffId, Vec<BlockRef>>,
     pub(crate) blocks: u32,
-    /// Where in the arena what peers read begins, by handoff; `None` where they are written to.
-    offered: Option<RefCell<BTreeMap<HandoffId, Range<usize>>>>,
+    /// Where in the arena what peers read begins, by handoff.
+    offered: RefCell<BTreeMap<HandoffId, Range<usize>>>,
 }
 
 /// How the workers of a test are connected.
@@ -80,6 +80,7 @@ pub(crate) fn config(name: &str, instance: u64, way: Way, blocks: u32) -> Endpoi
         instance,
         layout,
         region,
+        staging_bytes: 0,
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         rdma: RdmaConfig::default(),
         handoff: if way == Way::RdmaRead { HandoffMode::Pull } else { HandoffMode::Push },
@@ -108,11 +109,12 @@ impl Worker {
         let (sender, events) = channel();
         let (region, layout) = (Arc::clone(&config.region), config.layout.clone());
         let (name, instance) = (config.name.clone(), config.instance);
-        let offered = (config.handoff == HandoffMode::Pull).then(RefCell::default);
+        let offered = RefCell::default();
+        let bytes = region.len() - config.staging_bytes;
         // A test that has seen enough drops its end.
         let sink = Box::new(move |event| drop(sender.send(event)));
         let endpoint = Endpoint::start(config, sink).expect("an endpoint starts");
-        let blocks = u32::try_from(region.len() / layout.block_bytes()).expect("few blocks");
+        let blocks = u32::try_from(bytes / layout.block_bytes()).expect("few blocks");
         let free = (0..blocks).map(|it| BlockRef { block: BlockId(it), epoch: Epoch(0) }).collect();
         let lent = BTreeMap::new();
         let kept = RefCell::default();
@@ -186,6 +188,7 @@ impl Worker {
             HandoffEvent::Delivered { .. } => "delivered".into(),
             HandoffEvent::SendFailed { error, .. } => format!("send-failed:{}", word(&error)),
             HandoffEvent::CancelWanted { .. } => "cancel-wanted".into(),
+            HandoffEvent::Fetched { .. } => "fetched".into(),
             HandoffEvent::Committed { .. } => "committed".into(),
             HandoffEvent::ReserveFailed { error, .. } => format!("reserve-failed:{}", word(&error)),
             HandoffEvent::Released { handoff } => {
@@ -271,7 +274,7 @@ impl Worker {
                     arena.write(target.block.0 as usize * bytes + from, &content[from..to]);
                 }
             }
-            Path::Write if self.offered.is_some() => self.offer(reserved, layers),
+            Path::Read => self.offer(reserved, layers),
             Path::Write => {
                 let mut slab = Slab::new(reserved.targets.len() * bytes).expect("memory");
                 for index in 0..reserved.targets.len() {
@@ -294,7 +297,7 @@ impl Worker {
     /// The same for a peer that reads: in blocks of this worker, which are never used again.
     fn offer(&self, reserved: &Reserved, layers: std::ops::Range<usize>) {
         let (granule, bytes) = (self.layout.strides().layer, self.layout.block_bytes());
-        let mut offered = self.offered.as_ref().expect("peers read").borrow_mut();
+        let mut offered = self.offered.borrow_mut();
         let next = offered.values().map(|blocks| blocks.end).max().unwrap_or(0);
         let fresh = next..next + reserved.targets.len();
         let blocks = offered.entry(reserved.handoff).or_insert(fresh).clone();
@@ -340,6 +343,7 @@ fn handoff_of(event: &HandoffEvent) -> Option<HandoffId> {
         HandoffEvent::Reserved(reserved) => Some(reserved.handoff),
         HandoffEvent::Delivered { handoff, .. }
         | HandoffEvent::SendFailed { handoff, .. }
+        | HandoffEvent::Fetched { handoff }
         | HandoffEvent::CancelWanted { handoff }
         | HandoffEvent::Committed { handoff, .. }
         | HandoffEvent::ReserveFailed { handoff, .. }

@@ -8,7 +8,7 @@ mod split;
 
 use serde_json::json;
 use split::{
-    BESIDE_THE_WAY, LIMIT, REQUIRED, ROUNDS, Reach, Split, Way, answers, prompt, same, whole_answers,
+    ALIKE, BESIDE_THE_WAY, LIMIT, REQUIRED, ROUNDS, Reach, Split, Way, answers, prompt, same, whole_answers,
 };
 use tidemill_tests::deployment::eventually;
 use tidemill_tests::two_hosts::{Host, Pair};
@@ -16,10 +16,12 @@ use tidemill_tests::two_hosts::{Host, Pair};
 /// Ways between two hosts, and whether they take RDMA packets.
 const TRANSPORTS: [(&str, bool); 2] = [("tcp", false), ("rdma", true)];
 /// The same, and who moves the bytes.
-const WAYS: [Way<'_>; 3] = [
-    Way { transport: "tcp", handoff: "push" },
-    Way { transport: "rdma", handoff: "push" },
-    Way { transport: "rdma", handoff: "pull" },
+const WAYS: [Way<'_>; 4] = [
+    Way { transport: "tcp", handoff: "push", caches: ALIKE },
+    Way { transport: "rdma", handoff: "push", caches: ALIKE },
+    Way { transport: "rdma", handoff: "pull", caches: ALIKE },
+    // What decode reads is made for it, out of several of prefill's blocks.
+    Way { transport: "rdma", handoff: "pull", caches: [&["--block-size", "16"], &["--block-size", "64"]] },
 ];
 
 #[tokio::test]
@@ -52,6 +54,27 @@ async fn split_over_two_hosts_equals_whole() {
         assert_eq!(reads, way.handoff == "pull", "{way:?}: who moves the bytes\n{}", split.decode.log());
         split.is_settled(transport).await;
     }
+}
+
+/// Rounding to eight bits changes answers, but who moves the bytes changes nothing.
+#[tokio::test]
+#[ignore = "needs two hosts with RDMA devices: tests/rdma/run-pair"]
+async fn what_is_converted_and_read_gives_the_answers_of_what_is_converted_and_written() {
+    let _pair = Pair::take();
+    let caches: [&[&str]; 2] =
+        [&["--kv-cache-dtype", "bf16", "--block-size", "32"], &["--kv-cache-dtype", "int8"]];
+    let mut answers = Vec::new();
+    for (transport, handoff) in [("tcp", "push"), ("rdma", "pull")] {
+        let split = Split::start_by(Way { transport, handoff, caches }, Reach::FIRST_WIRE, REQUIRED, &[]);
+        let (found, counted) = split.undisturbed(handoff).await;
+        assert!(found.iter().all(|(_, reply)| reply.status == 200), "{handoff}: {found:?}");
+        assert_eq!(counted, [0.0; 3], "{handoff}: {BESIDE_THE_WAY:?}\n{}", split.front.log());
+        let reads = split.decode.log().contains("from_peer=\"reads\"");
+        assert_eq!(reads, handoff == "pull", "who moves the bytes\n{}", split.decode.log());
+        split.is_settled(handoff).await;
+        answers.push(found);
+    }
+    same(&answers[0], &answers[1], "written, read");
 }
 
 #[tokio::test]

@@ -25,6 +25,8 @@ pub(crate) struct Way<'a> {
     pub(crate) transport: &'a str,
     /// As `--handoff` does.
     pub(crate) handoff: &'a str,
+    /// What kind of cache prefill and decode have.
+    pub(crate) caches: [&'a [&'a str]; 2],
 }
 
 /// By which addresses its parts reach one another.
@@ -49,12 +51,12 @@ impl Reach {
 impl Split {
     /// `required` is for all three, `faults` for the prefill worker.
     pub(crate) fn start(transport: &str, reach: Reach, required: &[&str], faults: &[&str]) -> Self {
-        Self::start_by(Way { transport, handoff: "push" }, reach, required, faults)
+        Self::start_by(Way { transport, handoff: "push", caches: ALIKE }, reach, required, faults)
     }
 
     /// The same, and what workers let their peers do.
     pub(crate) fn start_by(way: Way<'_>, reach: Reach, required: &[&str], faults: &[&str]) -> Self {
-        let Way { transport, handoff } = way;
+        let Way { transport, handoff, caches } = way;
         let worker = |host: Host, role: &str, more: &[&str]| {
             let (listen, address) =
                 (format!("{}:0", (reach.router)(host)), format!("{}:0", (reach.handoffs)(host)));
@@ -64,9 +66,9 @@ impl Split {
             command.extend(ENGINE.iter().chain(required).chain(more).map(|word| (*word).to_owned()));
             command
         };
-        let mut prefill_command = worker(Host::Second, "prefill", faults);
+        let mut prefill_command = worker(Host::Second, "prefill", &[caches[0], faults].concat());
         let mut prefill = start(Host::Second, &prefill_command);
-        let mut decode = start(Host::First, &worker(Host::First, "decode", &[]));
+        let mut decode = start(Host::First, &worker(Host::First, "decode", caches[1]));
         let prefill_address = prefill.wait_for("address=");
         let workers = format!("{prefill_address},{}", decode.wait_for("address="));
         let route = ["route", "--workers", &workers, "--port", "0"];
@@ -213,6 +215,8 @@ pub(crate) fn prompt(length: u32) -> Vec<u32> {
 pub(crate) const BESIDE_THE_WAY: [&str; 3] =
     ["tidemill_fallbacks_total", "tidemill_handoff_refusals_total", "tidemill_handoff_in_place_total"];
 pub(crate) const ROUNDS: u32 = 6;
+/// Both workers' caches are of the usual kind.
+pub(crate) const ALIKE: [&[&str]; 2] = [&[], &[]];
 /// Another way than the one asked for is an error.
 pub(crate) const REQUIRED: &[&str] = &["--require-transport"];
 /// Every prompt is computed and handed over anew, and the cache fits a small machine.

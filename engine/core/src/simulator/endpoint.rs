@@ -261,6 +261,7 @@ fn short(event: &EndpointEvent) -> String {
         EndpointEvent::Reserved(reserved) => format!("reserved {}", reserved.handoff),
         EndpointEvent::Delivered { handoff, .. } => format!("delivered {handoff}"),
         EndpointEvent::SendFailed { handoff, error } => format!("send failed {handoff}: {error}"),
+        EndpointEvent::Fetched { handoff } => format!("fetched {handoff}"),
         EndpointEvent::CancelWanted { handoff } => format!("cancel wanted {handoff}"),
         EndpointEvent::Committed { handoff, .. } => format!("committed {handoff}"),
         EndpointEvent::ReserveFailed { handoff, error } => format!("reserve failed {handoff}: {error}"),

@@ -51,11 +51,12 @@ pub(super) enum Target {
         memory: Memory,
         owner: u64,
     },
-    /// In blocks of that shape, which are written to.
+    /// In blocks of that shape, which are written to, or read for.
     Pushed {
         pushes: Pushes,
         bridge: Bridge,
         shape: Shape,
+        is_read: bool,
     },
 }
 
@@ -200,12 +201,6 @@ impl World<'_> {
             }
             Part::PrefillFor(_) | Part::Whole => {}
         }
-    }
-
-    /// True when the endpoint has not been told of the end.
-    pub(super) fn give_up(&mut self, process: Process, handoff: HandoffId) -> bool {
-        let outgoing = self.life(process).expect("it runs").outgoing.get_mut(&handoff);
-        outgoing.is_some_and(|it| !std::mem::replace(&mut it.ended, true))
     }
 
     pub(super) fn fail(&mut self, process: Process, id: RequestId, recovery: Recovery, message: &str) {

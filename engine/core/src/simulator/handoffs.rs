@@ -1,7 +1,9 @@
 //! What the engine thread does about handoffs, on both sides.
 
+use std::ops::Range;
+
 use tidemill_kvtransfer_proto::endpoint_core::{
-    EndpointEvent, QuietProof, ReserveOrder, ReservedHandoff, TargetWrite,
+    Delivery, EndpointEvent, QuietProof, ReserveOrder, ReservedHandoff, TargetWrite,
 };
 use tidemill_kvtransfer_proto::layout::Bridge;
 use tidemill_kvtransfer_proto::message::Filled;
@@ -18,6 +20,7 @@ use crate::plan::StepPlan;
 use crate::pushes::{Due, Pushes};
 use crate::request::{Part, TokenId};
 use crate::sequence::{Sequence, Stage};
+use crate::staging::Piece;
 
 impl World<'_> {
     pub(super) fn announce_reservations(&mut self, process: Process) {
@@ -60,6 +63,7 @@ impl World<'_> {
                     self.reply(process, outgoing.request, EngineEvent::HandedOver);
                 }
                 self.summary.in_place += u64::from(stats.writes == 0);
+                self.push_staged(process);
             }
             EndpointEvent::CancelWanted { handoff } => {
                 let life = self.life(process).expect("it runs");
@@ -74,7 +78,9 @@ impl World<'_> {
             }
             EndpointEvent::SendFailed { handoff, error } => {
                 self.sender_is_quiet(process, handoff, &error.to_string());
+                self.push_staged(process);
             }
+            EndpointEvent::Fetched { .. } => self.push_staged(process),
             EndpointEvent::Committed { handoff, payload, .. } => self.committed(process, handoff, &payload),
             EndpointEvent::ReserveFailed { handoff, error } => {
                 self.reservation_failed(process, handoff, &error.to_string());
@@ -119,7 +125,7 @@ impl World<'_> {
             .life
             .as_ref()
             .and_then(|life| self.peer_memory(life, reserved.peer))
-            .filter(|_| reserved.in_place && waits);
+            .filter(|_| reserved.delivery == Delivery::InPlace && waits);
         let life = self.life(process).expect("it runs");
         let Some(outgoing) = life.outgoing.get_mut(&handoff) else { return };
         let request = outgoing.request;
@@ -133,7 +139,8 @@ impl World<'_> {
         let targets = u32::try_from(reserved.targets.len()).expect("few");
         let shape = Shape::of(&reserved.layout);
         let pushes = Pushes::new(shape.block_len, reserved.first_block, targets, reserved.tokens, LAYERS);
-        outgoing.target = Target::Pushed { pushes, bridge: reserved.bridge, shape };
+        let is_read = reserved.delivery == Delivery::Read;
+        outgoing.target = Target::Pushed { pushes, bridge: reserved.bridge, shape, is_read };
         if life.step.is_some() {
             return; // It is computed now: the layers that are done go with the next one.
         }
@@ -212,10 +219,15 @@ impl World<'_> {
     ) {
         let life = self.life(process).expect("it runs");
         let Some(outgoing) = life.outgoing.get_mut(&handoff) else { return };
-        let Target::Pushed { pushes, bridge, shape } = &mut outgoing.target else { return };
+        let Target::Pushed { pushes, bridge, shape, is_read } = &mut outgoing.target else { return };
         let due = pushes.take_due(layers, computed);
         if outgoing.ended || due.is_empty() {
             return;
+        }
+        if *is_read && *bridge != Bridge::Identical {
+            let piece = |Due { layers, targets }| targets.map(move |target| (Range::clone(&layers), target));
+            life.waiting.add(handoff, due.into_iter().flat_map(piece).collect());
+            return self.push_staged(process);
         }
         let table: Vec<BlockId> =
             life.scheduler.block_table(outgoing.request).iter().map(|it| it.block).collect();
@@ -236,13 +248,55 @@ impl World<'_> {
         self.order(process, Order::Push(handoff, writes));
     }
 
+    /// Pushes what waits for room to be converted in, as far as there is some.
+    fn push_staged(&mut self, process: Process) {
+        let forsakes = self.plants(Mischief::ReuseStaging);
+        let mut finished = Vec::new();
+        while let Some((handoff, pieces)) = self.take_waiting(process) {
+            let life = self.life(process).expect("it runs");
+            let outgoing = &life.outgoing[&handoff];
+            let Target::Pushed { pushes, shape, .. } = &outgoing.target else { panic!("it is pushed") };
+            let table: Vec<BlockId> =
+                life.scheduler.block_table(outgoing.request).iter().map(|it| it.block).collect();
+            let write = |(layers, target): Piece| {
+                let offset = layers.start * shape.layer_bytes();
+                let copy = life.memory.converted(*shape, &table, layers, pushes.tokens_of(target));
+                let copy = life.memory.staged(&copy, handoff);
+                let source = Some(if forsakes { copy.forsaken() } else { copy });
+                TargetWrite { target_index: target, offset, source }
+            };
+            let writes: Vec<_> = pieces.into_iter().map(write).collect();
+            if !life.waiting.has(handoff) {
+                finished.push(handoff);
+            }
+            self.summary.staged += writes.len() as u64;
+            self.order(process, Order::Push(handoff, writes));
+        }
+        for handoff in finished {
+            self.commit_if_complete(process, handoff);
+        }
+    }
+
+    fn take_waiting(&mut self, process: Process) -> Option<(HandoffId, Vec<Piece>)> {
+        let life = self.life(process).expect("it runs");
+        let layer_bytes = |handoff| match &life.outgoing[&handoff].target {
+            Target::Pushed { shape, .. } => shape.layer_bytes(),
+            Target::Unknown | Target::InPlace { .. } => panic!("only what is pushed waits"),
+        };
+        let taken = life.waiting.take(life.memory.room(), layer_bytes);
+        if taken.is_none() && !life.waiting.is_empty() {
+            self.summary.short_of_room += 1;
+        }
+        taken
+    }
+
     pub(super) fn commit_if_complete(&mut self, process: Process, handoff: HandoffId) {
         let life = self.life(process).expect("it runs");
         let Some(outgoing) = life.outgoing.get_mut(&handoff) else { return };
         let is_complete = match &outgoing.target {
             Target::Unknown => false,
             Target::InPlace { .. } => true,
-            Target::Pushed { pushes, .. } => pushes.is_complete(),
+            Target::Pushed { pushes, .. } => pushes.is_complete() && !life.waiting.has(handoff),
         };
         if let Some(token) = outgoing.first_token.take_if(|_| is_complete && !outgoing.ended) {
             outgoing.ended = true;
@@ -250,9 +304,18 @@ impl World<'_> {
         }
     }
 
+    /// True when the endpoint has not been told of the end.
+    pub(super) fn give_up(&mut self, process: Process, handoff: HandoffId) -> bool {
+        let life = self.life(process).expect("it runs");
+        life.waiting.remove(handoff);
+        let outgoing = life.outgoing.get_mut(&handoff);
+        outgoing.is_some_and(|it| !std::mem::replace(&mut it.ended, true))
+    }
+
     pub(super) fn sender_is_quiet(&mut self, process: Process, handoff: HandoffId, reason: &str) {
         let life = self.life(process).expect("it runs");
         let Some(OutgoingHandoff { request, .. }) = life.outgoing.remove(&handoff) else { return };
+        life.waiting.remove(handoff);
         let was_active = life.requests.remove(&request).is_some();
         if life.scheduler.sequence(request).is_some()
             && let Cancelled::Pushing(_) = life.scheduler.cancel(request)

@@ -288,7 +288,9 @@ impl Life {
             name: format!("{:x}", self.instance),
             layout: self.memory.shape().layout(),
             region_bytes: u64::from(self.scheduler.ledger().total.0)
-                * self.memory.shape().block_bytes() as u64,
+                * self.memory.shape().block_bytes() as u64
+                + self.staging as u64,
+            staging_bytes: self.staging as u64,
             listen_port: 1,
             host: String::new(),
             memory_socket: String::new(),

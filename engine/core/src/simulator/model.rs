@@ -4,12 +4,14 @@
 //! still known bit for bit.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
 use tidemill_kvtransfer_proto::endpoint_core::WriteSource;
+use tidemill_kvtransfer_proto::extents::Extents;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout, LAYER_ALIGNMENT};
-use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, TokenCount};
+use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, HandoffId, TokenCount};
 
 use crate::request::{FinishReason, StopConditions, TokenId};
 
@@ -113,11 +115,39 @@ pub(super) fn answer(
     }
 }
 
-/// The block arena of a worker's process. Clones are mappings of the same memory, which outlives its owner.
+/// The memory of a worker's process: its blocks, and behind them room for what is converted for peers that read. Clones are
+/// mappings of the same memory, which outlives its owner.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
     shape: Shape,
     bytes: Rc<RefCell<Vec<u8>>>,
+    /// Where the blocks end, and what of the room behind them is in use.
+    blocks_end: usize,
+    staging: Rc<RefCell<Staging>>,
+}
+
+/// Parts of the room behind the blocks.
+#[derive(Debug)]
+struct Staging {
+    extents: Extents,
+    /// By where they begin in the memory, how long they are and for which handoff.
+    taken: BTreeMap<usize, (usize, HandoffId)>,
+}
+
+/// Some of that room, for as long as somebody keeps it.
+#[derive(Debug)]
+struct Staged {
+    staging: Rc<RefCell<Staging>>,
+    blocks_end: usize,
+    offset: usize,
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        let mut staging = self.staging.borrow_mut();
+        let (len, _) = staging.taken.remove(&self.offset).expect("it was taken");
+        staging.extents.give_back(self.offset - self.blocks_end, len);
+    }
 }
 
 /// A range of an arena, as a write reads it.
@@ -126,14 +156,42 @@ pub(super) struct Piece {
     memory: Memory,
     offset: usize,
     len: usize,
-    /// Whether it is blocks of the worker itself.
+    /// Whether it is memory of the worker that peers can reach.
     is_in_region: bool,
+    /// What keeps it for what it was made for, where it is not a block.
+    staged: Option<Rc<Staged>>,
 }
 
 impl Memory {
-    pub(super) fn new(shape: Shape, blocks: u32) -> Self {
-        let bytes = vec![0xee; blocks as usize * shape.block_bytes()];
-        Self { shape, bytes: Rc::new(RefCell::new(bytes)) }
+    pub(super) fn new(shape: Shape, blocks: u32, staging: usize) -> Self {
+        let blocks_end = blocks as usize * shape.block_bytes();
+        Self::of(shape, vec![0xee; blocks_end + staging], blocks_end)
+    }
+
+    fn of(shape: Shape, bytes: Vec<u8>, blocks_end: usize) -> Self {
+        let staging = Staging { extents: Extents::new(bytes.len() - blocks_end), taken: BTreeMap::new() };
+        let (bytes, staging) = (Rc::new(RefCell::new(bytes)), Rc::new(RefCell::new(staging)));
+        Self { shape, bytes, blocks_end, staging }
+    }
+
+    /// How many bytes behind the blocks can be had at once.
+    pub(super) fn room(&self) -> usize {
+        self.staging.borrow().extents.longest()
+    }
+
+    /// Whether nobody has any of them.
+    pub(super) fn has_nothing_staged(&self) -> bool {
+        self.staging.borrow().extents.is_whole()
+    }
+
+    /// Whether that range lies behind the blocks; if so, which handoff has all of it.
+    pub(super) fn staged_for(&self, offset: usize, len: usize) -> Option<Option<HandoffId>> {
+        let is_behind = self.blocks_end <= offset;
+        is_behind.then(|| {
+            let staging = self.staging.borrow();
+            let (&start, &(taken, handoff)) = staging.taken.range(..=offset).next_back()?;
+            (offset + len <= start + taken).then_some(handoff)
+        })
     }
 
     pub(super) fn shape(&self) -> Shape {
@@ -163,7 +221,8 @@ impl Memory {
     pub(super) fn piece(&self, block: BlockId, layers: Range<usize>) -> Piece {
         let layer_bytes = self.shape.layer_bytes();
         let offset = block.0 as usize * self.shape.block_bytes() + layers.start * layer_bytes;
-        Piece { memory: self.clone(), offset, len: layers.len() * layer_bytes, is_in_region: true }
+        let len = layers.len() * layer_bytes;
+        Piece { memory: self.clone(), offset, len, is_in_region: true, staged: None }
     }
 
     /// Some layers of one block of another shape, made of what is here at those positions, in memory of their own.
@@ -175,14 +234,29 @@ impl Memory {
         positions: Range<u32>,
     ) -> Piece {
         let len = layers.len() * to.layer_bytes();
-        let memory = Self { shape: to, bytes: Rc::new(RefCell::new(vec![0; len])) };
+        let memory = Self::of(to, vec![0; len], len);
         for (index, layer) in layers.enumerate() {
             for (slot, position) in positions.clone().enumerate() {
                 let (key, value) = self.numbers(table, layer, position as usize);
                 memory.store(index * to.layer_bytes() + slot * to.slot_bytes(), key, value);
             }
         }
-        Piece { memory, offset: 0, len, is_in_region: false }
+        Piece { memory, offset: 0, len, is_in_region: false, staged: None }
+    }
+
+    /// The same in the room behind the blocks, for a peer that reads it there.
+    pub(super) fn staged(&self, piece: &Piece, handoff: HandoffId) -> Piece {
+        let len = piece.len;
+        let mut staging = self.staging.borrow_mut();
+        let offset = self.blocks_end + staging.extents.take(len).expect("there was room for it");
+        staging.taken.insert(offset, (len, handoff));
+        drop(staging);
+        let mut bytes = vec![0; len];
+        piece.read(0, &mut bytes);
+        self.copy_in(offset, &bytes);
+        let (staging, blocks_end) = (Rc::clone(&self.staging), self.blocks_end);
+        let staged = Some(Rc::new(Staged { staging, blocks_end, offset }));
+        Piece { memory: self.clone(), offset, len, is_in_region: true, staged }
     }
 
     fn numbers(&self, table: &[BlockId], layer: usize, position: usize) -> (u64, u64) {
@@ -219,9 +293,17 @@ impl Shape {
     }
 }
 
+impl Piece {
+    /// A planted bug: the room that it lies in is given to the next who wants some.
+    pub(super) fn forsaken(self) -> Self {
+        Self { staged: None, ..self }
+    }
+}
+
 impl WriteSource for Piece {
     fn memory(&self) -> usize {
-        Rc::as_ptr(&self.memory.bytes) as usize
+        let staged = self.staged.as_ref().map(|staged| Rc::as_ptr(staged).addr());
+        staged.unwrap_or_else(|| Rc::as_ptr(&self.memory.bytes).addr())
     }
 
     fn offset(&self) -> usize {
@@ -234,7 +316,7 @@ impl WriteSource for Piece {
 
     fn range(&self, offset: usize, len: usize) -> Option<Self> {
         let inside = offset + len <= self.memory.bytes.borrow().len();
-        inside.then(|| Self { memory: self.memory.clone(), offset, len, is_in_region: self.is_in_region })
+        inside.then(|| Self { offset, len, ..self.clone() })
     }
 
     fn in_region(&self) -> Option<u64> {
@@ -260,14 +342,14 @@ mod tests {
             assert_eq!((layer, value), (from.layer_bytes(), from.tokens() * from.slot_bytes()), "{from:?}");
             let table: Vec<BlockId> =
                 (0..37u32.div_ceil(from.block_len.tokens())).rev().map(BlockId).collect();
-            let memory = Memory::new(from, 10);
+            let memory = Memory::new(from, 10, 0);
             for (position, here) in contents.iter().enumerate() {
                 for (layer, content) in here.iter().enumerate() {
                     memory.write(&table, layer, position, *content);
                 }
             }
             for to in Shape::all() {
-                let copy = Memory::new(to, 10);
+                let copy = Memory::new(to, 10, 0);
                 let blocks = 37u32.div_ceil(to.block_len.tokens());
                 for block in 0..blocks {
                     let first = block * to.block_len.tokens();

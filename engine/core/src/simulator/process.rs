@@ -17,6 +17,7 @@ use super::wire::ConnId;
 use super::world::{Event, Node, Process, World};
 use crate::request::RequestId;
 use crate::scheduler::Scheduler;
+use crate::staging::StagingQueue;
 
 /// A process of a worker.
 #[derive(Debug)]
@@ -27,11 +28,15 @@ pub(super) struct Life {
     pub(super) scheduler: Scheduler,
     pub(super) core: EndpointCore<Piece>,
     pub(super) memory: Memory,
+    /// Bytes of it that are no blocks.
+    pub(super) staging: usize,
     // The engine thread.
     pub(super) inbox: VecDeque<EngineInput>,
     pub(super) step: Option<Step>,
     pub(super) requests: BTreeMap<RequestId, ActiveRequest>,
     pub(super) outgoing: BTreeMap<HandoffId, OutgoingHandoff>,
+    /// Pieces for peers that read, which wait for room to be converted in.
+    pub(super) waiting: StagingQueue,
     /// Requests that wait for a peer's cache, and the peer.
     pub(super) incoming: BTreeMap<HandoffId, (RequestId, u64)>,
     pub(super) stuck_since: Option<u64>,
@@ -57,11 +62,13 @@ impl Life {
         in_place: bool,
         credit: u64,
         pulls: bool,
+        staging: usize,
     ) -> Self {
         let blocks = scheduler.ledger().total.0;
         let rules = EndpointRules {
             layout: shape.layout(),
             blocks: u64::from(blocks),
+            staging: staging as u64,
             in_place,
             coverage: Coverage::Full,
             lease: Duration::from_micros(LEASE),
@@ -76,7 +83,9 @@ impl Life {
             pulls,
             scheduler,
             core: EndpointCore::new(rules),
-            memory: Memory::new(shape, blocks),
+            memory: Memory::new(shape, blocks, staging),
+            staging,
+            waiting: StagingQueue::default(),
             inbox: VecDeque::new(),
             step: None,
             requests: BTreeMap::new(),
@@ -102,6 +111,7 @@ impl Life {
             && self.incoming.is_empty()
             && self.lent.is_empty()
             && self.orders.is_empty()
+            && self.memory.has_nothing_staged()
     }
 
     pub(super) fn describe(&self) -> String {
@@ -123,8 +133,15 @@ impl World<'_> {
         let instance = self.number();
         let worker = &mut self.workers[place];
         let scheduler = Scheduler::new(worker.limits, worker.blocks);
-        worker.life =
-            Some(Life::new(instance, scheduler, worker.shape, self.in_place, self.credit, worker.pulls));
+        worker.life = Some(Life::new(
+            instance,
+            scheduler,
+            worker.shape,
+            self.in_place,
+            self.credit,
+            worker.pulls,
+            worker.staging,
+        ));
         let process = Process { place, instance };
         self.note(|| format!("worker {place} starts as {instance:x}"));
         self.after(1, Event::Status(process));

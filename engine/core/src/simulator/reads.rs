@@ -95,9 +95,19 @@ impl World<'_> {
         let offset = usize::try_from(source.offset).expect("inside the arena");
         let mut found = vec![0; source.len as usize];
         memory.copy_out(offset, &mut found);
-        let block_bytes = memory.shape().block_bytes();
-        for block in offset / block_bytes..=(offset + found.len() - 1) / block_bytes {
-            self.check_held(process, BlockId(u32::try_from(block).expect("small")), source.handoff);
+        if let Some(holder) = memory.staged_for(offset, found.len()) {
+            assert_eq!(
+                holder,
+                Some(source.handoff),
+                "a read for handoff {} finds a copy of worker {} that is not held for it",
+                source.handoff,
+                process.place
+            );
+        } else {
+            let block_bytes = memory.shape().block_bytes();
+            for block in offset / block_bytes..=(offset + found.len() - 1) / block_bytes {
+                self.check_held(process, BlockId(u32::try_from(block).expect("small")), source.handoff);
+            }
         }
         let (latency, later) = (self.latency(), self.micros(20, 500));
         let end = &mut self.conns.get_mut(&id).expect("just seen").ends[reader];

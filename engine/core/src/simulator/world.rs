@@ -74,6 +74,8 @@ pub(super) struct Worker {
     pub(super) shape: Shape,
     /// Whether no device of a peer may write to its memory.
     pub(super) pulls: bool,
+    /// Bytes in which it converts for peers that read.
+    pub(super) staging: usize,
     pub(super) blocks: BlockCount,
     pub(super) life: Option<Life>,
     /// Nothing runs there until then.
@@ -119,20 +121,21 @@ impl<'a> World<'a> {
         let short_queues = options.faults.contains(Fault::FullQueue) && chance.happens(400);
         let roles = roles(&mut chance);
         let shapes = shapes(&mut chance, roles.len());
-        // What is read is not converted. Drawn aside, so that schedules from before there were reads stay as they were.
+        // Drawn aside, so that schedules from before there were reads stay as they were.
         let mut aside = Chance::new(seed ^ 0x71de_3111_9011_0001);
-        let can_pull = shapes.windows(2).all(|pair| pair[0] == pair[1]);
+        let mut room = Chance::new(seed ^ 0x71de_3111_57a9_0001);
         let workers: Vec<Worker> = roles
             .into_iter()
             .zip(shapes)
             .map(|(role, shape)| {
-                let room = TokenCount(MAX_MODEL_LEN.0 + 4 * below(&mut chance, 15));
+                let tokens = TokenCount(MAX_MODEL_LEN.0 + 4 * below(&mut chance, 15));
                 Worker {
                     role,
                     limits: limits(&mut chance, shape, short_queues),
                     shape,
-                    pulls: can_pull && aside.happens(500),
-                    blocks: room.blocks_to_hold(shape.block_len),
+                    pulls: aside.happens(500),
+                    staging: STAGING[room.below(STAGING.len())],
+                    blocks: tokens.blocks_to_hold(shape.block_len),
                     life: None,
                     stands_until: 0,
                     clock_rate: 1000,
@@ -438,6 +441,8 @@ fn limits(chance: &mut Chance, shape: Shape, short_queues: bool) -> Limits {
     }
 }
 
+/// Room for the largest layer of a block, for some, and for all that there can be.
+const STAGING: [usize; 3] = [256, 768, 1 << 20];
 /// What each pool has room for at least.
 pub(super) const MAX_MODEL_LEN: TokenCount = TokenCount(40);
 /// How long everything may take once nothing goes wrong any more.

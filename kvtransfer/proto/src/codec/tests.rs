@@ -32,6 +32,7 @@ fn hello() -> Hello {
             order: AxisOrder::HeadToken,
         },
         region_bytes: 1 << 40,
+        staging_bytes: 1 << 26,
         listen_port: 65535,
         host: "boot/1000".into(),
         memory_socket: "tidemill".into(),

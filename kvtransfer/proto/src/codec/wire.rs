@@ -106,6 +106,8 @@ struct Hello {
     offers_rdma: bool,
     #[prost(bool, tag = "14")]
     pulls: bool,
+    #[prost(uint64, tag = "15")]
+    staging_bytes: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -278,6 +280,7 @@ impl From<message::Hello> for Hello {
             lease_ms: u64::try_from(it.lease.as_millis()).unwrap_or(u64::MAX),
             offers_rdma: it.offer.rdma,
             pulls: it.pulls,
+            staging_bytes: it.staging_bytes,
         }
     }
 }
@@ -292,6 +295,7 @@ impl TryFrom<Hello> for message::Hello {
             name: it.name,
             layout: it.layout.ok_or_else(|| malformed("hello without layout"))?.try_into()?,
             region_bytes: it.region_bytes,
+            staging_bytes: it.staging_bytes,
             listen_port: narrow(it.listen_port, "listen_port")?,
             host: it.host,
             memory_socket: it.memory_socket,

@@ -11,11 +11,14 @@
 //! What was offered may be read at any moment. So the prefill side counts it as unsettled, and keeps its blocks, until
 //! the decode side says that it has done, or until that is proven: the queue pairs of the connection are gone and the
 //! peer's key with them. The decode side knows by itself when its reads have ended.
+//!
+//! Where layouts differ, what is offered are copies, converted into the end of the prefill side's region. The sources that
+//! are held here keep their places from being used for others; the engine hears when some have become free.
 
 use std::collections::VecDeque;
 
 use super::writing::WriteSource;
-use super::{Direction, EndpointCore, LinkId, PostedWrite};
+use super::{Direction, EndpointCore, EndpointEvent, LinkId, PostedWrite};
 use crate::credit::CreditLine;
 use crate::message::{Message, Offered, Piece};
 use crate::reservation::ReservationEvent;
@@ -25,12 +28,14 @@ use crate::units::{HandoffId, Moment};
 
 /// Prefill side: what the peer may read of one handoff.
 #[derive(Clone, Debug)]
-pub(super) struct Offers {
+pub(super) struct Offers<S> {
     /// The link over which it reads.
     link: LinkId,
     offered: u64,
-    /// How many of them it reads no more.
-    ended: u64,
+    /// The last of them, which it may be reading.
+    open: VecDeque<S>,
+    /// Whether they are copies that were made for it.
+    is_staged: bool,
 }
 
 /// Decode side: what this side reads of one handoff.
@@ -55,17 +60,25 @@ pub(super) struct Fetched {
     bytes: u64,
 }
 
-impl Offers {
-    pub(super) fn over(link: LinkId) -> Self {
-        Self { link, offered: 0, ended: 0 }
+impl<S: WriteSource> Offers<S> {
+    pub(super) fn over(link: LinkId, is_staged: bool) -> Self {
+        Self { link, offered: 0, open: VecDeque::new(), is_staged }
+    }
+
+    /// How many it reads no more.
+    fn ended(&self) -> u64 {
+        self.offered - self.open.len() as u64
+    }
+
+    /// It reads only those behind the first `pieces` ones. Lets go of the others, and returns how many there are.
+    fn end(&mut self, pieces: u64) -> u32 {
+        let ended = usize::try_from(pieces - self.ended()).expect("of those that are open");
+        self.open.drain(..ended);
+        u32::try_from(ended).expect("pushed writes are counted in u32")
     }
 
     /// Offers ranges of the peer's memory with what is to be read for each; `None` when a source is not in the region.
-    pub(super) fn take<S: WriteSource>(
-        &mut self,
-        handoff: HandoffId,
-        ranges: &[(S, RemoteRange)],
-    ) -> Option<Offered> {
+    pub(super) fn take(&mut self, handoff: HandoffId, ranges: &[(S, RemoteRange)]) -> Option<Offered> {
         let piece = |(source, range): &(S, RemoteRange)| {
             let RemoteRange { offset: target, len, stamp, .. } = *range;
             Some(Piece { source: source.in_region()?, target, len, stamp })
@@ -73,6 +86,7 @@ impl Offers {
         let pieces: Vec<Piece> = ranges.iter().map(piece).collect::<Option<_>>()?;
         let before = self.offered;
         self.offered += pieces.len() as u64;
+        self.open.extend(ranges.iter().map(|(source, _)| source.clone()));
         Some(Offered { handoff, before, pieces })
     }
 }
@@ -113,14 +127,20 @@ impl<S: WriteSource> EndpointCore<S> {
         let link = self.link(peer).map(|link| link.id);
         let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return }; // It is over.
         let is_its_own = outgoing.peer == peer;
-        let is_sound = |it: &&mut Offers| {
-            is_its_own && Some(it.link) == link && it.ended <= pieces && pieces <= it.offered
+        let is_sound = |it: &&mut Offers<S>| {
+            is_its_own && Some(it.link) == link && it.ended() <= pieces && pieces <= it.offered
         };
         let Some(offers) = outgoing.offers.as_mut().filter(is_sound) else {
             return self.log(peer, handoff, "it fetched what was not offered");
         };
-        let writes = u32::try_from(pieces - offers.ended).expect("pushed writes are counted in u32");
-        offers.ended = pieces;
+        let (writes, is_staged) = (offers.end(pieces), offers.is_staged);
+        self.offers_ended(handoff, writes, is_staged, now);
+    }
+
+    fn offers_ended(&mut self, handoff: HandoffId, writes: u32, is_staged: bool, now: Moment) {
+        if is_staged && 0 < writes {
+            self.tell(EndpointEvent::Fetched { handoff });
+        }
         self.apply_to_sender(handoff, SenderEvent::Settled { writes }, now);
     }
 
@@ -129,13 +149,11 @@ impl<S: WriteSource> EndpointCore<S> {
         let mut settled = Vec::new();
         for (&handoff, outgoing) in self.outgoing.iter_mut().filter(|(_, it)| it.peer == peer) {
             if let Some(offers) = outgoing.offers.as_mut().filter(|it| it.link == link) {
-                settled.push((handoff, offers.offered - offers.ended));
-                offers.ended = offers.offered;
+                settled.push((handoff, offers.end(offers.offered), offers.is_staged));
             }
         }
-        for (handoff, pieces) in settled {
-            let writes = u32::try_from(pieces).expect("pushed writes are counted in u32");
-            self.apply_to_sender(handoff, SenderEvent::Settled { writes }, now);
+        for (handoff, writes, is_staged) in settled {
+            self.offers_ended(handoff, writes, is_staged, now);
         }
     }
 }
@@ -146,7 +164,7 @@ impl<S: WriteSource> EndpointCore<S> {
     pub(super) fn hear_offer(&mut self, peer: u64, offered: Offered, now: Moment) {
         let Offered { handoff, before, pieces } = offered;
         let Some(link) = self.link(peer) else { return };
-        let (link, their_bytes) = (link.id, link.blocks * link.shape.block as u64);
+        let (link, their_bytes) = (link.id, link.region_bytes);
         let offered = before.saturating_add(pieces.len() as u64);
         let block = self.shape.block;
         let Some(incoming) = self.incoming.get_mut(&handoff) else {

@@ -33,6 +33,9 @@ pub(super) struct LinkState {
     pub(super) shape: BlockShape,
     /// How many of them the peer has.
     pub(super) blocks: u64,
+    /// All of the peer's memory, and how much at its end is for what it converts for this side.
+    pub(super) region_bytes: u64,
+    staging: u64,
     /// From this side's layout to the peer's.
     pub(super) bridge: Result<Bridge, LayoutMismatch>,
     last_heard: Moment,
@@ -102,8 +105,14 @@ impl<S: WriteSource> EndpointCore<S> {
             proof,
             is_read_by_peer,
             shape,
-            blocks: hello.region_bytes / shape.block as u64,
-            bridge: if is_read_by_peer { bridge.and_then(as_they_are) } else { bridge },
+            blocks: hello.blocks(),
+            region_bytes: hello.region_bytes,
+            staging: hello.staging_bytes,
+            bridge: if is_read_by_peer {
+                bridge.and_then(|bridge| read_over(bridge, self.rules.staging, shape))
+            } else {
+                bridge
+            },
             layout: Arc::new(hello.layout),
             last_heard: now,
             next_beat: now,
@@ -134,7 +143,11 @@ impl<S: WriteSource> EndpointCore<S> {
         let link = self.link(peer)?;
         let back = link.layout.bridge(&self.rules.layout);
         let is_read_here = self.rules.pulls && link.proof == QuietProof::AccessEnded;
-        let back = if is_read_here { back.and_then(as_they_are) } else { back };
+        let back = if is_read_here {
+            back.and_then(|bridge| read_over(bridge, link.staging, self.shape))
+        } else {
+            back
+        };
         let field = |bridge: &Result<Bridge, LayoutMismatch>| match bridge {
             Ok(_) => Ok(()),
             Err(mismatch) => Err(mismatch.field),
@@ -333,15 +346,17 @@ impl Ended {
     }
 }
 
-/// The bridge to a peer that reads blocks as they lie here: nobody converts them on their way.
-fn as_they_are(bridge: Bridge) -> Result<Bridge, LayoutMismatch> {
+/// The bridge to a side that reads: what is converted for it is put into `staging` bytes, a layer of a block at a time at
+/// least.
+fn read_over(bridge: Bridge, staging: u64, reader: BlockShape) -> Result<Bridge, LayoutMismatch> {
+    let layer = reader.granule as u64;
     match bridge {
-        Bridge::Identical => Ok(bridge),
-        Bridge::Convert { .. } => Err(LayoutMismatch {
+        Bridge::Convert { .. } if staging < layer => Err(LayoutMismatch {
             field: "handoff",
-            ours: "blocks of another layout".to_owned(),
-            theirs: "pulls them as they are".to_owned(),
+            ours: format!("room to convert {staging} bytes"),
+            theirs: format!("reads layers of {layer} bytes"),
         }),
+        Bridge::Identical | Bridge::Convert { .. } => Ok(bridge),
     }
 }
 

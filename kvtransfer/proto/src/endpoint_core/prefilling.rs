@@ -9,7 +9,7 @@ use super::fetching::Offers;
 use super::links::LinkState;
 use super::naming::Naming;
 use super::writing::WriteSource;
-use super::{EndpointCore, EndpointEvent, HandoffStats, ReservedHandoff, check_shape};
+use super::{Delivery, EndpointCore, EndpointEvent, HandoffStats, ReservedHandoff, check_shape};
 use crate::credit::CreditLine;
 use crate::digest::{BlockShape, Coverage};
 use crate::error::TransferError;
@@ -42,7 +42,7 @@ pub(super) struct Outgoing<S> {
     /// Leave to post them, where that is needed.
     pub(super) credit: Option<CreditLine>,
     /// What the peer may read, where it reads.
-    pub(super) offers: Option<Offers>,
+    pub(super) offers: Option<Offers<S>>,
     /// Of what was posted so far, one for each target.
     pub(super) digests: Vec<u64>,
     pub(super) stats: HandoffStats,
@@ -149,8 +149,14 @@ impl<S: WriteSource> EndpointCore<S> {
         };
         let in_place = self.reaches_in_place(peer);
         let link = self.link(peer);
-        let offers = link.filter(|link| link.is_read_by_peer).map(|link| Offers::over(link.id));
+        let is_staged = bridge != Bridge::Identical;
+        let offers = link.filter(|link| link.is_read_by_peer).map(|link| Offers::over(link.id, is_staged));
         let takes_credit = offers.is_none() && link.is_some_and(|link| link.proof.takes_credit());
+        let delivery = match (in_place, &offers) {
+            (true, _) => Delivery::InPlace,
+            (false, None) => Delivery::Written,
+            (false, Some(_)) => Delivery::Read,
+        };
         let message::Reserve { tokens, first_block, cached, targets, coverage, .. } = reserve;
         let outgoing = Outgoing {
             peer,
@@ -183,7 +189,7 @@ impl<S: WriteSource> EndpointCore<S> {
             first_block,
             cached,
             targets,
-            in_place,
+            delivery,
         }));
     }
 

@@ -203,6 +203,7 @@ impl Scene {
         let rules = EndpointRules {
             layout: layout(),
             blocks: 8,
+            staging: 0,
             in_place: true,
             coverage: Coverage::Full,
             lease: Duration::from_millis(500),
@@ -333,6 +334,7 @@ fn hello() -> Hello {
         name: "peer".to_owned(),
         layout: layout(),
         region_bytes: 8 * layout().block_bytes() as u64,
+        staging_bytes: 0,
         listen_port: 1,
         host: String::new(),
         memory_socket: String::new(),

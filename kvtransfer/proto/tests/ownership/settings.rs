@@ -15,6 +15,7 @@ pub(crate) fn rules(config: &Config) -> EndpointRules {
     EndpointRules {
         layout: layout(),
         blocks: u64::from(config.blocks),
+        staging: 0,
         in_place: config.wire == Wire::InPlace,
         coverage: Coverage::Full,
         lease: never,
@@ -39,6 +40,7 @@ pub(crate) fn hello(instance: u64, config: &Config) -> Hello {
         name: String::new(),
         layout: layout(),
         region_bytes: blocks * BLOCK as u64,
+        staging_bytes: 0,
         listen_port: 1,
         host: String::new(),
         memory_socket: String::new(),

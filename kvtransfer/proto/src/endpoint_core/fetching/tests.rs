@@ -1,12 +1,13 @@
 //! Two cores, one of which reads from the other: what frees blocks on either side, and what does not.
 
 use std::collections::VecDeque;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use crate::digest::{BlockShape, Coverage, granule_digest};
 use crate::endpoint_core::{
     DigestOrder, EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp, QuietProof,
-    ReserveOrder, STALL, TargetWrite,
+    ReserveOrder, STALL, TargetWrite, WriteSource,
 };
 use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{Commit, Hello, Message, Offer, Offered, OnFailure, PROTOCOL, Piece};
@@ -86,21 +87,61 @@ fn reads_need_leave_like_writes_of_others() {
     assert_eq!(pair.decode.credit_load().granted_bytes, 0, "all of it is back");
 }
 
+/// Blocks of another layout are read out of copies.
 #[test]
-fn blocks_of_another_layout_are_declined_and_not_read() {
-    let mut pair = Pair::between(u64::MAX, KvLayout { dtype: KvDtype::Bf16, ..layout() });
+fn when_copies_are_free() {
+    #[rustfmt::skip]
+    let rows = [
+        // what is shown                                     what happens                        copies   what is told to either engine
+        ("a copy is kept while it may be read",              "push push",                        2, ""),
+        ("… and while another one is, which came with it",   "push push read",                   2, ""),
+        ("… until decode says that it has done",             "push push read read",              0, "p:fetched"),
+        ("… for that alone of which it says so",             "push read push",                   1, "p:fetched"),
+        ("whatever prefill's engine has said",               "push finish",                      1, ""),
+        ("the commit follows",                               "push push finish read read",       0, "p:fetched d:committed"),
+        ("a loss frees none",                                "push p-lost abandon",              1, "p:stop"),
+        ("… nor the end of decode's process",                "push p-lost abandon p-gone",       1, "p:stop"),
+        ("… nor a new link and the end of its access",       "push p-lost p-up p-access-2",      1, "p:stop"),
+        ("the end of the link's own access does",            "push p-lost p-access",             0, "p:stop p:fetched"),
+        ("… once",                                           "push p-lost p-access p-access",    0, "p:stop p:fetched"),
+        ("what decode has given up is free when it says so", "push cancel",                      1, "p:stop"),
+        ("… which it does when its reads have ended",        "push cancel read",                 0, "p:stop d:released p:fetched"),
+        ("what came too late for it is free at once",        "hold cancel push release",         0, "d:released p:stop p:fetched"),
+        ("a word of more than was offered frees none",       "push d-says-more",                 1, "p:odd"),
+    ];
+    let staging = BlockShape::of(&layout()).granule as u64;
+    for (name, happenings, copies, expected) in rows {
+        let mut pair = Pair::between(u64::MAX, KvLayout { dtype: KvDtype::Bf16, ..layout() }, staging);
+        pair.settle();
+        for word in happenings.split(' ') {
+            pair.happens(word);
+            pair.settle();
+        }
+        assert_eq!((pair.copies(), pair.told.join(" ").as_str()), (copies, expected), "{name}");
+    }
+}
+
+#[test]
+fn without_room_to_convert_them_blocks_of_another_layout_are_declined() {
+    let layer = BlockShape::of(&layout()).granule as u64;
+    let mut pair = Pair::between(u64::MAX, KvLayout { dtype: KvDtype::Bf16, ..layout() }, layer - 1);
     pair.settle();
     assert_eq!(pair.told, ["p:failed", "d:failed", "d:released"]);
+    let (ours, theirs) = (pair.prefill.directions(DECODE), pair.decode.directions(PREFILL));
+    assert_eq!(ours.map(|it| it.to_peer), Some(Err("handoff")), "both know");
+    assert_eq!(theirs.map(|it| it.from_peer), Some(Err("handoff")));
 }
 
 /// A prefill side and a decode side that reads from it, the first with two granules to offer.
 struct Pair {
-    prefill: EndpointCore<Zeros>,
-    decode: EndpointCore<Zeros>,
+    prefill: EndpointCore<Source>,
+    decode: EndpointCore<Source>,
     to_prefill: VecDeque<Message>,
     to_decode: VecDeque<Message>,
     under_way: Vec<WriteId>,
     pushed: u32,
+    /// What was pushed, for as long as somebody keeps it.
+    sources: Vec<Weak<()>>,
     is_full: bool,
     /// Whether decode's messages stay where they are.
     holds: bool,
@@ -115,17 +156,18 @@ impl Pair {
     }
 
     fn with_credit(credit: u64) -> Self {
-        let mut pair = Self::between(credit, layout());
+        let mut pair = Self::between(credit, layout(), 0);
         pair.settle();
         assert!(pair.told.is_empty(), "{:?}", pair.told);
         pair
     }
 
-    fn between(credit: u64, theirs: KvLayout) -> Self {
+    fn between(credit: u64, theirs: KvLayout, staging: u64) -> Self {
         let core = |layout: &KvLayout, pulls| {
             EndpointCore::new(EndpointRules {
                 layout: layout.clone(),
                 blocks: 8,
+                staging,
                 in_place: true,
                 coverage: Coverage::Full,
                 lease: Duration::from_secs(60),
@@ -143,13 +185,14 @@ impl Pair {
             to_decode: VecDeque::new(),
             under_way: Vec::new(),
             pushed: 0,
+            sources: Vec::new(),
             is_full: false,
             holds: false,
             is_corrupt: false,
             told: Vec::new(),
         };
-        pair.prefill.link_up(DECODE, up(DECODE, layout(), true), NOW);
-        pair.decode.link_up(PREFILL, up(PREFILL, theirs, false), NOW);
+        pair.prefill.link_up(DECODE, up(DECODE, layout(), 0, true), NOW);
+        pair.decode.link_up(PREFILL, up(PREFILL, theirs, staging, false), NOW);
         pair.prefill.expect(HANDOFF, DECODE, Duration::from_secs(60), NOW);
         let order = ReserveOrder {
             handoff: HANDOFF,
@@ -195,7 +238,10 @@ impl Pair {
         match word {
             "push" => {
                 let len = BlockShape::of(&layout()).granule;
-                let source = Some(Zeros { offset: 3 * len * self.pushed as usize, len });
+                let life = Rc::new(());
+                self.sources.push(Rc::downgrade(&life));
+                let zeros = Zeros { offset: 2 * len * self.pushed as usize, len };
+                let source = Some(Source { zeros, life });
                 let write = TargetWrite { target_index: self.pushed, offset: 0, source };
                 self.prefill.push(HANDOFF, vec![write], NOW);
                 self.pushed += 1;
@@ -209,7 +255,7 @@ impl Pair {
             "fail" => self.end_read(0, Err(WriteFault::Severed)),
             "turned-down" => self.end_read(0, Err(WriteFault::Outside)),
             "p-lost" => self.prefill.link_lost(DECODE, "why", NOW),
-            "p-up" => drop(self.prefill.link_up(DECODE, up(DECODE, layout(), true), NOW)),
+            "p-up" => drop(self.prefill.link_up(DECODE, up(DECODE, layout(), 0, true), NOW)),
             "p-gone" => self.prefill.process_gone(DECODE, NOW),
             "p-access" => self.prefill.access_ended(DECODE, LinkId(0), NOW),
             "p-access-2" => self.prefill.access_ended(DECODE, LinkId(1), NOW),
@@ -224,6 +270,11 @@ impl Pair {
             "corrupt" => self.is_corrupt = true,
             other => panic!("`{other}` is no happening"),
         }
+    }
+
+    /// How many of the sources somebody keeps.
+    fn copies(&self) -> usize {
+        self.sources.iter().filter(|it| 0 < it.strong_count()).count()
     }
 
     fn end_read(&mut self, index: usize, outcome: Result<(), WriteFault>) {
@@ -276,6 +327,7 @@ impl Pair {
                 EndpointEvent::Delivered { .. } => "delivered",
                 EndpointEvent::SendFailed { .. } | EndpointEvent::ReserveFailed { .. } => "failed",
                 EndpointEvent::CancelWanted { .. } => "stop",
+                EndpointEvent::Fetched { .. } => "fetched",
                 EndpointEvent::Committed { .. } => "committed",
                 EndpointEvent::Released { .. } => "released",
             },
@@ -296,16 +348,45 @@ impl Pair {
     }
 }
 
+/// Zeros, and whether anybody keeps them.
+#[derive(Clone, Debug)]
+struct Source {
+    zeros: Zeros,
+    life: Rc<()>,
+}
+
+impl WriteSource for Source {
+    fn memory(&self) -> usize {
+        Rc::as_ptr(&self.life).addr()
+    }
+    fn offset(&self) -> usize {
+        self.zeros.offset
+    }
+    fn len(&self) -> usize {
+        self.zeros.len
+    }
+    fn range(&self, offset: usize, len: usize) -> Option<Self> {
+        Some(Self { zeros: Zeros { offset, len }, ..self.clone() })
+    }
+    fn in_region(&self) -> Option<u64> {
+        self.zeros.in_region()
+    }
+    fn read(&self, at: usize, buffer: &mut [u8]) {
+        self.zeros.read(at, buffer);
+    }
+}
+
 fn targets() -> Vec<BlockRef> {
     [2, 5].map(|block| BlockRef { block: BlockId(block), epoch: Epoch(3) }).to_vec()
 }
 
-fn up(instance: u64, layout: KvLayout, pulls: bool) -> LinkUp {
+fn up(instance: u64, layout: KvLayout, staging_bytes: u64, pulls: bool) -> LinkUp {
     let hello = Hello {
         protocol: PROTOCOL,
         instance,
         name: "peer".to_owned(),
-        region_bytes: 8 * layout.block_bytes() as u64,
+        region_bytes: 8 * layout.block_bytes() as u64 + staging_bytes,
+        staging_bytes,
         layout,
         listen_port: 1,
         host: String::new(),
