@@ -113,7 +113,8 @@ impl Driver {
         let wake = Arc::new(wake);
         let rdma = rdma::open(&config, &wake)?;
         let socket_name = memory_listener.is_some().then_some(socket_name);
-        let hello = hello(&config, address, socket_name, rdma.is_some());
+        let offers_rdma = rdma.as_ref().is_some_and(Rdma::is_offered);
+        let hello = hello(&config, address, socket_name, offers_rdma);
         let core = EndpointCore::new(rules(&config));
         let now = Instant::now();
         Ok(Self {

@@ -2,13 +2,10 @@
 
 mod worker;
 
-use std::process::Command;
-use std::time::Instant;
-
 use tidemill_kvtransfer::{EndpointConfig, HandoffEvent, PushWrite, RdmaConfig, Region, Source};
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::units::HandoffId;
-use worker::{PATIENCE, Way, Worker, config};
+use worker::{PATIENCE, Way, Worker, config, have_paths, port};
 
 const BLOCKS: usize = 32;
 const LAYERS: usize = 32;
@@ -36,9 +33,9 @@ fn a_port_that_goes_down_hands_over_at_once_and_is_taken_up_again_when_it_is_bac
 
     // Nothing is written: only the device can say that its port is down. All of it is known before it comes up again.
     have_paths(4, &prefill, &decode, "two ports, two queue pairs each");
-    port("down");
+    port("rxe0", "down");
     have_paths(2, &prefill, &decode, "the paths of the port are ended");
-    port("up");
+    port("rxe0", "up");
     have_paths(4, &prefill, &decode, "the same connection takes them up again");
 
     // Both ports have work when one of them goes.
@@ -48,7 +45,7 @@ fn a_port_that_goes_down_hands_over_at_once_and_is_taken_up_again_when_it_is_bac
     while sent("rxe0") == before {
         std::thread::yield_now();
     }
-    port("down");
+    port("rxe0", "down");
     push(HandoffId(1), &prefill, LAYERS / 2..LAYERS);
     end(HandoffId(1), &prefill, &mut decode);
 
@@ -61,7 +58,7 @@ fn a_port_that_goes_down_hands_over_at_once_and_is_taken_up_again_when_it_is_bac
     assert!(alive < sent("rxe1"));
 
     // After its return what goes on takes both again.
-    port("up");
+    port("rxe0", "up");
     have_paths(4, &prefill, &decode, "the port is taken up again after handoffs without it");
     begin(HandoffId(3), &prefill, &mut decode);
     push(HandoffId(3), &prefill, 0..LAYERS);
@@ -71,10 +68,10 @@ fn a_port_that_goes_down_hands_over_at_once_and_is_taken_up_again_when_it_is_bac
     // A connection that is made while it is down takes it up when it is back.
     drop(prefill);
     let prefill = Worker::start(patient("prefill", 3));
-    port("down");
+    port("rxe0", "down");
     prefill.meet(decode.address());
     have_paths(2, &prefill, &decode, "one port is down");
-    port("up");
+    port("rxe0", "up");
     have_paths(4, &prefill, &decode, "a port that came later is taken up");
     let before = sent("rxe0");
     begin(HandoffId(4), &prefill, &mut decode);
@@ -82,16 +79,6 @@ fn a_port_that_goes_down_hands_over_at_once_and_is_taken_up_again_when_it_is_bac
     end(HandoffId(4), &prefill, &mut decode);
     assert!(before < sent("rxe0"), "the port is used");
     decode.assert_nothing_leaked();
-}
-
-/// Waits until both sides know of so many paths that work.
-fn have_paths(expected: u32, prefill: &Worker, decode: &Worker, why: &str) {
-    let since = Instant::now();
-    let paths = |worker: &Worker, peer: &Worker| worker.endpoint.link(peer.instance).map(|link| link.paths);
-    while (paths(prefill, decode), paths(decode, prefill)) != (Some(expected), Some(expected)) {
-        assert!(since.elapsed() < PATIENCE, "{why}: not {expected} paths");
-        std::thread::yield_now();
-    }
 }
 
 fn begin(handoff: HandoffId, prefill: &Worker, decode: &mut Worker) {
@@ -133,12 +120,4 @@ fn sent(device: &str) -> u64 {
     let path = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/sent_pkts");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
     text.trim().parse().expect("a number")
-}
-
-/// Has the network device under `rxe0` go up or down.
-fn port(state: &str) {
-    let parent = std::fs::read_to_string("/sys/class/infiniband/rxe0/parent").expect("a Soft-RoCE device");
-    // Not the one of BusyBox, which some shells prefer.
-    let status = Command::new("/usr/sbin/ip").args(["link", "set", parent.trim(), state]).status();
-    assert!(status.expect("iproute2 is there").success(), "the network device goes {state}");
 }

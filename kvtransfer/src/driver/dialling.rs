@@ -102,7 +102,7 @@ impl Driver {
 
     /// Whether a connection to the peer is of use to anybody here.
     pub(super) fn is_wanted(&self, instance: u64, peer: &Peer) -> bool {
-        !peer.meets.is_empty() || self.core.wants_link(instance)
+        !peer.meets.is_empty() || peer.is_remade || self.core.wants_link(instance)
     }
 
     /// Goes on with all handshakes, and begins those that are wanted.
@@ -349,6 +349,7 @@ impl Driver {
         let Some(peer) = self.peers.get_mut(&instance) else { return };
         tracing::warn!(peer = peer.name, address = %peer.address, %error, "peer not connected");
         peer.contact.dial_failed(self.turn);
+        peer.is_remade = false;
         let name = peer.name.clone();
         for meet in peer.meets.drain(..) {
             // Who does not wait any more does not need to know.

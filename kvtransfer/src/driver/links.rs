@@ -46,12 +46,14 @@ impl Driver {
         peer.name.clone_from(&hello.name);
         peer.dial = None;
         peer.inbound = None;
+        peer.is_remade = false;
         peer.process = process.or(peer.process.take());
         peer.contact.is_up();
         let up = LinkUp { hello, proof: kind.quiet_proof(), busy };
         let id = self.core.link_up(instance, up, Moment(self.origin.elapsed()));
         let directions = self.core.directions(instance).expect("the link is up");
-        peer.link = Some(Link { id, connection, path, is_fresh: true, is_fallback, directions, probe });
+        let (is_fresh, remade_by) = (true, None);
+        peer.link = Some(Link { id, connection, path, is_fresh, is_fallback, remade_by, directions, probe });
         let in_place = self.core.reaches_in_place(instance);
         let link = PeerLink { transport: kind, bytes_per_second: 0.0, is_fallback, paths, directions };
         self.links.set(instance, Some(LinkEntry { link, in_place }));
@@ -210,6 +212,7 @@ impl Driver {
                 self.measured(instance, 0.0);
             }
         }
+        self.remake_links();
         self.forget_idle_peers();
     }
 

@@ -37,6 +37,8 @@ pub(super) struct Peer {
     pub(super) process: Option<Process>,
     /// Who waits to hear of it.
     pub(super) meets: Vec<Sender<Met>>,
+    /// Whether its link was ended to be made anew.
+    pub(super) is_remade: bool,
     /// Since when it has had neither link nor handoffs.
     pub(super) idle_since: Instant,
 }
@@ -75,6 +77,8 @@ pub(super) struct Link {
     pub(super) is_fresh: bool,
     /// Whether it is a worse way than the one intended.
     pub(super) is_fallback: bool,
+    /// By when it is ended in any case, because there may be a better one since.
+    pub(super) remade_by: Option<Moment>,
     /// Where its layouts can be bridged.
     pub(super) directions: Directions,
     pub(super) probe: Probe,
@@ -108,6 +112,7 @@ impl Peer {
             inbound: None,
             process: None,
             meets: Vec::new(),
+            is_remade: false,
             idle_since: now,
         }
     }

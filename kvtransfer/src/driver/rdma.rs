@@ -9,6 +9,7 @@ use rustix::event::PollFlags;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use tidemill_kvtransfer_proto::message::{Message, Paths};
 use tidemill_kvtransfer_proto::path::PathEnd;
+use tidemill_kvtransfer_proto::units::Moment;
 
 use super::Driver;
 use super::peers::{DataPath, Inbound};
@@ -23,6 +24,9 @@ pub(super) struct Rdma {
     pub(super) registrar: Registrar,
     /// Ports in use.
     nics: Vec<Arc<Nic>>,
+    gid_index: Option<u8>,
+    /// Whether something got through one of them since this side is there. Until then peers are told of no RDMA.
+    has_been_usable: bool,
     /// Where the thread is to run.
     cores: Option<Vec<usize>>,
 }
@@ -46,6 +50,19 @@ impl Rdma {
     pub(super) fn interests<'a>(&'a self, interest: &mut impl FnMut(BorrowedFd<'a>, PollFlags)) {
         for nic in &self.nics {
             interest(nic.event_fd(), PollFlags::IN);
+        }
+    }
+
+    /// Whether peers are told of it.
+    pub(super) fn is_offered(&self) -> bool {
+        self.has_been_usable
+    }
+
+    /// Whether something gets through for the first time.
+    fn becomes_usable(&mut self) -> bool {
+        !self.has_been_usable && {
+            self.has_been_usable = self.nics.iter().any(|nic| nic.is_usable(self.gid_index));
+            self.has_been_usable
         }
     }
 
@@ -96,10 +113,19 @@ pub(super) fn open(config: &EndpointConfig, wake: &Arc<OwnedFd>) -> Result<Optio
         let place = nic.place();
         tracing::info!(device = nic.name(), node = place.place.node, cpus = place.local_cpus, "RDMA device");
     }
+    let unusable = fabric.unusable();
+    let has_been_usable = unusable.is_none();
+    if let Some(reason) = unusable {
+        if is_required {
+            return Err(EndpointError::Rdma { source: reason.into() });
+        }
+        tracing::warn!(%reason, "no RDMA on this worker until a port is up: its peers are reached by TCP");
+    }
     let (operation, cores, nics) = ("start a thread", fabric.cores(), fabric.nics.clone());
+    let gid_index = config.rdma.gid_index;
     let registrar = Registrar::start(fabric, Arc::clone(wake))
         .map_err(|source| EndpointError::System { operation, source })?;
-    Ok(Some(Rdma { registrar, nics, cores }))
+    Ok(Some(Rdma { registrar, nics, gid_index, has_been_usable, cores }))
 }
 
 impl Driver {
@@ -147,14 +173,50 @@ impl Driver {
     /// Hears what devices say of themselves. Transports see to it when they are polled, later in the same turn.
     pub(super) fn hear_devices(&mut self) {
         let Self { rdma, peers, ready, .. } = self;
-        let Some(Rdma { nics, .. }) = rdma else { return };
-        for nic in nics.iter().filter(|nic| ready.contains(&nic.event_fd().as_raw_fd())) {
+        let Some(rdma) = rdma else { return };
+        let mut has_news = false;
+        for nic in rdma.nics.iter().filter(|nic| ready.contains(&nic.event_fd().as_raw_fd())) {
+            has_news = true;
             for failed in nic.hear_events() {
                 for peer in peers.values_mut() {
                     if let Some(DataPath::Rdma(transport)) = peer.link.as_mut().map(|link| &mut link.path) {
                         transport.hear_failure(nic, failed);
                     }
                 }
+            }
+        }
+        if has_news && rdma.becomes_usable() {
+            self.offer_rdma();
+        }
+    }
+
+    /// A port is up for the first time. Peers that were reached by TCP for want of one are connected anew.
+    fn offer_rdma(&mut self) {
+        tracing::info!("RDMA can be had from now on");
+        self.hello.offer.rdma = true;
+        let until = self.turn.plus(REMAKING);
+        for link in self.peers.values_mut().filter_map(|peer| peer.link.as_mut()) {
+            link.remade_by = matches!(link.path, DataPath::Tcp(_)).then_some(until);
+        }
+    }
+
+    /// Ends links in whose place there may be better ones: when no handoff is on them, or when these have kept it waiting for
+    /// long.
+    pub(super) fn remake_links(&mut self) {
+        let Self { peers, core, turn, .. } = self;
+        let may_end = |instance: u64, by: Moment| core.is_idle_with(instance) || by <= *turn;
+        let ending: Vec<u64> = peers
+            .iter()
+            .filter(|(instance, peer)| {
+                let by = peer.link.as_ref().and_then(|link| link.remade_by);
+                by.is_some_and(|by| may_end(**instance, by))
+            })
+            .map(|(&instance, _)| instance)
+            .collect();
+        for instance in ending {
+            self.lose(instance, &Loss::Remade);
+            if let Some(peer) = self.peers.get_mut(&instance) {
+                peer.is_remade = true;
             }
         }
     }
@@ -273,5 +335,7 @@ fn refuse_paths(inbound: &mut Inbound, reason: String) -> Result<(), Loss> {
     inbound.connection.flush()
 }
 
+/// For how long handoffs may keep a link from being made anew, which ends them. They are computed again elsewhere.
+const REMAKING: Duration = Duration::from_secs(30);
 /// How much longer a handshake may take while memory is registered: that walks all pages of the arena.
 pub(super) const REGISTRATION: Duration = Duration::from_secs(30);

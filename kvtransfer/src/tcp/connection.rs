@@ -35,6 +35,8 @@ pub(crate) enum Loss {
     Protocol(&'static str),
     #[error("the peer connected anew")]
     Replaced,
+    #[error("RDMA can be had, so the connection is made anew")]
+    Remade,
 }
 
 /// Starts to connect; the stream becomes writable when that has succeeded or failed.

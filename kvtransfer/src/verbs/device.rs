@@ -112,7 +112,8 @@ impl Default for RdmaConfig {
 }
 
 impl Fabric {
-    /// Opens the devices asked for, or those nearest to `region`, and registers it with each.
+    /// Opens the devices asked for, or those nearest to `region`, and registers it with each. A port that is down takes a place
+    /// that no port needs which is up: it is used when it comes up.
     ///
     /// # Errors
     ///
@@ -121,21 +122,42 @@ impl Fabric {
         checked::device_names()?;
         let places = topology::devices(Path::new(SYS));
         let mut faults = Vec::new();
-        let mut nics = Vec::new();
+        let mut ports = Vec::new();
         for (place, port) in chosen(&config, &places, region)? {
-            match Nic::open(&place, port, region) {
+            let name = format!("{}:{port}", place.name);
+            match Port::open(place, port) {
+                Ok(port) => ports.push(port),
+                Err(error) => faults.push(format!("{name}: {}", error.to_line())),
+            }
+        }
+        let are_up: Vec<bool> = ports.iter().map(|port| port.is_up).collect();
+        let mut nics = Vec::new();
+        for (port, _) in ports.into_iter().zip(taken(&are_up, config.max_devices)).filter(|(_, taken)| *taken)
+        {
+            let name = port.name();
+            match Nic::new(port, region) {
                 Ok(nic) => nics.push(Arc::new(nic)),
                 Err(error @ VerbsError::MemoryLock { .. }) => return Err(error),
-                Err(error) => faults.push(format!("{}:{port}: {}", place.name, error.to_line())),
-            }
-            if nics.len() == config.max_devices {
-                break;
+                Err(error) => faults.push(format!("{name}: {}", error.to_line())),
             }
         }
         if nics.is_empty() {
             return Err(Unavailable::NoneFits { reason: faults.join("; ") }.into());
         }
         Ok(Self { nics, config, lends: Reach::Peer })
+    }
+
+    /// Why nothing gets through any of its ports now; `None` when something does through one.
+    pub(crate) fn unusable(&self) -> Option<Unavailable> {
+        let rule = GidRule { index: self.config.gid_index, ..GidRule::default() };
+        let mut faults = Vec::new();
+        for nic in &self.nics {
+            match nic.address(rule) {
+                Ok(_) => return None,
+                Err(error) => faults.push(error.to_line()),
+            }
+        }
+        Some(Unavailable::NoneFits { reason: faults.join("; ") })
     }
 
     /// The same, of which peers may read the arena and not write to it.
@@ -148,6 +170,20 @@ impl Fabric {
     pub(crate) fn cores(&self) -> Option<Vec<usize>> {
         cores_beside(&self.nics.first()?.place.local_cpus, &self.config.compute_cores)
     }
+}
+
+/// Which ports to take, in their order, so that the first of one host is on the wire of the first of another: those that are up,
+/// `most` of them, and as many of the others as there is room for.
+fn taken(are_up: &[bool], most: usize) -> Vec<bool> {
+    let up = are_up.iter().filter(|it| **it).count().min(most);
+    let mut left = [most - up, up];
+    let take = |&is_up: &bool| {
+        let left = &mut left[usize::from(is_up)];
+        let has_room = 0 < *left;
+        *left = left.saturating_sub(1);
+        has_room
+    };
+    are_up.iter().map(take).collect()
 }
 
 /// Those of the processors in a kernel's list where nothing computes; `None` when there are none.
@@ -181,12 +217,32 @@ fn named(name: &str, places: &[DevicePlace]) -> Result<(DevicePlace, u8), Unavai
     }
 }
 
-impl Nic {
-    fn open(place: &DevicePlace, port: u8, region: &Arc<Region>) -> Result<Self, VerbsError> {
+/// A port of an open device, before memory is registered with that.
+struct Port {
+    place: DevicePlace,
+    number: u8,
+    context: Arc<Context>,
+    is_up: bool,
+}
+
+impl Port {
+    fn open(place: DevicePlace, number: u8) -> Result<Self, VerbsError> {
         let context = Context::open(&place.name)?;
-        let state = context.port(port)?;
-        if state.state != raw::PORT_ACTIVE {
-            return Err(Unavailable::NoneFits { reason: "the port is not active".to_owned() }.into());
+        let is_up = context.port(number)?.state == raw::PORT_ACTIVE;
+        Ok(Self { place, number, context, is_up })
+    }
+
+    fn name(&self) -> String {
+        format!("{}:{}", self.place.name, self.number)
+    }
+}
+
+impl Nic {
+    fn new(port: Port, region: &Arc<Region>) -> Result<Self, VerbsError> {
+        let name = port.name();
+        let Port { place, number: port, context, is_up } = port;
+        if !is_up {
+            tracing::warn!(device = name, "an RDMA port is down: it is used when it comes up");
         }
         let attributes = context.attributes()?;
         let at_least_one = |number: i32| u32::try_from(number).unwrap_or(0).max(1);
@@ -198,9 +254,10 @@ impl Nic {
         };
         let domain = Domain::new(&context)?;
         let arena = Arc::new(MemoryRegion::of_region(&domain, region, Reach::Source)?);
-        let (name, region) = (format!("{}:{port}", place.name), Arc::clone(region));
-        let (slabs, health) = (Mutex::default(), Health::default());
-        Ok(Self { name, port, place: place.clone(), domain, limits, region, arena, slabs, health })
+        let region = Arc::clone(region);
+        // What has happened to it since it was opened waits among its events.
+        let (slabs, health) = (Mutex::default(), Health::of_port(!is_up));
+        Ok(Self { name, port, place, domain, limits, region, arena, slabs, health })
     }
 
     /// Device and port.
@@ -242,6 +299,11 @@ impl Nic {
             Unavailable::NoneFits { reason }
         })?;
         Ok(PortAddress { gid, lid: state.lid, mtu: state.active_mtu, is_infiniband })
+    }
+
+    /// Whether a connection could be made over it now.
+    pub(crate) fn is_usable(&self, gid_index: Option<u8>) -> bool {
+        self.address(GidRule { index: gid_index, ..GidRule::default() }).is_ok()
     }
 
     /// The registration that `memory` lies in.
@@ -392,6 +454,26 @@ mod tests {
         ];
         for (name, local, compute, expected) in rows {
             assert_eq!(cores_beside(local, compute), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn ports_that_are_up_come_first_and_stay_in_their_order() {
+        #[rustfmt::skip]
+        let rows = [
+            ("all that there are",                           "ud",     4, "ud"),
+            ("the nearest ones",                             "uuuuu",  4, "uuuu."),
+            ("none that is down where it takes another's place", "duuuu", 4, ".uuuu"),
+            ("those that are down where there is room",      "dudud",  4, "dudu."),
+            ("though none is up",                            "ddd",    2, "dd."),
+            ("none where none is wanted",                    "ud",     0, ".."),
+        ];
+        for (name, ports, most, expected) in rows {
+            let are_up: Vec<bool> = ports.chars().map(|it| it == 'u').collect();
+            let taken = taken(&are_up, most);
+            let found: String =
+                ports.chars().zip(taken).map(|(port, taken)| if taken { port } else { '.' }).collect();
+            assert_eq!(found, expected, "{name}");
         }
     }
 

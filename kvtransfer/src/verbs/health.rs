@@ -9,7 +9,7 @@ use super::device::Nic;
 
 /// How a port and its device are. Written and read by the endpoint's thread alone, so the order of accesses is that of
 /// the program; the atomics are only there because others hold the device too.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Health {
     is_port_down: AtomicBool,
     is_broken: AtomicBool,
@@ -22,6 +22,13 @@ pub(crate) enum Failed {
     QueuePair(u32),
     /// The completion queue at that address.
     CompletionQueue(usize),
+}
+
+impl Health {
+    /// Of a port that is down, or up, as it is opened.
+    pub(super) fn of_port(is_down: bool) -> Self {
+        Self { is_port_down: AtomicBool::new(is_down), is_broken: AtomicBool::new(false) }
+    }
 }
 
 impl Nic {

@@ -6,9 +6,10 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tidemill_kvtransfer::{
     DEFAULT_CREDIT, Endpoint, EndpointConfig, HandoffEvent, HandoffMode, Met, Path, PeerAddress, PushWrite,
@@ -16,6 +17,7 @@ use tidemill_kvtransfer::{
 };
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
+use tidemill_kvtransfer_proto::message::TransportKind;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockLen, BlockRef, Epoch, HandoffId, TokenCount};
 
 /// Far more than anything here takes; a test that gets there has failed.
@@ -363,4 +365,26 @@ pub(crate) fn pair(way: Way) -> (Worker, Worker) {
     let decode = Worker::start(config("decode", 2, way, 32));
     prefill.meet(decode.address());
     (prefill, decode)
+}
+
+/// Waits until both sides of an RDMA link know of so many paths that work.
+pub(crate) fn have_paths(expected: u32, prefill: &Worker, decode: &Worker, why: &str) {
+    let since = Instant::now();
+    let paths = |worker: &Worker, peer: &Worker| {
+        let link = worker.endpoint.link(peer.instance)?;
+        (link.transport == TransportKind::Rdma).then_some(link.paths)
+    };
+    while (paths(prefill, decode), paths(decode, prefill)) != (Some(expected), Some(expected)) {
+        assert!(since.elapsed() < PATIENCE, "{why}: not {expected} paths");
+        std::thread::yield_now();
+    }
+}
+
+/// Has the network device under a Soft-RoCE device go up or down.
+pub(crate) fn port(device: &str, state: &str) {
+    let parent = std::fs::read_to_string(format!("/sys/class/infiniband/{device}/parent"));
+    let parent = parent.expect("a Soft-RoCE device");
+    // Not the one of BusyBox, which some shells prefer.
+    let status = Command::new("/usr/sbin/ip").args(["link", "set", parent.trim(), state]).status();
+    assert!(status.expect("iproute2 is there").success(), "the network device goes {state}");
 }

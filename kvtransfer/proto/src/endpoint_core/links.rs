@@ -68,13 +68,16 @@ impl<S: WriteSource> EndpointCore<S> {
 
     /// Forgets a peer with which nothing is going on. False, without effect, when something is.
     pub fn forget(&mut self, peer: u64) -> bool {
-        let is_idle = self.link(peer).is_none()
-            && !self.incoming.values().any(|it| it.peer == peer)
-            && !self.outgoing.values().any(|it| it.peer == peer);
+        let is_idle = self.link(peer).is_none() && self.is_idle_with(peer);
         if is_idle {
             self.peers.remove(&peer);
         }
         is_idle
+    }
+
+    /// Whether no handoff with the peer is under way.
+    pub fn is_idle_with(&self, peer: u64) -> bool {
+        !self.incoming.values().any(|it| it.peer == peer) && !self.outgoing.values().any(|it| it.peer == peer)
     }
 
     /// Whether a connection to the peer would help a handoff on.
