@@ -64,6 +64,7 @@ fn schedules_that_once_failed() {
     let rows = [
         ("writes that are lost in silence end with their link",             84),
         ("a process that dies after its link was severed is noticed too",   127_978),
+        ("what ends between a handshake and its link is said to be quiet",  806_389),
         ("what was computed before its peer reserved is not called final",  25_061),
     ];
     for (name, seed) in rows {

@@ -19,6 +19,8 @@ use crate::units::{HandoffId, Moment};
 pub(super) struct PeerState {
     pub(super) name: String,
     pub(super) link: Option<LinkState>,
+    /// What this side could not promise to leave alone when it last shook hands.
+    named_busy: Vec<HandoffId>,
 }
 
 /// A connection over which handoffs go.
@@ -63,7 +65,7 @@ pub(super) struct Ended {
 impl<S: WriteSource> EndpointCore<S> {
     /// A peer exists: handoffs with it may be ordered before it is connected.
     pub fn meet(&mut self, peer: u64, name: &str) {
-        self.peers.entry(peer).or_insert_with(|| PeerState { name: name.to_owned(), link: None });
+        self.peers.entry(peer).or_insert_with(|| PeerState::new(name.to_owned()));
     }
 
     /// Forgets a peer with which nothing is going on. False, without effect, when something is.
@@ -91,7 +93,11 @@ impl<S: WriteSource> EndpointCore<S> {
     /// received of the old one any more.
     pub fn prepare_link(&mut self, peer: u64, now: Moment) -> Vec<HandoffId> {
         self.link_lost(peer, "the peer connected anew", now);
-        self.busy_with(peer)
+        let busy = self.busy_with(peer);
+        if let Some(state) = self.peers.get_mut(&peer) {
+            state.named_busy.clone_from(&busy);
+        }
+        busy
     }
 
     /// A handshake has come to its end; the driver can send over the link.
@@ -127,10 +133,21 @@ impl<S: WriteSource> EndpointCore<S> {
             fetching: VecDeque::new(),
             ended: Ended::default(),
         };
-        self.peers.insert(peer, PeerState { name: hello.name, link: Some(link) });
+        let mut state = PeerState::new(hello.name);
+        state.link = Some(link);
+        let before = self.peers.insert(peer, state);
         self.take_word_of_quiet(peer, &busy);
+        self.say_what_is_quiet_since(peer, before.map(|it| it.named_busy).unwrap_or_default());
         self.announce_waiting(peer);
         id
+    }
+
+    /// Takes back what was said when hands were shaken, where it is over since: there was no link to say so over.
+    fn say_what_is_quiet_since(&mut self, peer: u64, named: Vec<HandoffId>) {
+        let busy = self.busy_with(peer);
+        for handoff in named.into_iter().filter(|it| !busy.contains(it)) {
+            self.say_quiet(peer, handoff, "it has ended meanwhile");
+        }
     }
 
     /// Whether prompts for that peer are computed in its own memory.
@@ -328,6 +345,12 @@ impl<S: WriteSource> EndpointCore<S> {
         let touches = |it: &Outgoing<S>| it.peer == peer && it.sender.is_busy() && it.offers.is_none();
         let busy = self.outgoing.iter().filter(|(_, it)| touches(it));
         busy.map(|(&handoff, _)| handoff).collect()
+    }
+}
+
+impl PeerState {
+    fn new(name: String) -> Self {
+        Self { name, link: None, named_busy: Vec::new() }
     }
 }
 

@@ -209,7 +209,7 @@ impl<S: WriteSource> EndpointCore<S> {
         self.say_quiet(peer, handoff, "nothing is known of it");
     }
 
-    fn say_quiet(&mut self, peer: u64, handoff: HandoffId, reason: &str) {
+    pub(super) fn say_quiet(&mut self, peer: u64, handoff: HandoffId, reason: &str) {
         if let Some(link) = self.link_mut(peer) {
             link.ended.insert(handoff);
         }

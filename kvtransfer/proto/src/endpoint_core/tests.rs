@@ -62,6 +62,44 @@ fn who_is_busy_says_so_before_it_connects_anew() {
     assert_eq!(scene.core.prepare_link(PEER, scene.now), [], "it has stopped");
 }
 
+/// The end comes while there is no link over which it could be told.
+#[test]
+fn what_ends_between_a_handshake_and_its_link_is_said_to_be_quiet() {
+    #[rustfmt::skip]
+    let rows = [
+        // what is shown                                    what happens                     how often it is said
+        ("what was busy, and is not when the link is up",   "prepare abandon up",            1),
+        ("… is said once",                                  "prepare abandon up prepare up", 1),
+        ("what ends with the link up says so itself",       "prepare up abandon",            1),
+        ("nobody asks for what had ended before",           "lose abandon prepare up",       0),
+        ("nor is it said of what is busy",                  "prepare up",                    0),
+    ];
+    for (name, happenings, expected) in rows {
+        let mut scene = Scene::new(QuietProof::Process);
+        scene.is_asked();
+        let mut said = 0;
+        for word in happenings.split(' ') {
+            let now = scene.now;
+            match word {
+                "prepare" => drop(scene.core.prepare_link(PEER, now)),
+                "abandon" => scene.core.abandon(OTHER, "told to".to_owned(), now),
+                "lose" => scene.core.link_lost(PEER, "why", now),
+                "up" => {
+                    let (hello, proof, busy) = (hello(), scene.proof, Vec::new());
+                    scene.core.link_up(PEER, LinkUp { hello, proof, busy }, now);
+                }
+                other => panic!("`{other}` is no happening"),
+            }
+            let actions = std::iter::from_fn(|| scene.core.next_action());
+            let is_said = |action: &EndpointAction| {
+                matches!(action, EndpointAction::Send { message: Message::Quiet { handoff: OTHER, .. }, .. })
+            };
+            said += actions.filter(is_said).count();
+        }
+        assert_eq!(said, expected, "{name}");
+    }
+}
+
 /// A way for data that fails in silence, while the peer's messages keep the lease alive.
 #[test]
 fn a_link_whose_writes_stand_still_is_lost() {
