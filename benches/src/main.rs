@@ -11,6 +11,7 @@ mod digests;
 mod direct_worker;
 mod owner_change;
 mod posting;
+mod ranks;
 mod report;
 mod speculation;
 mod tcp;
@@ -44,6 +45,18 @@ enum Command {
         rounds: usize,
         /// Where to append one JSON line for each row
         #[arg(long, value_name = "FILE", default_value = "benches/results/handoff.jsonl")]
+        out: PathBuf,
+    },
+    /// What it costs to share a model among ranks
+    Ranks {
+        /// Only groups whose name contains this: ranks
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// Repetitions of each measurement
+        #[arg(long, value_name = "N", default_value_t = 31)]
+        rounds: usize,
+        /// Where to append one JSON line for each row
+        #[arg(long, value_name = "FILE", default_value = "benches/results/ranks.jsonl")]
         out: PathBuf,
     },
     /// What guessing several tokens in a step gains
@@ -81,9 +94,12 @@ const SPECULATION: [Group; 3] = [
     ("draft", speculation::drafted::measure),
 ];
 
+const RANKS: [Group; 1] = [("ranks", ranks::measure)];
+
 fn main() -> ExitCode {
     let (groups, only, rounds, out): (&[Group], _, _, _) = match Cli::parse().command {
         Command::Handoff { only, rounds, out } => (&HANDOFF, only, rounds, out),
+        Command::Ranks { only, rounds, out } => (&RANKS, only, rounds, out),
         Command::Speculation { only, rounds, out } => (&SPECULATION, only, rounds, out),
     };
     let mut report = Report::begin();
