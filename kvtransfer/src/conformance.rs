@@ -4,6 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
 use tidemill_kvtransfer_proto::reservation::{Reservation, ReservationEvent};
 use tidemill_kvtransfer_proto::transport::{ConformanceRig, RemoteRange, WriteFault, conformance, stamp};
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, Epoch, HandoffId, TokenCount};
@@ -118,6 +119,9 @@ impl TcpRig {
         let (theirs, _) = listener.accept().unwrap();
         for stream in [&ours, &theirs] {
             stream.set_nonblocking(true).unwrap();
+            // Far less than an arena, or a whole write can be on its way at once and nothing ends midway.
+            set_socket_send_buffer_size(stream, BLOCK).unwrap();
+            set_socket_recv_buffer_size(stream, BLOCK).unwrap();
         }
         let mut reservation = Reservation::new(HANDOFF, TokenCount(1), targets()).unwrap();
         reservation.apply(ReservationEvent::Announced);
