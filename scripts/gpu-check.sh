@@ -266,7 +266,7 @@ part_speed() {
     bench eager model "${shape[@]}" --prefill-len 128 --decode-batch 1 --decode-context 1024 --enforce-eager || failed=1
     bench kernels kernels --device "$device" --runs 5 || failed=1
   fi
-  return $failed
+  return "$failed"
 }
 
 part_peers() {
