@@ -32,26 +32,6 @@ impl MatrixProduct {
     pub const fn out_dtype(&self) -> WeightDtype {
         if self.to_f32 { WeightDtype::F32 } else { self.dtype }
     }
-
-    /// Bytes of `out`.
-    pub(super) fn out_bytes(&self) -> usize {
-        self.product.rows as usize * self.product.outputs as usize * self.out_dtype().bytes()
-    }
-
-    /// Bytes of `x`.
-    pub(super) fn x_bytes(&self) -> usize {
-        self.product.rows as usize * self.product.inputs as usize * self.dtype.bytes()
-    }
-
-    /// Bytes of `w`.
-    pub(super) fn w_bytes(&self) -> usize {
-        self.product.outputs as usize * self.product.inputs as usize * self.dtype.bytes()
-    }
-
-    /// Bytes of `bias`, should there be one.
-    pub(super) fn bias_bytes(&self) -> usize {
-        self.product.outputs as usize * self.dtype.bytes()
-    }
 }
 
 /// Bytes that the library's fast kernels move at once.

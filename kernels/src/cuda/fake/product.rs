@@ -32,3 +32,25 @@ pub(super) fn carry_out(it: &MatrixProduct, device: &mut Memory) {
     device.set_written(&(product.out.0..product.out.0 + bytes.len() as u64));
     device.write(product.out.0, &bytes);
 }
+
+impl MatrixProduct {
+    /// Bytes of `out`.
+    pub(super) fn out_bytes(&self) -> usize {
+        self.product.rows as usize * self.product.outputs as usize * self.out_dtype().bytes()
+    }
+
+    /// Bytes of `x`.
+    pub(super) fn x_bytes(&self) -> usize {
+        self.product.rows as usize * self.product.inputs as usize * self.dtype.bytes()
+    }
+
+    /// Bytes of `w`.
+    pub(super) fn w_bytes(&self) -> usize {
+        self.product.outputs as usize * self.product.inputs as usize * self.dtype.bytes()
+    }
+
+    /// Bytes of `bias`, should there be one.
+    pub(super) fn bias_bytes(&self) -> usize {
+        self.product.outputs as usize * self.dtype.bytes()
+    }
+}

@@ -321,9 +321,9 @@ const PATTERN: usize = 16 << 20;
 /// Odd and no factor of numbers of blocks, which are mostly powers of two.
 const STRIDE: usize = 4999;
 
-tidemill_kernels::where_emulated! {
-    #[cfg(test)]
-    mod tests {
+#[cfg(test)]
+mod tests {
+    tidemill_kernels::where_emulated! {
         use std::sync::Arc;
 
         use tidemill_kernels::cuda::{emulator::Order, fake::Fake};
