@@ -42,7 +42,7 @@ impl Packer {
         wanted: Option<Quantization>,
     ) -> Result<PackedMatrix, ModelError> {
         let (threads, outputs, inputs) = (self.threads, part.rows.len(), part.columns.len());
-        if let (Tensor::Plain(plain), wanted) = (tensor, wanted)
+        if let Tensor::Plain(plain) = tensor
             && (wanted.is_none() || !part.is_of_inputs())
         {
             let part = plain.part(part);

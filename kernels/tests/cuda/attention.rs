@@ -4,12 +4,12 @@ use super::{
     on_devices,
     support::{
         Blocks, KV_DTYPES, Numbers, Order, WEIGHT_DTYPES, assert_close,
-        cuda::{Buffer, DeviceBlocks, elements, floats, rounded, tolerance},
+        cuda::{Buffer, DeviceBlocks, block_table, elements, floats, rounded, tolerance},
         shape,
     },
 };
 use tidemill_kernels::{
-    cuda::{Attention, DeviceAddress, Driver, KvShape, launches},
+    cuda::{Attention, Driver, KvShape, launches},
     kv::KvDtype,
     matrix::WeightDtype,
     reference,
@@ -98,14 +98,7 @@ fn check(device: &dyn Driver, case: &Case) {
     let blocks_per_sequence = longest.div_ceil(shape.block_len);
     let paged: Vec<DeviceBlocks<'_>> =
         blocks.iter().map(|blocks| DeviceBlocks::copy_of(device, shape, blocks)).collect();
-    let table: Vec<DeviceAddress> = paged
-        .iter()
-        .flat_map(|blocks| {
-            let mut row = blocks.addresses();
-            row.resize(blocks_per_sequence, DeviceAddress::NULL);
-            row
-        })
-        .collect();
+    let table = block_table(&paged, blocks_per_sequence);
     let table = Buffer::new(device, &table);
     let query = elements(device, &fused, dtype);
     let out = Buffer::empty(device, rows * width * dtype.bytes());

@@ -7,7 +7,7 @@ use super::{
     on_device,
     support::{
         Blocks, Numbers, Order,
-        cuda::{Buffer, DeviceBlocks, elements, floats, rounded, tolerance},
+        cuda::{Buffer, DeviceBlocks, block_table, elements, floats, rounded, tolerance},
         shape,
     },
 };
@@ -227,14 +227,7 @@ impl Exchange<'_> {
         }
         let longest = contexts.iter().copied().max().expect("there are some");
         let blocks_per_sequence = longest.div_ceil(shape.block_len);
-        let table: Vec<DeviceAddress> = paged
-            .iter()
-            .flat_map(|blocks| {
-                let mut row = blocks.addresses();
-                row.resize(blocks_per_sequence, DeviceAddress::NULL);
-                row
-            })
-            .collect();
+        let table = block_table(&paged, blocks_per_sequence);
         let splits = Attention::splits(longest as u32);
         let table = Buffer::new(self.device, &table);
         let on_device = elements(self.device, &query, dtype);

@@ -2,9 +2,10 @@
 
 use super::{
     on_devices,
+    product::{Case, multiply_by},
     support::{
         Numbers, assert_close, assert_same_bits,
-        cuda::{Buffer, elements, floats, rounded, tolerance},
+        cuda::{rounded, tolerance},
     },
 };
 use tidemill_kernels::{
@@ -13,39 +14,11 @@ use tidemill_kernels::{
     reference,
 };
 
-struct Case {
-    dtype: WeightDtype,
-    inputs: usize,
-    x: Vec<f32>,
-    w: Vec<f32>,
-    bias: Option<Vec<f32>>,
-    /// What `out` has before, where the product is added to it.
-    before: Option<Vec<f32>>,
-    out: WeightDtype,
-}
-
 fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
-    let Case { dtype, inputs, x, w, bias, before, out: to } = case;
-    let (rows, outputs) = (x.len() / inputs, w.len() / inputs);
-    let [x, w] = [x, w].map(|values| elements(device, values, *dtype));
-    let bias = bias.as_ref().map(|bias| elements(device, bias, *dtype));
-    let out = match before {
-        Some(before) => elements(device, before, *to),
-        None => Buffer::empty(device, rows * outputs * to.bytes()),
-    };
-    let parameters = Product {
-        out: out.address(),
-        x: x.address(),
-        w: w.address(),
-        bias: bias.as_ref().map_or(DeviceAddress::NULL, Buffer::address),
-        rows: rows as u32,
-        inputs: *inputs as u32,
-        outputs: outputs as u32,
-        adds: u32::from(before.is_some()),
-    };
-    let launch = launches::multiply_tiles(*dtype, to != dtype, &parameters).expect("whole packs of 16 bits");
-    device.launch(&launch).expect("kernels run");
-    floats(&out, *to)
+    multiply_by(device, case, |parameters| {
+        let launch = launches::multiply_tiles(case.dtype, case.out != case.dtype, parameters);
+        launch.expect("whole packs of 16 bits")
+    })
 }
 
 #[test]

@@ -8,24 +8,32 @@ use super::{
     },
 };
 use tidemill_kernels::{
-    cuda::{DeviceAddress, Driver, Product, launches},
+    cuda::{DeviceAddress, Driver, Launch, Product, launches},
     matrix::WeightDtype,
     reference,
 };
 
-struct Case {
-    dtype: WeightDtype,
-    inputs: usize,
-    x: Vec<f32>,
-    w: Vec<f32>,
-    bias: Option<Vec<f32>>,
+pub(super) struct Case {
+    pub(super) dtype: WeightDtype,
+    pub(super) inputs: usize,
+    pub(super) x: Vec<f32>,
+    pub(super) w: Vec<f32>,
+    pub(super) bias: Option<Vec<f32>>,
     /// What `out` has before, where the product is added to it.
-    before: Option<Vec<f32>>,
+    pub(super) before: Option<Vec<f32>>,
     /// Type of `out`: that of the others or f32.
-    out: WeightDtype,
+    pub(super) out: WeightDtype,
 }
 
 fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
+    multiply_by(device, case, |parameters| match case.out == case.dtype {
+        true => launches::multiply(case.dtype, parameters),
+        false => launches::multiply_to_f32(case.dtype, parameters),
+    })
+}
+
+/// The same by the kernel that `launch` chooses.
+pub(super) fn multiply_by(device: &dyn Driver, case: &Case, launch: impl Fn(&Product) -> Launch) -> Vec<f32> {
     let Case { dtype, inputs, x, w, bias, before, out: to } = case;
     let (rows, outputs) = (x.len() / inputs, w.len() / inputs);
     let [x, w] = [x, w].map(|values| elements(device, values, *dtype));
@@ -44,8 +52,7 @@ fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
         outputs: outputs as u32,
         adds: u32::from(before.is_some()),
     };
-    let launch = if to == dtype { launches::multiply } else { launches::multiply_to_f32 };
-    device.launch(&launch(*dtype, &parameters)).expect("kernels run");
+    device.launch(&launch(&parameters)).expect("kernels run");
     floats(&out, *to)
 }
 

@@ -4,7 +4,7 @@ use super::{
     on_devices,
     support::{
         Blocks, KV_DTYPES, Numbers, Order, assert_close, assert_same_bits,
-        cuda::{Buffer, DeviceBlocks, elements, floats, rounded, tolerance},
+        cuda::{Buffer, DeviceBlocks, block_table, elements, floats, rounded, tolerance},
         shape,
     },
 };
@@ -185,14 +185,7 @@ fn run(device: &dyn Driver, case: &Case) -> (Vec<f32>, Vec<f32>) {
     let blocks_per_sequence = longest.div_ceil(shape.block_len);
     let paged: Vec<DeviceBlocks<'_>> =
         blocks.iter().map(|blocks| DeviceBlocks::copy_of(device, shape, blocks)).collect();
-    let table: Vec<DeviceAddress> = paged
-        .iter()
-        .flat_map(|blocks| {
-            let mut row = blocks.addresses();
-            row.resize(blocks_per_sequence, DeviceAddress::NULL);
-            row
-        })
-        .collect();
+    let table = block_table(&paged, blocks_per_sequence);
     let (table, tiles_there) = (Buffer::new(device, &table), Buffer::new(device, &tiles));
     let padded = elements(device, &padded, dtype);
     let out = Buffer::empty(device, query.len() * dtype.bytes());

@@ -121,6 +121,16 @@ pub struct DeviceBlocks<'a> {
     shape: KvBlockShape,
 }
 
+/// The blocks of some sequences as kernels look them up, `[sequence][block]`, null behind a sequence's last.
+pub fn block_table(sequences: &[DeviceBlocks<'_>], blocks_per_sequence: usize) -> Vec<DeviceAddress> {
+    let row = |blocks: &DeviceBlocks<'_>| {
+        let mut row = blocks.addresses();
+        row.resize(blocks_per_sequence, DeviceAddress::NULL);
+        row
+    };
+    sequences.iter().flat_map(row).collect()
+}
+
 impl<'a> DeviceBlocks<'a> {
     pub fn new(driver: &'a dyn Driver, shape: KvBlockShape, count: usize) -> Self {
         let memory = Buffer::new(driver, &vec![STALE; count * shape.block_bytes() / size_of::<u64>()]);
