@@ -61,7 +61,7 @@ enum Command {
     },
     /// What guessing several tokens in a step gains
     Speculation {
-        /// Only groups whose name contains this: demo, dummy, draft
+        /// Only groups whose name contains this: demo, widened, dummy, draft
         #[arg(long, value_name = "TEXT")]
         only: Option<String>,
         /// Repetitions of each measurement
@@ -88,8 +88,9 @@ const HANDOFF: [Group; 9] = [
     ("killed", whole_system::killed),
 ];
 
-const SPECULATION: [Group; 3] = [
+const SPECULATION: [Group; 4] = [
     ("demo", speculation::measure_demo),
+    ("widened", speculation::measure_widened),
     ("dummy", speculation::measure_dummy),
     ("draft", speculation::drafted::measure),
 ];

@@ -6,6 +6,7 @@
 //! Random weights do not obey, but fall into loops when they are greedy, which is as good for prompt lookup as a copy can
 //! be, and write noise when they are not, which is as bad.
 
+mod checkpoints;
 pub(crate) mod drafted;
 
 use std::path::{Path, PathBuf};
@@ -24,38 +25,17 @@ use tokenizers::Tokenizer;
 use crate::report::{Row, Target};
 use crate::timing::{in_turns, median, ratio};
 
-/// On the demo model.
+/// On the demo model, whose weights fit a cache.
 pub(crate) fn measure_demo(rounds: usize) -> anyhow::Result<Vec<Row>> {
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/weights");
-    let tokenizer = Tokenizer::from_file(demo.join("tokenizer.json")).map_err(|error| anyhow!(error))?;
-    let asks = |texts: &[&str]| -> anyhow::Result<Vec<Vec<TokenId>>> {
-        let ask = |text: &&str| {
-            let text = format!("<|bos|><|user|>{text}<|end|><|assistant|>");
-            let encoding = tokenizer.encode(text, false).map_err(|error| anyhow!(error))?;
-            Ok(encoding.get_ids().to_vec())
-        };
-        texts.iter().map(ask).collect()
-    };
-    let repeated = |text: &&str| {
-        let text = format!("<|bos|>{}", [*text; 4].join(" "));
-        let encoding = tokenizer.encode(text, false).map_err(|error| anyhow!(error))?;
-        anyhow::Ok(encoding.get_ids().to_vec())
-    };
-    let pair = Pair::start(&demo, LoadFormat::Safetensors)?;
-    let stop = StopConditions { eos_token_ids: vec![END], ignore_eos: false, ..StopConditions::after(300) };
-    let copies = Workload { prompts: asks(&COPIES)?, stop, temperature: 0.0, at_once: false };
-    let repeats = Workload {
-        prompts: REPEATED.iter().map(repeated).collect::<Result<_, _>>()?,
-        stop: StopConditions::after(150),
-        ..copies.clone()
-    };
-    let stories = Workload { prompts: asks(&STORIES)?, ..copies.clone() };
+    let Asked { copies, repeats, stories } = Asked::of_the_demo_model()?;
+    let pair = Pair::start(&demo(), LoadFormat::Safetensors)?;
     let warm = Workload { temperature: 1.0, ..stories.clone() };
     let hot = Workload { temperature: 3.0, stop: StopConditions::after(100), ..stories.clone() };
-    let crowd = Workload { prompts: asks(&[COPIES, STORIES].concat())?, at_once: true, ..copies.clone() };
+    let both = [copies.prompts.clone(), stories.prompts.clone()].concat();
+    let crowd = Workload { prompts: both, at_once: true, ..copies.clone() };
     #[rustfmt::skip]
     let rows = [
-        ("copying: a text that repeats itself goes on, demo model", repeats, 1.8),
+        ("copying: a text that repeats itself goes on, demo model", repeats, 1.0),
         ("copying: names changed in a short text, demo model", copies,  1.0),
         ("new text: stories, demo model",                    stories, 0.97),
         ("new text: stories at temperature 1, demo model",   warm,    0.97),
@@ -63,6 +43,69 @@ pub(crate) fn measure_demo(rounds: usize) -> anyhow::Result<Vec<Row>> {
         ("eight at once, half of them copying, demo model",  crowd,   0.97),
     ];
     rows.iter().map(|(name, workload, at_least)| pair.measure(name, workload, *at_least, rounds)).collect()
+}
+
+/// On a model that answers as the demo model does, with weights that come from memory.
+pub(crate) fn measure_widened(rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let Asked { copies, repeats, stories } = Asked::of_the_demo_model()?;
+    let folder = tempfile::tempdir()?;
+    checkpoints::widen(&demo(), folder.path(), 4, 24)?;
+    let pair = Pair::start(folder.path(), LoadFormat::Safetensors)?;
+    {
+        let demo = Pair::start(&demo(), LoadFormat::Safetensors)?;
+        if copies.run(&demo.plain)?.0 != copies.run(&pair.plain)?.0 {
+            bail!("the widened model does not answer as the demo model does");
+        }
+    }
+    let warm = Workload { temperature: 1.0, ..stories.clone() };
+    let rounds = rounds.div_ceil(4).max(3);
+    #[rustfmt::skip]
+    let rows = [
+        ("copying: a text that repeats itself goes on, demo model widened to 0.2 G parameters", repeats, 1.8),
+        ("copying: names changed in a short text, demo model widened to 0.2 G parameters", copies, 1.8),
+        ("new text: stories, demo model widened to 0.2 G parameters", stories, 0.97),
+        ("new text: stories at temperature 1, demo model widened to 0.2 G parameters", warm, 0.97),
+    ];
+    rows.iter().map(|(name, workload, at_least)| pair.measure(name, workload, *at_least, rounds)).collect()
+}
+
+fn demo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/weights")
+}
+
+/// What the demo model was taught.
+struct Asked {
+    /// Short texts, again with a word changed.
+    copies: Workload,
+    /// A text that stands there four times, to be gone on with.
+    repeats: Workload,
+    /// Nothing of it stands in the prompt.
+    stories: Workload,
+}
+
+impl Asked {
+    fn of_the_demo_model() -> anyhow::Result<Self> {
+        let tokenizer =
+            Tokenizer::from_file(demo().join("tokenizer.json")).map_err(|error| anyhow!(error))?;
+        let tokens = |texts: &[String]| -> anyhow::Result<Vec<Vec<TokenId>>> {
+            let encode = |text: &String| {
+                let encoding = tokenizer.encode(text.as_str(), false).map_err(|error| anyhow!(error))?;
+                Ok(encoding.get_ids().to_vec())
+            };
+            texts.iter().map(encode).collect()
+        };
+        let asks = |texts: [&str; 4]| {
+            tokens(&texts.map(|text| format!("<|bos|><|user|>{text}<|end|><|assistant|>")))
+        };
+        let repeated = REPEATED.map(|text| format!("<|bos|>{}", [text; 4].join(" ")));
+        let stop =
+            StopConditions { eos_token_ids: vec![END], ignore_eos: false, ..StopConditions::after(300) };
+        let copies = Workload { prompts: asks(COPIES)?, stop, temperature: 0.0, at_once: false };
+        let until = StopConditions::after(150);
+        let repeats = Workload { prompts: tokens(&repeated)?, stop: until, ..copies.clone() };
+        let stories = Workload { prompts: asks(STORIES)?, ..copies.clone() };
+        Ok(Self { copies, repeats, stories })
+    }
 }
 
 /// On random weights of a larger shape.
@@ -76,7 +119,7 @@ pub(crate) fn measure_dummy(rounds: usize) -> anyhow::Result<Vec<Row>> {
     let rounds = rounds.div_ceil(4).max(3);
     #[rustfmt::skip]
     let rows = [
-        ("loops: random weights, greedy, 0.4 G parameters",         loops,  1.8),
+        ("loops: random weights, greedy, 0.4 G parameters",         loops,  1.0),
         ("noise: random weights, temperature 1, 0.4 G parameters",  random, 0.97),
     ];
     rows.iter().map(|(name, workload, at_least)| pair.measure(name, workload, *at_least, rounds)).collect()

@@ -4,11 +4,11 @@
 //! the same weights without these layers. How little decides how often the draft is right; no step takes longer or shorter
 //! for it.
 
-use std::fs;
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use super::checkpoints::Checkpoint;
 use super::*;
 
 /// A draft that is often right, and one that hardly ever is.
@@ -46,17 +46,17 @@ pub(crate) fn measure(rounds: usize) -> anyhow::Result<Vec<Row>> {
 
 /// Both folders. What the upper layers add is `upper` times what those of the draft do.
 fn write_pair(model: &Path, draft: &Path, upper: f32) -> anyhow::Result<()> {
-    let mut tensors = Tensors { noise: Noise(1), header: Map::new(), bytes: Vec::new() };
-    tensors.add("model.embed_tokens".into(), &[VOCABULARY, HIDDEN], Some(1.0));
-    tensors.add("model.norm".into(), &[HIDDEN], None);
+    let mut tensors = Checkpoint::new();
+    tensors.add("model.embed_tokens", &[VOCABULARY, HIDDEN], Some(1.0));
+    tensors.add("model.norm", &[HIDDEN], None);
     for layer in 0..LAYERS {
         if layer == DRAFT_LAYERS {
-            tensors.write(draft, DRAFT_LAYERS)?;
+            tensors.write(draft, &config_json(DRAFT_LAYERS))?;
         }
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let added = if layer < DRAFT_LAYERS { 1.0 } else { upper };
         for norm in ["input_layernorm", "post_attention_layernorm"] {
-            tensors.add(name(norm), &[HIDDEN], None);
+            tensors.add(&name(norm), &[HIDDEN], None);
         }
         for (part, outputs, inputs, scale) in [
             ("self_attn.q_proj", HIDDEN, HIDDEN, 1.0),
@@ -67,58 +67,21 @@ fn write_pair(model: &Path, draft: &Path, upper: f32) -> anyhow::Result<()> {
             ("mlp.up_proj", INNER, HIDDEN, 1.0),
             ("mlp.down_proj", HIDDEN, INNER, added),
         ] {
-            tensors.add(name(part), &[outputs, inputs], Some(scale * (3.0 / inputs as f32).sqrt()));
+            tensors.add(&name(part), &[outputs, inputs], Some(scale * (3.0 / inputs as f32).sqrt()));
         }
     }
-    tensors.write(model, LAYERS)
+    tensors.write(model, &config_json(LAYERS))
 }
 
-/// The content of a file of tensors, as far as it is known.
-struct Tensors {
-    noise: Noise,
-    header: Map<String, Value>,
-    bytes: Vec<u8>,
-}
-
-impl Tensors {
-    /// Adds noise of that size, or ones.
-    fn add(&mut self, name: String, shape: &[usize], scale: Option<f32>) {
-        let first = self.bytes.len();
-        for _ in 0..shape.iter().product() {
-            let value = scale.map_or(1.0, |scale| self.noise.next() * scale);
-            self.bytes.extend(((value.to_bits() >> 16) as u16).to_le_bytes());
-        }
-        let tensor = json!({"dtype": "BF16", "shape": shape, "data_offsets": [first, self.bytes.len()]});
-        self.header.insert(name + ".weight", tensor);
-    }
-
-    /// Writes what there is as a model of so many layers.
-    fn write(&self, folder: &Path, layers: usize) -> anyhow::Result<()> {
-        let header = Value::Object(self.header.clone()).to_string();
-        let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &self.bytes].concat();
-        fs::write(folder.join("model.safetensors"), file)?;
-        let config = json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
-            "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
-            "num_attention_heads": 16, "num_key_value_heads": 4, "hidden_act": "silu",
-            "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-            "tie_word_embeddings": true, "torch_dtype": "bfloat16",
-        });
-        Ok(fs::write(folder.join("config.json"), config.to_string())?)
-    }
-}
-
-/// Numbers between -1 and 1 (xorshift64*).
-struct Noise(u64);
-
-impl Noise {
-    fn next(&mut self) -> f32 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let high = (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 40) as f32;
-        high / (1_u32 << 23) as f32 - 1.0
-    }
+/// What describes a model of so many layers.
+fn config_json(layers: usize) -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "hidden_act": "silu",
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+    })
 }
 
 // 92 million parameters: their weights come from memory, as those of real models do.

@@ -1,0 +1,1 @@
+/work/main/benches/peers/.llama.cpp
