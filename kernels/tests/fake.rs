@@ -196,7 +196,8 @@ fn tickets_order_the_host() {
     fake.start_upload(Queue::Compute, device.address(), pinned.address(), 8).unwrap();
     fake.copy(Queue::Compute, device.address().offset(8), device.address(), 8).unwrap();
     assert_eq!(device.read::<u64>(), [0x0101_0101_0101_0101; 2]);
-    let expected = Calls { allocations: 2, launches: 0, products: 0, replays: 0, copies: 6, waits: 2 };
+    let expected =
+        Calls { allocations: 2, launches: 0, products: 0, replays: 0, collectives: 0, copies: 6, waits: 2 };
     assert_eq!(
         fake.calls(),
         expected,

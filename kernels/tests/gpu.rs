@@ -87,11 +87,46 @@ fn drivers_that_are_of_no_use_say_why() {
     }
 }
 
+/// What several GPUs would exchange numbers by, as small libraries of their own.
+#[test]
+fn a_library_for_several_gpus_is_found_at_run_time() {
+    let functions = ["GetErrorString", "GetUniqueId", "CommInitRank", "CommAbort", "CommDestroy"];
+    let functions = functions.into_iter().chain(["AllReduce", "AllGather", "Broadcast"]);
+    let functions: String = functions.map(|name| format!("void nccl{name}(void) {{}}\n")).collect();
+    let version = "int ncclGetVersion(int* version) { *version = 22703; return 0; }\n";
+    let missing = "none: several GPUs need NCCL: libnccl.so.2 was not found: `pip install nvidia-nccl-cu13`, and name its folder in \
+                   LD_LIBRARY_PATH";
+    let rows = [
+        ("all it takes", format!("{functions}{version}"), "NCCL 2.27.3"),
+        ("another library of that name", version.to_owned(), missing),
+    ];
+    for (name, source, expected) in rows {
+        let folder = tempfile::tempdir().expect("there is room");
+        let file = folder.path().join("exchange.c");
+        fs::write(&file, source).expect("there is room");
+        let library = folder.path().join("libnccl.so.2");
+        let status = Command::new("cc").args(["-shared", "-w", "-o"]).args([&library, &file]).status();
+        assert!(status.expect("there is a C compiler").success(), "{name}");
+        let said = said_by("say_what_several_gpus_exchange_by", folder.path());
+        assert_eq!(said, expected, "{name}");
+    }
+}
+
+#[test]
+#[ignore = "needs a library of its own: `a_library_for_several_gpus_is_found_at_run_time` runs it"]
+fn say_what_several_gpus_exchange_by() {
+    println!("GPU 0: {}", Gpu::exchange_library().unwrap_or_else(|reason| format!("none: {reason}")));
+}
+
 /// What another process with these libraries says of GPU 0.
 fn opened(libraries: &Path) -> String {
+    said_by("say_what_opening_comes_to", libraries)
+}
+
+fn said_by(test: &str, libraries: &Path) -> String {
     let this = env::current_exe().expect("this test is a file");
     let output = Command::new(this)
-        .args(["--exact", "say_what_opening_comes_to", "--ignored", "--nocapture"])
+        .args(["--exact", test, "--ignored", "--nocapture"])
         .env("LD_LIBRARY_PATH", libraries)
         .output()
         .expect("it can be run again");

@@ -1,6 +1,8 @@
 //! What is asked of a device: memory, copies, launches, graphs of them.
 
-use super::{ComputeCapability, CudaError, Launch, MatrixProduct, timeline::Moment};
+use super::{
+    Collective, ComputeCapability, CudaError, GroupId, Launch, MatrixProduct, Member, timeline::Moment,
+};
 use bytemuck::NoUninit;
 use std::fmt::Debug;
 
@@ -91,7 +93,8 @@ pub struct MemoryInfo {
 /// There are two queues. Operations of one are carried out in the order of the calls. An operation of [`Queue::Transfer`] begins after
 /// everything that was asked of [`Queue::Compute`] before it; the computation waits for a transfer only where
 /// [`compute_after`](Self::compute_after) says so. [`upload`](Self::upload), [`download`](Self::download), [`fill`](Self::fill),
-/// [`launch`](Self::launch), [`multiply`](Self::multiply) and [`replay`](Self::replay) belong to [`Queue::Compute`].
+/// [`launch`](Self::launch), [`multiply`](Self::multiply), [`collect`](Self::collect) and [`replay`](Self::replay) belong to
+/// [`Queue::Compute`].
 ///
 /// An upload has read its source when it returns, a download has filled its target; everything else may still be under way.
 /// The host waits for a part of it by a [`Ticket`], or for all by [`synchronize`](Self::synchronize). A ticket is for everything that
@@ -109,9 +112,15 @@ pub struct MemoryInfo {
 /// # Graphs
 ///
 /// Between [`begin_capture`](Self::begin_capture) and [`end_capture`](Self::end_capture) operations of [`Queue::Compute`] are
-/// recorded instead of carried out: launches, products, fills, [`copy`](Self::copy), [`start_upload`](Self::start_upload) and
+/// recorded instead of carried out: launches, products, collectives, fills, [`copy`](Self::copy), [`start_upload`](Self::start_upload) and
 /// [`start_download`](Self::start_download). Everything else but access to pinned memory may not be asked for meanwhile. A replay uses
 /// the addresses and numbers that were recorded, and reads pinned memory when it is carried out.
+///
+/// # Groups
+///
+/// Devices of one process that hold parts of one model are the ranks of a group, each asked by a thread of its own: what is asked of
+/// one may wait for the others, and a device that stands alone waits for ever. So a rank that cannot go on, and whoever learns of it,
+/// [abandons](Self::abandon) the group; then whatever waits for it ends, with an error.
 ///
 /// A wrong address, length or order is a bug of the caller: the fake panics with what is wrong, a GPU may compute nonsense.
 ///
@@ -221,4 +230,23 @@ pub trait Driver: Debug + Send + Sync {
 
     /// Gives a graph back, once, when no replay is under way.
     fn free_graph(&self, graph: Graph) -> Result<(), CudaError>;
+
+    /// What devices exchange numbers by, or why nothing does.
+    fn exchange(&self) -> Result<String, String>;
+
+    /// A group that nobody has joined yet.
+    fn new_group(&self) -> Result<GroupId, CudaError>;
+
+    /// Takes a place in a group, and waits until all `ranks` places are taken.
+    fn join(&self, group: &GroupId, rank: u32, ranks: u32) -> Result<Member, CudaError>;
+
+    /// Asks for what all ranks do together. It is done when all have asked for it.
+    fn collect(&self, member: Member, collective: Collective) -> Result<(), CudaError>;
+
+    /// Ends what this rank waits for in its group, and all that it asks of it from now on, with [`CudaError::GroupAbandoned`]. Any thread
+    /// may ask for it, of each rank's device, that of the rank which failed first.
+    fn abandon(&self, member: Member);
+
+    /// Gives a place in a group back, once nothing that was asked of the group is under way and no graph uses it.
+    fn leave(&self, member: Member) -> Result<(), CudaError>;
 }

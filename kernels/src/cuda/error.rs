@@ -74,6 +74,15 @@ pub enum CudaError {
         /// The driver's name of it.
         name: String,
     },
+    /// Devices were to do something together, and one of them has failed.
+    #[error("another GPU of the same model has failed")]
+    GroupAbandoned,
+    /// There is nothing by which devices could exchange what they computed.
+    #[error("several GPUs need NCCL: {reason}")]
+    NoExchange {
+        /// What the loader says.
+        reason: String,
+    },
     /// The driver refused a call, or reports what an earlier one came to.
     #[error("{call}: {name} ({code})")]
     Call {

@@ -5,6 +5,7 @@
 //! time, or in tests one that is not there ([`fake`]), which computes on the CPU, by the emulator in `kernels/cu/emulator`, and finds
 //! out what is used wrongly.
 
+mod collective;
 mod driver;
 #[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
 pub mod emulator;
@@ -21,6 +22,7 @@ pub mod sources;
 mod timeline;
 pub mod weights;
 
+pub use collective::{Collective, GroupId, Member};
 pub use driver::{DeviceAddress, Driver, Graph, MemoryInfo, PinnedAddress, Properties, Queue, Ticket};
 pub use error::{ComputeCapability, CudaError, CudaVersion};
 pub use launch::{Launch, Parameters};

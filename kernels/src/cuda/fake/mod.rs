@@ -8,6 +8,7 @@
 //!
 //! Transfers are carried out as late as the order allows, so that whoever does not wait for one sees what was there before.
 
+mod group;
 mod memory;
 mod operation;
 mod product;
@@ -15,10 +16,11 @@ mod recording;
 mod state;
 
 use super::{
-    ComputeCapability, CudaError, DeviceAddress, Driver, Graph, Launch, MatrixProduct, MemoryInfo,
-    PinnedAddress, Properties, Queue, Ticket,
+    Collective, ComputeCapability, CudaError, DeviceAddress, Driver, Graph, GroupId, Launch, MatrixProduct,
+    Member, MemoryInfo, PinnedAddress, Properties, Queue, Ticket,
     emulator::{Kernels, Order},
 };
+use group::Group;
 use operation::Operation;
 use state::State;
 use std::{
@@ -41,6 +43,8 @@ pub struct Calls {
     pub launches: usize,
     /// Products that the library was asked for one by one.
     pub products: usize,
+    /// Exchanges with other devices, one by one.
+    pub collectives: usize,
     /// Graphs replayed.
     pub replays: usize,
     /// Copies and fills asked for one by one.
@@ -98,10 +102,11 @@ impl Fake {
         self.state().calls
     }
 
-    /// Panics when memory or a graph was not given back.
+    /// Panics when memory, a graph or a place in a group was not given back.
     pub fn assert_nothing_left(&self) {
         let state = self.state();
         let (left, pinned, graphs) = (state.device.left(), state.pinned.left(), state.graphs.len());
+        assert!(state.members.is_empty(), "groups were not left: {:?}", state.members.keys());
         assert!(left.is_empty(), "memory was not given back: allocations of {left:?} bytes");
         assert!(pinned.is_empty(), "pinned memory was not given back: allocations of {pinned:?} bytes");
         assert!(
@@ -249,6 +254,33 @@ impl Driver for Fake {
 
     fn free_graph(&self, graph: Graph) -> Result<(), CudaError> {
         self.state().free_graph(graph);
+        Ok(())
+    }
+
+    fn exchange(&self) -> Result<String, String> {
+        Ok("threads that meet".to_owned())
+    }
+
+    fn new_group(&self) -> Result<GroupId, CudaError> {
+        self.state().new_group()
+    }
+
+    fn join(&self, group: &GroupId, rank: u32, ranks: u32) -> Result<Member, CudaError> {
+        self.state().may_join()?;
+        let group = Group::join(group, rank, ranks)?;
+        Ok(self.state().add_member(group, rank, ranks))
+    }
+
+    fn collect(&self, member: Member, collective: Collective) -> Result<(), CudaError> {
+        self.state().ask(Queue::Compute, Operation::Collect(member, collective))
+    }
+
+    fn abandon(&self, member: Member) {
+        self.state().group(member).abandon();
+    }
+
+    fn leave(&self, member: Member) -> Result<(), CudaError> {
+        self.state().leave(member);
         Ok(())
     }
 }

@@ -1,6 +1,8 @@
 //! What a queue is asked for, as a value that can wait or be recorded.
 
-use crate::cuda::{DeviceAddress, Launch, MatrixProduct, PinnedAddress, timeline::Access};
+use crate::cuda::{
+    Collective, DeviceAddress, Launch, MatrixProduct, Member, PinnedAddress, timeline::Access,
+};
 use std::ops::Range;
 
 /// Lengths are in bytes.
@@ -9,6 +11,7 @@ use std::ops::Range;
 pub(super) enum Operation {
     Launch(Launch),
     Multiply(MatrixProduct),
+    Collect(Member, Collective),
     Fill { to: DeviceAddress, bytes: usize, value: u8 },
     Upload { to: DeviceAddress, from: PinnedAddress, bytes: usize },
     Download { to: PinnedAddress, from: DeviceAddress, bytes: usize },
@@ -35,6 +38,7 @@ impl Operation {
         match self {
             Self::Launch(_) => "launch",
             Self::Multiply(_) => "product",
+            Self::Collect(_, collective) => collective.name(),
             Self::Fill { .. } => "fill",
             Self::Upload { .. } => "upload",
             Self::Download { .. } => "download",
@@ -72,6 +76,22 @@ impl Operation {
                 sources.insert(0, out);
                 sources
             }
+            Self::Collect(member, collective) => match collective {
+                Collective::Sum { address, .. } => {
+                    let bytes = collective.bytes();
+                    vec![target(Room::Device, address.0, bytes), source(Room::Device, address.0, bytes)]
+                }
+                Collective::Gather { to, from, bytes } => {
+                    let all = bytes * member.ranks as usize;
+                    let apart = to.0 + all as u64 <= from.0 || from.0 + bytes as u64 <= to.0;
+                    assert!(apart, "{collective:?}, which overlap");
+                    vec![target(Room::Device, to.0, all), source(Room::Device, from.0, bytes)]
+                }
+                Collective::Spread { address, bytes } if member.rank == 0 => {
+                    vec![source(Room::Device, address.0, bytes)]
+                }
+                Collective::Spread { address, bytes } => vec![target(Room::Device, address.0, bytes)],
+            },
             Self::Fill { to, bytes, .. } => vec![target(Room::Device, to.0, bytes)],
             Self::Upload { to, from, bytes } => {
                 vec![target(Room::Device, to.0, bytes), source(Room::Pinned, from.0, bytes)]

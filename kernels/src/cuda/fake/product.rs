@@ -24,13 +24,18 @@ pub(super) fn carry_out(it: &MatrixProduct, device: &mut Memory) {
     if product.adds != 0 {
         reference::add(&mut out, &read(product.out, it.out_bytes(), it.out_dtype()));
     }
-    let bytes: Vec<u8> = match it.out_dtype() {
-        WeightDtype::F32 => out.iter().flat_map(|value| value.to_le_bytes()).collect(),
-        WeightDtype::F16 => out.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
-        WeightDtype::Bf16 => out.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
-    };
+    let bytes = rounded(&out, it.out_dtype());
     device.set_written(&(product.out.0..product.out.0 + bytes.len() as u64));
     device.write(product.out.0, &bytes);
+}
+
+/// Numbers as they are stored.
+pub(super) fn rounded(values: &[f32], dtype: WeightDtype) -> Vec<u8> {
+    match dtype {
+        WeightDtype::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        WeightDtype::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+        WeightDtype::Bf16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+    }
 }
 
 impl MatrixProduct {

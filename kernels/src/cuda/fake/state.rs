@@ -2,19 +2,21 @@
 
 use super::{
     Calls,
+    group::Group,
     memory::Memory,
     operation::{Named, Operation, Room},
     product,
     recording::Recording,
 };
 use crate::cuda::{
-    CudaError, DeviceAddress, Graph, Launch, PinnedAddress, Queue, Ticket,
+    Collective, CudaError, DeviceAddress, Graph, GroupId, Launch, Member, PinnedAddress, Queue, Ticket,
     emulator::{Kernels, Order},
     timeline::{Access, Accessor, Moment, Timeline},
 };
 use std::{
     collections::{BTreeMap, VecDeque},
     ops::Range,
+    sync::Arc,
 };
 
 pub(super) struct State {
@@ -31,6 +33,9 @@ pub(super) struct State {
     pub(super) failure: Option<(usize, CudaError)>,
     pub(super) recording: Option<Recording>,
     pub(super) graphs: BTreeMap<u64, Recording>,
+    /// Places in groups of devices.
+    pub(super) members: BTreeMap<u64, Arc<Group>>,
+    memberships: u64,
     captures: u64,
     timeline: Timeline,
     tickets: u64,
@@ -61,6 +66,8 @@ impl State {
             failure: None,
             recording: None,
             graphs: BTreeMap::new(),
+            members: BTreeMap::new(),
+            memberships: 0,
             captures: 0,
             timeline: Timeline::default(),
             tickets: 0,
@@ -168,13 +175,13 @@ impl State {
         match operation {
             Operation::Launch(_) => self.calls.launches += 1,
             Operation::Multiply(_) => self.calls.products += 1,
+            Operation::Collect(..) => self.calls.collectives += 1,
             _ => self.calls.copies += 1,
         }
-        self.begin(queue, operation);
-        Ok(())
+        self.begin(queue, operation)
     }
 
-    fn begin(&mut self, queue: Queue, operation: Operation) {
+    fn begin(&mut self, queue: Queue, operation: Operation) -> Result<(), CudaError> {
         let (named, name) = (operation.memory(), operation.name());
         for Named { room, memory, access } in &named {
             self.room(*room).id_of(memory, name);
@@ -201,9 +208,10 @@ impl State {
             }
         }
         self.transfers.push_back(Transfer { number, operation, source });
+        Ok(())
     }
 
-    fn carry_out(&mut self, operation: Operation) {
+    fn carry_out(&mut self, operation: Operation) -> Result<(), CudaError> {
         let range = |start: u64, bytes: usize| start..start + bytes as u64;
         match operation {
             Operation::Launch(launch) => {
@@ -212,6 +220,7 @@ impl State {
                 outcome.unwrap_or_else(|reason| panic!("{reason}"));
             }
             Operation::Multiply(product) => product::carry_out(&product, &mut self.device),
+            Operation::Collect(member, collective) => return self.meet(member, collective),
             Operation::Fill { to, bytes, value } => {
                 self.device.set_written(&range(to.0, bytes));
                 self.device.write(to.0, &vec![value; bytes]);
@@ -230,6 +239,25 @@ impl State {
                 self.device.write(to.0, &contents);
             }
         }
+        Ok(())
+    }
+
+    fn meet(&mut self, member: Member, collective: Collective) -> Result<(), CudaError> {
+        let bytes = collective.bytes() as u64;
+        let (to, from) = match collective {
+            Collective::Sum { address, .. } => (Some(address), Some(address)),
+            Collective::Gather { to, from, .. } => (Some(to), Some(from)),
+            Collective::Spread { address, .. } if member.rank == 0 => (None, Some(address)),
+            Collective::Spread { address, .. } => (Some(address), None),
+        };
+        let brought = from.map(|from| self.device.read(&(from.0..from.0 + bytes))).unwrap_or_default();
+        let group = self.group(member);
+        let outcome = group.collect(member.rank, member.ranks, collective, brought)?;
+        if let Some(to) = to {
+            self.device.set_written(&(to.0..to.0 + outcome.len() as u64));
+            self.device.write(to.0, &outcome);
+        }
+        Ok(())
     }
 
     /// Carries out the next transfer, if it is over by a moment.
@@ -240,7 +268,7 @@ impl State {
             let same = self.device.read(&memory) == before;
             assert!(same, "{operation:?} was under way, and a kernel wrote what it reads");
         }
-        self.carry_out(operation);
+        self.carry_out(operation).expect("copies do not fail");
         true
     }
 
@@ -324,10 +352,7 @@ impl State {
         self.calls.replays += 1;
         let recording = self.graph(graph).clone();
         recording.check_memory(&self.device, &self.pinned);
-        for operation in recording.operations {
-            self.begin(Queue::Compute, operation);
-        }
-        Ok(())
+        recording.operations.into_iter().try_for_each(|operation| self.begin(Queue::Compute, operation))
     }
 
     pub(super) fn update(&mut self, graph: Graph, number: usize, launch: &Launch) -> Result<(), CudaError> {
@@ -342,6 +367,39 @@ impl State {
         self.check_not_recording("giving a graph back");
         self.graph(graph);
         self.graphs.remove(&graph.number);
+    }
+
+    // ---- Groups -----------------------------------------------------------------------------------------------------------
+
+    /// What every way to join begins with.
+    pub(super) fn may_join(&mut self) -> Result<(), CudaError> {
+        self.check_not_recording("joining a group");
+        self.count_down()
+    }
+
+    pub(super) fn add_member(&mut self, group: Arc<Group>, rank: u32, ranks: u32) -> Member {
+        self.memberships += 1;
+        self.members.insert(self.memberships, group);
+        Member { number: self.memberships, rank, ranks }
+    }
+
+    pub(super) fn new_group(&mut self) -> Result<GroupId, CudaError> {
+        self.may_join()?;
+        Ok(Group::create())
+    }
+
+    pub(super) fn leave(&mut self, member: Member) {
+        self.check_not_recording("leaving a group");
+        let uses = |it: &Operation| matches!(it, Operation::Collect(by, _) if by.number == member.number);
+        let is_recorded = self.graphs.values().any(|graph| graph.operations.iter().any(uses));
+        assert!(!is_recorded, "{member:?} leaves its group, and a graph uses it");
+        self.group(member);
+        self.members.remove(&member.number);
+    }
+
+    pub(super) fn group(&self, member: Member) -> Arc<Group> {
+        let group = self.members.get(&member.number);
+        Arc::clone(group.unwrap_or_else(|| panic!("{member:?} is in no group")))
     }
 
     fn graph(&self, graph: Graph) -> &Recording {

@@ -4,6 +4,7 @@
 //! the same [timeline](super::timeline) that the fake goes by.
 
 mod compiler;
+mod exchange;
 mod library;
 mod modules;
 mod raw;
@@ -12,9 +13,10 @@ mod state;
 pub use compiler::Nvrtc;
 
 use super::{
-    ComputeCapability, CudaError, DeviceAddress, Driver, Graph, Launch, MatrixProduct, MemoryInfo,
-    PinnedAddress, Properties, Queue, Ticket, images::Images,
+    Collective, ComputeCapability, CudaError, DeviceAddress, Driver, Graph, GroupId, Launch, MatrixProduct,
+    Member, MemoryInfo, PinnedAddress, Properties, Queue, Ticket, images::Images,
 };
+use exchange::Communicator;
 use modules::Modules;
 use raw::{Context, Device};
 use state::{Between, State};
@@ -226,6 +228,34 @@ impl Driver for Gpu {
 
     fn free_graph(&self, graph: Graph) -> Result<(), CudaError> {
         self.enter()?.free_graph(graph)
+    }
+
+    fn exchange(&self) -> Result<String, String> {
+        Self::exchange_library()
+    }
+
+    fn new_group(&self) -> Result<GroupId, CudaError> {
+        Self::unique_id()
+    }
+
+    fn join(&self, group: &GroupId, rank: u32, ranks: u32) -> Result<Member, CudaError> {
+        self.context.enter()?;
+        // Others may ask meanwhile.
+        let communicator = Communicator::join(group, rank, ranks)?;
+        self.enter()?.add_member(communicator, rank, ranks)
+    }
+
+    fn collect(&self, member: Member, collective: Collective) -> Result<(), CudaError> {
+        self.enter()?.collect(member, collective)
+    }
+
+    fn abandon(&self, member: Member) {
+        self.state().abandon(member);
+    }
+
+    fn leave(&self, member: Member) -> Result<(), CudaError> {
+        self.enter()?.leave(member);
+        Ok(())
     }
 }
 

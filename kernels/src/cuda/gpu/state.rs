@@ -1,12 +1,14 @@
 //! What was asked of a GPU and is not over yet.
 
 use super::{
+    exchange::Communicator,
     library::Library,
     modules::Modules,
     raw::{Event, RecordedGraph, Stream, check},
 };
 use crate::cuda::{
-    CudaError, DeviceAddress, Graph, Launch, MatrixProduct, MemoryInfo, PinnedAddress, Queue, Ticket,
+    Collective, CudaError, DeviceAddress, Graph, Launch, MatrixProduct, Member, MemoryInfo, PinnedAddress,
+    Queue, Ticket,
     timeline::{Access, Accessor, Timeline},
 };
 use cudarc::driver::sys::{self, CUgraphNode, CUresult};
@@ -25,6 +27,8 @@ use std::{
 pub(super) struct State {
     // Graphs and events are dropped before the streams they are for, and these before the modules.
     graphs: BTreeMap<u64, Recorded>,
+    /// Places in groups; none where one was abandoned. After the graphs that use them.
+    members: BTreeMap<u64, Option<Communicator>>,
     /// Tickets that may not have come yet, by queue, in their order.
     tickets: [VecDeque<(Ticket, Arc<Event>)>; 2],
     /// Events without a use.
@@ -68,6 +72,7 @@ impl State {
     pub(super) fn new(modules: Modules) -> Result<Self, CudaError> {
         Ok(Self {
             graphs: BTreeMap::new(),
+            members: BTreeMap::new(),
             tickets: [VecDeque::new(), VecDeque::new()],
             spare: Vec::new(),
             fork: Event::new()?,
@@ -377,6 +382,42 @@ impl State {
         self.check_not_recording("giving a graph back");
         self.graphs.remove(&graph.number).expect("a graph is given back that is there");
         Ok(())
+    }
+
+    // ---- Groups -----------------------------------------------------------------------------------------------------------
+
+    /// Takes in a place in a group whose other ranks do the same.
+    pub(super) fn add_member(
+        &mut self,
+        communicator: Communicator,
+        rank: u32,
+        ranks: u32,
+    ) -> Result<Member, CudaError> {
+        let room = self.allocate(Communicator::warm_up_bytes(ranks))?;
+        let warm = communicator.warm_up(room, &self.streams[Queue::Compute as usize]);
+        self.free(room)?;
+        warm?;
+        self.numbers += 1;
+        self.members.insert(self.numbers, Some(communicator));
+        Ok(Member { number: self.numbers, rank, ranks })
+    }
+
+    pub(super) fn collect(&mut self, member: Member, collective: Collective) -> Result<(), CudaError> {
+        self.begin(Queue::Compute, None)?;
+        let place = self.members.get(&member.number).expect("a rank that asks is in its group");
+        let communicator = place.as_ref().ok_or(CudaError::GroupAbandoned)?;
+        communicator.collect(collective, self.streams[Queue::Compute as usize].0)
+    }
+
+    pub(super) fn abandon(&mut self, member: Member) {
+        if let Some(communicator) = self.members.get_mut(&member.number).and_then(Option::take) {
+            communicator.abort();
+        }
+    }
+
+    pub(super) fn leave(&mut self, member: Member) {
+        self.check_not_recording("leaving a group");
+        self.members.remove(&member.number).expect("a rank leaves its group once");
     }
 
     fn check_not_recording(&self, what: &str) {
