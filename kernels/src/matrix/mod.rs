@@ -255,6 +255,7 @@ impl PackedMatrix {
     }
 
     /// One panel as lines of [`PANEL`] units each; `T` is as wide as a line.
+    #[inline]
     pub(crate) fn panel<T: AnyBitPattern>(&self, index: usize) -> &[T] {
         let bytes = self.format.panel_bytes(self.inputs);
         bytemuck::cast_slice(&self.panels.as_slice::<u8>()[index * bytes..(index + 1) * bytes])

@@ -5,11 +5,11 @@
 //! `x`: 2^-9 of each element, as in every framework that computes in bf16.
 
 use super::{
-    lines::{Ahead, Dots, Line, Rows, add_lines},
+    lines::{Ahead, Dots, Line, Rows, add_lines, all_values, panels},
     operand::ROOMY_ROWS,
 };
 use crate::{
-    cpu::avx512::Avx512Bf16,
+    cpu::avx512::{Avx512, Avx512Bf16},
     matrix::{PANEL, PackedMatrix},
 };
 use std::arch::x86_64::*;
@@ -19,8 +19,14 @@ use std::arch::x86_64::*;
 pub(super) struct Bf16Pairs(pub(super) Avx512Bf16);
 
 impl Dots for Bf16Pairs {
+    type Simd = Avx512;
     const MAX_ROWS: usize = ROOMY_ROWS;
     const HAS_ALL_HEIGHTS: bool = true;
+
+    #[inline(always)]
+    fn simd(self) -> Avx512 {
+        self.0.avx512()
+    }
 
     #[inline(always)]
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -30,11 +36,10 @@ impl Dots for Bf16Pairs {
         first_panel: usize,
         ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
-        let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
         // SAFETY: the machine has the features: `self` exists.
         let zero = unsafe { _mm512_setzero_ps() };
-        add_lines(self, [[zero; PANELS]; ROWS], x.units, panels, ahead.lines)
-            .map(|sums| sums.map(|sums| self.values(sums)))
+        let sums = add_lines(self, [[zero; PANELS]; ROWS], x.units, panels(w, first_panel), ahead.lines);
+        all_values(self, &sums)
     }
 }
 
@@ -44,6 +49,7 @@ impl Line for Bf16Pairs {
     type Sums = __m512;
     type Sum = f32;
     const UNITS: usize = 1;
+    const WEIGHTS_STAY: bool = true;
     const ASKS_FROM: usize = 5;
 
     #[inline(always)]

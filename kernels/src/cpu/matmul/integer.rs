@@ -4,22 +4,31 @@
 //! so that all instruction sets give its bits.
 
 use super::{
-    lines::{Ahead, Dots, Line, Rows, add_lines, ask_after},
+    lines::{Ahead, Dots, Line, Rows, add_lines, ask_after, panels},
     operand::ROOMY_ROWS,
 };
-use crate::matrix::{PANEL, PackedMatrix};
+use crate::{
+    cpu::{portable::Portable, simd::Simd},
+    matrix::{PANEL, PackedMatrix},
+};
 
 /// A [`Line`] of int8 or int4 weights.
 pub(super) trait IntegerLine: Line<Sum = i32> {
+    /// See [`Dots::Simd`].
+    type Simd: Simd;
     /// See [`Dots::MAX_ROWS`].
     const MAX_ROWS: usize;
     /// Whether it takes the units of `x` as steps plus 128. Its sums then need the weights' corrections.
     const UNSIGNED_X: bool;
 
+    /// See [`Dots::simd`].
+    fn simd(self) -> Self::Simd;
     /// `value` for each output.
     fn splat(self, value: i32) -> Self::Sums;
     /// A value for each output.
     fn load(self, values: &[i32; PANEL]) -> Self::Sums;
+    /// Sums of int8 products as the numbers that they stand for, in the order of outputs: as [`scaled`] says.
+    fn scaled(self, sums: Self::Sums, scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL];
 }
 
 /// An [`IntegerLine`] of groups that have scales of their own.
@@ -52,12 +61,22 @@ pub(super) struct Int4<L> {
 /// Sums of int8 products as the numbers that they stand for.
 #[inline(always)]
 pub(super) fn scaled(sums: [i32; PANEL], scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
-    std::array::from_fn(|output| sums[output] as f32 * scales[output] * x_scale)
+    let mut values = [0.0; PANEL];
+    for ((value, sum), scale) in values.iter_mut().zip(sums).zip(scales) {
+        *value = sum as f32 * scale * x_scale;
+    }
+    values
 }
 
 impl<L: IntegerLine> Dots for Int8<L> {
+    type Simd = L::Simd;
     const MAX_ROWS: usize = L::MAX_ROWS;
     const HAS_ALL_HEIGHTS: bool = true;
+
+    #[inline(always)]
+    fn simd(self) -> L::Simd {
+        self.0.simd()
+    }
 
     #[inline(always)]
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -67,24 +86,20 @@ impl<L: IntegerLine> Dots for Int8<L> {
         first_panel: usize,
         ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
-        let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
-        let starts: [L::Sums; PANELS] = std::array::from_fn(|panel| {
+        let mut starts = [self.0.splat(0); PANELS];
+        for (panel, start) in starts.iter_mut().enumerate() {
             ask_after(w.int8_scales(first_panel + panel), PANELS);
             if L::UNSIGNED_X {
                 let corrections = w.int8_corrections(first_panel + panel);
                 ask_after(corrections, PANELS);
-                self.0.load(corrections)
-            } else {
-                self.0.splat(0)
+                *start = self.0.load(corrections);
             }
-        });
-        let sums = add_lines(self.0, [starts; ROWS], x.units, panels, ahead.lines);
+        }
+        let sums = add_lines(self.0, [starts; ROWS], x.units, panels(w, first_panel), ahead.lines);
         let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
         for ((values, sums), x_scale) in values.iter_mut().zip(sums).zip(x.scales) {
             for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
-                let outputs = self.0.values(sums);
-                let scales = w.int8_scales(first_panel + panel);
-                *values = scaled(outputs, scales, *x_scale);
+                *values = self.0.scaled(sums, w.int8_scales(first_panel + panel), *x_scale);
             }
         }
         values
@@ -92,9 +107,15 @@ impl<L: IntegerLine> Dots for Int8<L> {
 }
 
 impl<L: GroupedLine> Dots for Int4<L> {
+    type Simd = L::Simd;
     const MAX_ROWS: usize = L::MAX_ROWS;
     const HAS_ALL_HEIGHTS: bool = true;
     const SIDE_BY_SIDE: bool = L::MAX_ROWS != ROOMY_ROWS;
+
+    #[inline(always)]
+    fn simd(self) -> L::Simd {
+        self.line.simd()
+    }
 
     #[inline(always)]
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -105,9 +126,11 @@ impl<L: GroupedLine> Dots for Int4<L> {
         ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let line = self.line;
-        let panels: [&[L::Stored]; PANELS] = std::array::from_fn(|panel| w.panel(first_panel + panel));
-        let scales: [&[[u16; PANEL]]; PANELS] =
-            std::array::from_fn(|panel| w.int4_scales(first_panel + panel, self.group));
+        let panels: [&[L::Stored]; PANELS] = panels(w, first_panel);
+        let mut scales: [&[[u16; PANEL]]; PANELS] = [&[]; PANELS];
+        for (index, scales) in scales.iter_mut().enumerate() {
+            *scales = w.int4_scales(first_panel + index, self.group);
+        }
         let lines = self.group / (INPUTS_PER_UNIT * L::UNITS);
         let mut values = [[line.zeros(); PANELS]; ROWS];
         let groups = x.units.chunks_exact(self.group / INPUTS_PER_UNIT).zip(x.group_sums);
@@ -232,8 +255,14 @@ impl Line for PortableInt4 {
 macro_rules! portable_integer_line {
     ($line:ty) => {
         impl IntegerLine for $line {
+            type Simd = Portable;
             const MAX_ROWS: usize = PORTABLE_ROWS;
             const UNSIGNED_X: bool = false;
+
+            #[inline(always)]
+            fn simd(self) -> Portable {
+                Portable
+            }
 
             #[inline(always)]
             fn splat(self, value: i32) -> [i32; PANEL] {
@@ -243,6 +272,11 @@ macro_rules! portable_integer_line {
             #[inline(always)]
             fn load(self, values: &[i32; PANEL]) -> [i32; PANEL] {
                 *values
+            }
+
+            #[inline(always)]
+            fn scaled(self, sums: [i32; PANEL], scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+                scaled(sums, scales, x_scale)
             }
         }
     };

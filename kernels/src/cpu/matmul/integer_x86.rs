@@ -5,12 +5,16 @@
 
 use super::{
     Chunk, Multiply,
-    integer::{GroupedLine, Int4, Int8, IntegerLine, LOW_HALVES, PORTABLE_ROWS, add_scaled, widened},
+    integer::{GroupedLine, Int4, Int8, IntegerLine, LOW_HALVES, PORTABLE_ROWS, add_scaled, scaled, widened},
     lines::Line,
     operand::ROOMY_ROWS,
 };
 use crate::{
-    cpu::{avx2::Avx2, avx512::Avx512Vnni, level::Level},
+    cpu::{
+        avx2::Avx2,
+        avx512::{Avx512, Avx512Vnni},
+        level::Level,
+    },
     matrix::{PANEL, Quantization},
 };
 use std::arch::x86_64::*;
@@ -70,6 +74,7 @@ impl Line for VnniInt8 {
     type Sums = __m512i;
     type Sum = i32;
     const UNITS: usize = 1;
+    const WEIGHTS_STAY: bool = true;
     const ASKS_FROM: usize = 5;
 
     #[inline(always)]
@@ -121,8 +126,14 @@ impl Line for VnniInt4 {
 macro_rules! vnni_integer_line {
     ($line:ty, unsigned x: $unsigned:literal) => {
         impl IntegerLine for $line {
+            type Simd = Avx512;
             const MAX_ROWS: usize = ROOMY_ROWS;
             const UNSIGNED_X: bool = $unsigned;
+
+            #[inline(always)]
+            fn simd(self) -> Avx512 {
+                self.0.avx512()
+            }
 
             #[inline(always)]
             fn splat(self, value: i32) -> __m512i {
@@ -134,6 +145,12 @@ macro_rules! vnni_integer_line {
             fn load(self, values: &[i32; PANEL]) -> __m512i {
                 // SAFETY: as in `splat`.
                 unsafe { load_512(values) }
+            }
+
+            #[inline(always)]
+            fn scaled(self, sums: __m512i, scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+                // SAFETY: as in `splat`.
+                unsafe { scaled_512(sums, scales, x_scale) }
             }
         }
     };
@@ -226,8 +243,14 @@ impl Line for Avx2Int4 {
 macro_rules! avx2_integer_line {
     ($line:ty) => {
         impl IntegerLine for $line {
+            type Simd = Avx2;
             const MAX_ROWS: usize = PORTABLE_ROWS;
             const UNSIGNED_X: bool = false;
+
+            #[inline(always)]
+            fn simd(self) -> Avx2 {
+                self.0
+            }
 
             #[inline(always)]
             fn splat(self, value: i32) -> [__m256i; 2] {
@@ -239,6 +262,11 @@ macro_rules! avx2_integer_line {
             fn load(self, values: &[i32; PANEL]) -> [__m256i; 2] {
                 // SAFETY: as in `splat`.
                 unsafe { load_256(values) }
+            }
+
+            #[inline(always)]
+            fn scaled(self, sums: [__m256i; 2], scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+                scaled(self.values(sums), scales, x_scale)
             }
         }
     };
@@ -328,6 +356,14 @@ fn finished_512(values: __m512, x_scale: f32) -> [f32; PANEL] {
     // SAFETY: sixteen elements are good for writes.
     unsafe { _mm512_storeu_ps(products.as_mut_ptr(), scaled) };
     products
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn scaled_512(sums: __m512i, scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+    // SAFETY: sixteen elements are good for reads through the reference.
+    let scales = unsafe { _mm512_loadu_ps(scales.as_ptr()) };
+    finished_512(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales), x_scale)
 }
 
 /// Adds products of `x` plus 128 with weights.

@@ -1,6 +1,9 @@
 //! The loop that every product is: lines of weights times units of `x`.
 
-use crate::matrix::{PANEL, PackedMatrix};
+use crate::{
+    cpu::simd::Simd,
+    matrix::{PANEL, PackedMatrix},
+};
 use bytemuck::AnyBitPattern;
 
 /// The rows of one tile, side by side: each unit of the inputs for all rows.
@@ -16,12 +19,17 @@ pub(super) struct Rows<'a, const ROWS: usize> {
 
 /// Products for one format of weights on one instruction set.
 pub(super) trait Dots: Copy {
+    /// The other instructions that the code is compiled with.
+    type Simd: Simd;
     /// The highest tile whose sums fit the registers.
     const MAX_ROWS: usize;
     /// Whether there is code for every height of a tile, and not only for some.
     const HAS_ALL_HEIGHTS: bool = false;
     /// Whether that code is also for several panels at once.
     const SIDE_BY_SIDE: bool = true;
+
+    /// The other instructions.
+    fn simd(self) -> Self::Simd;
 
     /// The products of all rows of a tile with some neighbouring panels. Inlined into code for the instructions.
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -45,6 +53,9 @@ pub(super) trait Line: Copy {
     type Sum: Copy;
     /// Units of `x` for one line.
     const UNITS: usize;
+    /// Whether the weights of all panels stay in registers while rows take turns, and not the rows while panels do: sums of
+    /// eight rows of three panels leave eight registers, which is enough for three lines and a unit of one row at a time.
+    const WEIGHTS_STAY: bool = false;
     /// Rows from which on a tile asks memory for what comes next.
     const ASKS_FROM: usize = usize::MAX;
 
@@ -134,8 +145,41 @@ fn ask(at: *const u8) {
 #[inline(always)]
 fn ask(_at: *const u8) {}
 
+/// Some neighbouring panels. A loop and no `from_fn`: its closure would be a function without the instructions.
+#[inline(always)]
+pub(super) fn panels<T: AnyBitPattern, const PANELS: usize>(
+    w: &PackedMatrix,
+    first: usize,
+) -> [&[T]; PANELS] {
+    let mut panels: [&[T]; PANELS] = [&[]; PANELS];
+    for (index, panel) in panels.iter_mut().enumerate() {
+        *panel = w.panel(first + index);
+    }
+    panels
+}
+
+/// Sums in the order of outputs. Loops and no `map`, as in [`panels`].
+#[inline(always)]
+pub(super) fn all_values<L: Line, const ROWS: usize, const PANELS: usize>(
+    line: L,
+    sums: &[[L::Sums; PANELS]; ROWS],
+) -> [[[L::Sum; PANEL]; PANELS]; ROWS]
+where
+    L::Sum: Default,
+{
+    let mut values = [[[L::Sum::default(); PANEL]; PANELS]; ROWS];
+    for (values, sums) in values.iter_mut().zip(sums) {
+        for (values, sums) in values.iter_mut().zip(sums) {
+            *values = line.values(*sums);
+        }
+    }
+    values
+}
+
 /// Adds `ROWS` rows times `PANELS` panels to `sums`, line by line in order.
 #[inline(always)]
+// Places and no iterators: only of these loops the compiler makes registers.
+#[allow(clippy::needless_range_loop)]
 pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
     line: L,
     mut sums: [[L::Sums; PANELS]; ROWS],
@@ -152,6 +196,20 @@ pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
         if ROWS >= L::ASKS_FROM {
             ahead.ask::<PANELS>(index);
         }
+        if L::WEIGHTS_STAY {
+            let mut weights = [line.weights(&panels[0][index]); PANELS];
+            for panel in 1..PANELS {
+                weights[panel] = line.weights(&panels[panel][index]);
+            }
+            for unit in 0..L::UNITS {
+                for row in 0..ROWS {
+                    for panel in 0..PANELS {
+                        sums[row][panel] = line.add(sums[row][panel], x[unit][row], &weights[panel], unit);
+                    }
+                }
+            }
+            continue;
+        }
         for (panel, lines) in panels.iter().enumerate() {
             let weights = line.weights(&lines[index]);
             for (unit, x) in x.iter().enumerate() {
@@ -165,7 +223,7 @@ pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
 }
 
 /// Bytes of panels that may wait in the second-level cache beside those that are multiplied.
-const MOST_AHEAD: usize = 384 << 10;
+const MOST_AHEAD: usize = 576 << 10;
 
 /// Bytes of a cache line.
 const CACHE_LINE: usize = 64;

@@ -1,15 +1,16 @@
 //! `x` as the products read it: in tiles of rows, unit by unit, rounded to the form that goes with the weights.
 
 use super::{
-    MIN_CHUNK_WEIGHTS, ROWS_PER_BLOCK,
+    MIN_CHUNK_WEIGHTS, ROWS_PER_BLOCK, ROWS_PER_TALL_BLOCK,
     integer::{INPUTS_PER_UNIT, PORTABLE_ROWS},
+    interleave::interleave,
     lines::Rows,
 };
 use crate::{
     aligned::AlignedBuffer,
     cpu::{
         Isa,
-        amx::{TILE_ROWS, TILE_UNITS, Tile},
+        amx::{TILE_ROWS, Tile},
         encode_int8,
         kv_codec::to_bf16,
         level::Level,
@@ -120,6 +121,11 @@ impl Form {
     const fn has_all_heights(self) -> bool {
         !matches!(self.units, Units::F32)
     }
+
+    /// Whether tiles of seven and eight rows take three panels at once.
+    const fn has_three_panels(self) -> bool {
+        self.max_rows == ROOMY_ROWS && matches!(self.units, Units::Bf16 | Units::Int8 { .. })
+    }
 }
 
 impl Tiling {
@@ -128,6 +134,8 @@ impl Tiling {
         // Sums of groups take registers beside those of steps.
         let highest = match units {
             Units::Grouped { .. } => max_rows.min(GROUPED_ROWS),
+            // Eight rows of three panels read fewer bytes for each product than twelve of two.
+            _ if form.has_three_panels() && max_rows < rows => THREE_PANEL_ROWS,
             _ => max_rows,
         };
         // Tiles of AMX always have all their rows; others are cut evenly.
@@ -151,13 +159,18 @@ impl Tiling {
             (ROOMY_ROWS, _) if matches!(self.form.units, Units::Grouped { .. }) => 1,
             (ROOMY_ROWS, 1) if self.form.has_all_heights() => 1,
             (_, 1) | (ROOMY_ROWS, 2..=6) => 4,
+            (ROOMY_ROWS, 7 | THREE_PANEL_ROWS) if self.form.has_three_panels() => 3,
             (ROOMY_ROWS | TILE_ROWS, _) | (_, 2 | 3) => 2,
             _ => 1,
         }
     }
 
     pub(super) const fn tiles_per_block(&self) -> usize {
-        ROWS_PER_BLOCK / self.form.max_rows
+        if self.panels_at_once() == 3 {
+            ROWS_PER_TALL_BLOCK / THREE_PANEL_ROWS
+        } else {
+            ROWS_PER_BLOCK / self.form.max_rows
+        }
     }
 }
 
@@ -293,20 +306,22 @@ impl Kernel for ArrangeTile<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let Self { x, inputs, form, slots, rounded, units, scales, group_sums } = self;
         let rows = x.len() / inputs;
         let units_per_row = units.len() / slots;
         if form.units == Units::F32 {
-            return interleave(bytemuck::cast_slice(x), inputs, units, slots);
+            return interleave(simd, bytemuck::cast_slice(x), inputs, units, slots);
         }
         if form.units == Units::Bf16 {
             for (x, line) in x.chunks_exact(inputs).zip(rounded.chunks_exact_mut(units_per_row)) {
                 let (halves, padding) = bytemuck::cast_slice_mut::<u32, u16>(line).split_at_mut(inputs);
-                halves.iter_mut().zip(x).for_each(|(half, x)| *half = to_bf16(*x));
+                for (half, x) in halves.iter_mut().zip(x) {
+                    *half = to_bf16(*x);
+                }
                 padding.fill(0);
             }
-            return interleave(rounded, units_per_row, units, slots);
+            return interleave(simd, rounded, units_per_row, units, slots);
         }
         scales[rows..].fill(0.0);
         group_sums.fill(0);
@@ -317,7 +332,11 @@ impl Kernel for ArrangeTile<'_> {
             *scale = encode_int8(x, steps);
             padding.fill(0);
             match form.units {
-                Units::Int8 { unsigned: true } => line.iter_mut().for_each(|unit| *unit ^= SIGNS),
+                Units::Int8 { unsigned: true } => {
+                    for unit in line {
+                        *unit ^= SIGNS;
+                    }
+                }
                 Units::Grouped { group } => {
                     let steps = bytemuck::cast_slice::<u32, i8>(line);
                     let sums = group_sums.chunks_exact_mut(slots);
@@ -328,60 +347,15 @@ impl Kernel for ArrangeTile<'_> {
                 _ => {}
             }
         }
-        interleave(rounded, units_per_row, units, slots);
-    }
-}
-
-/// From `[row][unit]` to `[unit][slot]`; slots without a row, and units beyond a row's, become zeros.
-#[inline(always)]
-fn interleave(rows: &[u32], len: usize, units: &mut [u32], slots: usize) {
-    let filled = len * slots;
-    units[filled..].fill(0);
-    if slots == 1 {
-        return units[..len].copy_from_slice(rows);
-    }
-    if rows.len() < filled {
-        units[..filled].fill(0);
-    }
-    match slots {
-        2 => interleave_rows::<2>(rows, len, units),
-        3 => interleave_rows::<3>(rows, len, units),
-        4 => interleave_rows::<4>(rows, len, units),
-        5 => interleave_rows::<5>(rows, len, units),
-        6 => interleave_rows::<6>(rows, len, units),
-        7 => interleave_rows::<7>(rows, len, units),
-        8 => interleave_rows::<8>(rows, len, units),
-        9 => interleave_rows::<9>(rows, len, units),
-        10 => interleave_rows::<10>(rows, len, units),
-        11 => interleave_rows::<11>(rows, len, units),
-        TILE_ROWS => block_rows(rows, len, units),
-        _ => interleave_rows::<12>(rows, len, units),
-    }
-}
-
-/// From `[row][unit]` to the blocks of a tile of AMX.
-#[inline(always)]
-fn block_rows(rows: &[u32], len: usize, units: &mut [u32]) {
-    let blocks: &mut [Tile] = bytemuck::cast_slice_mut(units);
-    for (slot, row) in rows.chunks_exact(len).enumerate() {
-        for (block, units) in blocks.iter_mut().zip(row.as_chunks::<TILE_UNITS>().0) {
-            block[slot] = *units;
-        }
-    }
-}
-
-#[inline(always)]
-fn interleave_rows<const SLOTS: usize>(rows: &[u32], len: usize, units: &mut [u32]) {
-    let units = units.as_chunks_mut::<SLOTS>().0;
-    for (slot, row) in rows.chunks_exact(len).enumerate() {
-        for (unit, &element) in units.iter_mut().zip(row) {
-            unit[slot] = element;
-        }
+        interleave(simd, rounded, units_per_row, units, slots);
     }
 }
 
 /// Rows of the highest tile with thirty-two registers: twelve rows of two panels.
 pub(super) const ROOMY_ROWS: usize = 12;
+
+/// Rows of the highest tile of three panels.
+const THREE_PANEL_ROWS: usize = 8;
 
 /// Rows of the highest tile with sixteen registers, two for a panel: six rows of one.
 pub(super) const NARROW_ROWS: usize = 6;

@@ -6,14 +6,17 @@
 
 use super::{Chunk, integer::scaled};
 use crate::{
-    cpu::amx::{TILE_ROWS, Tile, Tiles},
+    cpu::{
+        amx::{TILE_ROWS, Tile, Tiles},
+        simd::Simd,
+    },
     matrix::{PANEL, WeightFormat},
 };
 
 impl Chunk<'_> {
     /// Computes the chunk. `x` is arranged in tiles of [`TILE_ROWS`].
     #[inline(always)]
-    pub(super) fn multiply_tiles<T: Tiles>(&self, registers: &mut T) {
+    pub(super) fn multiply_tiles<S: Simd, T: Tiles>(&self, simd: S, registers: &mut T) {
         let mut panel = self.panels.start;
         while panel < self.panels.end {
             let two_panels = panel + 2 <= self.panels.end;
@@ -21,10 +24,10 @@ impl Chunk<'_> {
             while tile < self.tiles.end {
                 let two_tiles = tile + 2 <= self.tiles.end;
                 match (two_tiles, two_panels) {
-                    (true, true) => self.block::<T, 2, 2>(registers, tile, panel),
-                    (true, false) => self.block::<T, 2, 1>(registers, tile, panel),
-                    (false, true) => self.block::<T, 1, 2>(registers, tile, panel),
-                    (false, false) => self.block::<T, 1, 1>(registers, tile, panel),
+                    (true, true) => self.block::<S, T, 2, 2>(simd, registers, tile, panel),
+                    (true, false) => self.block::<S, T, 2, 1>(simd, registers, tile, panel),
+                    (false, true) => self.block::<S, T, 1, 2>(simd, registers, tile, panel),
+                    (false, false) => self.block::<S, T, 1, 1>(simd, registers, tile, panel),
                 }
                 tile += 1 + usize::from(two_tiles);
             }
@@ -33,8 +36,9 @@ impl Chunk<'_> {
     }
 
     #[inline(always)]
-    fn block<T: Tiles, const TILES: usize, const PANELS: usize>(
+    fn block<S: Simd, T: Tiles, const TILES: usize, const PANELS: usize>(
         &self,
+        simd: S,
         registers: &mut T,
         tile: usize,
         panel: usize,
@@ -64,35 +68,35 @@ impl Chunk<'_> {
         }
         let mut sums: Sums = Sums([[0; PANEL]; TILE_ROWS]);
         registers.store::<0>(&mut sums.0);
-        self.finish(&sums.0, tile, panel);
+        self.finish(simd, &sums.0, tile, panel);
         if PANELS == 2 {
             registers.store::<1>(&mut sums.0);
-            self.finish(&sums.0, tile, panel + 1);
+            self.finish(simd, &sums.0, tile, panel + 1);
         }
         if TILES == 2 {
             registers.store::<2>(&mut sums.0);
-            self.finish(&sums.0, tile + 1, panel);
+            self.finish(simd, &sums.0, tile + 1, panel);
             if PANELS == 2 {
                 registers.store::<3>(&mut sums.0);
-                self.finish(&sums.0, tile + 1, panel + 1);
+                self.finish(simd, &sums.0, tile + 1, panel + 1);
             }
         }
     }
 
     /// Turns the sums of one tile and panel into outputs.
     #[inline(always)]
-    fn finish(&self, sums: &Tile, tile: usize, panel: usize) {
+    fn finish<S: Simd>(&self, simd: S, sums: &Tile, tile: usize, panel: usize) {
         let rows = self.operand.tiling.rows_of(tile);
         match self.product.w.format() {
             WeightFormat::Quantized(_) => {
                 let scales = self.product.w.int8_scales(panel);
                 for ((row, sums), x_scale) in rows.zip(sums).zip(self.operand.scales_of(tile)) {
-                    self.store(row, panel, &scaled(sums.map(u32::cast_signed), scales, *x_scale));
+                    self.store(simd, row, panel, &scaled(sums.map(u32::cast_signed), scales, *x_scale));
                 }
             }
             WeightFormat::Stored(_) => {
                 for (row, sums) in rows.zip(sums) {
-                    self.store(row, panel, &sums.map(f32::from_bits));
+                    self.store(simd, row, panel, &sums.map(f32::from_bits));
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Weights as they are stored, widened to f32 in registers, times f32.
 
 use super::{
-    lines::{Ahead, Dots, Line, Rows, add_lines},
+    lines::{Ahead, Dots, Line, Rows, add_lines, all_values, panels},
     operand::{NARROW_ROWS, ROOMY_ROWS},
 };
 use crate::{
@@ -43,7 +43,13 @@ impl<S: Simd, W> Dots for Wide<S, W>
 where
     Self: Line<Sums = S::Panel, Sum = f32>,
 {
+    type Simd = S;
     const MAX_ROWS: usize = if S::IS_ROOMY { ROOMY_ROWS } else { NARROW_ROWS };
+
+    #[inline(always)]
+    fn simd(self) -> S {
+        self.simd
+    }
 
     #[inline(always)]
     fn tile<const ROWS: usize, const PANELS: usize>(
@@ -53,9 +59,9 @@ where
         first_panel: usize,
         ahead: Ahead,
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
-        let panels = std::array::from_fn(|panel| w.panel(first_panel + panel));
         let zeros = [[self.simd.panel_zero(); PANELS]; ROWS];
-        add_lines(self, zeros, x.units, panels, ahead.lines).map(|sums| sums.map(|sums| self.values(sums)))
+        let sums = add_lines(self, zeros, x.units, panels(w, first_panel), ahead.lines);
+        all_values(self, &sums)
     }
 }
 
@@ -65,6 +71,7 @@ impl<S: Simd> Line for Wide<S, F32> {
     type Sums = S::Panel;
     type Sum = f32;
     const UNITS: usize = 1;
+    const WEIGHTS_STAY: bool = S::IS_ROOMY;
 
     #[inline(always)]
     fn weights(self, line: &[f32; PANEL]) -> S::Panel {
@@ -88,6 +95,7 @@ impl<S: Simd> Line for Wide<S, F16> {
     type Sums = S::Panel;
     type Sum = f32;
     const UNITS: usize = 1;
+    const WEIGHTS_STAY: bool = S::IS_ROOMY;
 
     #[inline(always)]
     fn weights(self, line: &[u16; PANEL]) -> S::Panel {
