@@ -124,7 +124,7 @@ fn token_bytes(demand: &Demand<'_>) -> u64 {
     let spec = demand.spec;
     let head = match demand.config.kv_cache_dtype {
         None => spec.head_size * spec.dtype.bytes(),
-        Some(KvDtype::Int8) => spec.head_size + size_of::<f32>(),
+        Some(dtype) if dtype.has_scales() => spec.head_size * dtype.bytes() + size_of::<f32>(),
         Some(dtype) => spec.head_size * dtype.bytes(),
     };
     (2 * spec.layers * spec.kv_heads * head) as u64

@@ -14,7 +14,7 @@ struct Attention {
   const uint32_t* sequences;  // [rows]: which row of `blocks`
   float* partials;            // [rows][query_heads][splits][head_size + 2]: sums, the greatest score, the sum of weights
   KvShape shape;
-  uint32_t dtype;  // of query and out: a KvDtype but int8
+  uint32_t dtype;  // of query and out: a KvDtype without scales
   uint32_t layer;
   uint32_t blocks_per_sequence;
   uint32_t query_heads;
@@ -40,19 +40,6 @@ struct Keys {
 __device__ __forceinline__ Keys keys_of(const Attention& params, unsigned row) {
   unsigned end = params.positions[row] + 1;
   return Keys{params.window != 0 && params.window < end ? end - params.window : 0, end};
-}
-
-__device__ __forceinline__ void write_element(const Attention& params, size_t index, float value) {
-  switch (params.dtype) {
-    case kKvF32:
-      ((float*)params.out)[index] = value;
-      break;
-    case kKvF16:
-      ((f16*)params.out)[index] = narrow<f16>(value);
-      break;
-    default:
-      ((bf16*)params.out)[index] = narrow<bf16>(value);
-  }
 }
 
 template <class T>
@@ -91,10 +78,21 @@ __device__ __forceinline__ void read_pack(float (&values)[kPack8], uint32_t dtyp
     case kKvBf16:
       widen_pack(values, ((const Pack<bf16>*)data)[pack]);
       break;
-    default: {
+    case kKvInt8: {
       uint64_t steps = ((const uint64_t*)data)[pack];
 #pragma unroll
       for (unsigned e = 0; e < kPack8; e++) values[e] = scale * float(int8_t(steps >> (8 * e)));
+      break;
+    }
+    default: {
+      uint64_t codes = ((const uint64_t*)data)[pack];
+#pragma unroll
+      for (unsigned e = 0; e < kPack8; e += 2) {
+        float wide[2];
+        e4m3_to_f32(wide, uint16_t(codes >> (8 * e)));
+        values[e] = scale * wide[0];
+        values[e + 1] = scale * wide[1];
+      }
     }
   }
 }
@@ -178,7 +176,7 @@ __device__ void attend(const Attention& params) {
   }
   uint8_t* const* blocks = params.blocks + size_t(params.sequences[row]) * params.blocks_per_sequence;
   Ring<kPacks> ring{dynamic, kPack8 * kv_element_bytes(shape)};
-  bool scaled = shape.dtype == kKvInt8;
+  bool scaled = kv_has_scales(shape.dtype);
   auto fetch = [&](unsigned first, unsigned stage) {
     unsigned key = first + threadIdx.x / kLanes;
     if (key < end) {
@@ -275,7 +273,7 @@ __device__ void attend(const Attention& params) {
     }
     size_t head = size_t(row) * params.query_heads + first_head + h;
     if (alone) {
-      write_element(params, head * head_size + element, sum / weights);
+      kv_write(params.dtype, (uint8_t*)params.out, head * head_size + element, sum / weights);
       continue;
     }
     float* partial = params.partials + (head * params.splits + blockIdx.z) * (head_size + 2);
@@ -306,6 +304,6 @@ KERNEL(attention_join, kAttentionThreads, Attention) {
       weights += partial[head_size + 1] * factor;
       sum += partial[element] * factor;
     }
-    write_element(params, head * head_size + element, sum / weights);
+    kv_write(params.dtype, (uint8_t*)params.out, head * head_size + element, sum / weights);
   }
 }

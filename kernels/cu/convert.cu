@@ -44,7 +44,7 @@ __device__ __forceinline__ void convert_row(const ConvertBlocks& params, unsigne
     return;
   }
   float scale = from.scale ? *from.scale : 1.0f;
-  kv_write(target, to, [&](unsigned i) { return kv_read(source.dtype, from.data, i, scale); });
+  kv_write_row(target, to, [&](unsigned i) { return kv_read(source.dtype, from.data, i, scale); });
 }
 
 KERNEL(convert_blocks, 256, ConvertBlocks) {

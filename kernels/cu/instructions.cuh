@@ -4,6 +4,8 @@
 // Source: NVIDIA, "Parallel Thread Execution ISA", sections 9.7.9 (conversion, asynchronous copies) and 9.7.15 (matrices).
 #pragma once
 
+#include "e4m3.cuh"
+
 #if defined(TIDEMILL_EMULATOR)
 #include "emulator/instructions.h"
 #else
@@ -24,6 +26,30 @@ __device__ __forceinline__ uint16_t f32_to_bf16(float x) {
   uint16_t narrow;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow) : "f"(x));
   return narrow;
+}
+
+// Two codes of E4M3 to f32, the low byte first. What is no number becomes one.
+__device__ __forceinline__ void e4m3_to_f32(float (&wide)[2], uint16_t codes) {
+#if 890 <= __CUDA_ARCH__
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  wide[0] = f16_to_f32(uint16_t(halves));
+  wide[1] = f16_to_f32(uint16_t(halves >> 16));
+#else
+  wide[0] = by_bits::e4m3_to_f32(uint8_t(codes));
+  wide[1] = by_bits::e4m3_to_f32(uint8_t(codes >> 8));
+#endif
+}
+
+// The first becomes the low byte: to the nearest, ties to even; 448 of what is beyond it, 0x7f of what is no number.
+__device__ __forceinline__ uint16_t f32_to_e4m3(float low, float high) {
+#if 890 <= __CUDA_ARCH__
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+#else
+  return uint16_t(by_bits::f32_to_e4m3(low) | by_bits::f32_to_e4m3(high) << 8);
+#endif
 }
 
 // Copies from global to shared memory that go on while the thread does: 16 bytes, of which the first `taken` are read and

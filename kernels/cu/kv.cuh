@@ -3,7 +3,7 @@
 
 #include "device.cuh"
 
-enum KvDtype : uint32_t { kKvF32, kKvF16, kKvBf16, kKvInt8 };
+enum KvDtype : uint32_t { kKvF32, kKvF16, kKvBf16, kKvInt8, kKvFp8 };
 enum KvPart : uint32_t { kKey, kValue };
 
 // Distances in bytes.
@@ -22,6 +22,9 @@ struct KvShape {
   uint32_t scale_head_stride;
 };
 
+// Whether rows of elements carry a scale.
+__device__ __forceinline__ bool kv_has_scales(uint32_t dtype) { return dtype == kKvInt8 || dtype == kKvFp8; }
+
 // The elements of one token and head.
 struct KvRow {
   uint8_t* data;
@@ -34,18 +37,18 @@ __device__ __forceinline__ KvRow kv_row(const KvShape& shape, uint8_t* block, un
   KvRow row;
   row.data = first + (part == kValue ? shape.value_offset : 0) + token * shape.token_stride + head * shape.head_stride;
   uint8_t* scales = first + (part == kValue ? shape.value_scale_offset : shape.key_scale_offset);
-  row.scale = shape.dtype == kKvInt8 ? (float*)(scales + token * shape.scale_token_stride + head * shape.scale_head_stride) : nullptr;
+  row.scale = kv_has_scales(shape.dtype) ? (float*)(scales + token * shape.scale_token_stride + head * shape.scale_head_stride) : nullptr;
   return row;
 }
 
 __device__ __forceinline__ unsigned kv_element_bytes(const KvShape& shape) {
-  return shape.dtype == kKvF32 ? 4 : shape.dtype == kKvInt8 ? 1 : 2;
+  return shape.dtype == kKvF32 ? 4 : kv_has_scales(shape.dtype) ? 1 : 2;
 }
 
 __device__ __forceinline__ unsigned kv_row_bytes(const KvShape& shape) { return shape.head_size * kv_element_bytes(shape); }
 
 // One element of a row; `scale` is that of the row, or 1.
-__device__ __forceinline__ float kv_read(uint32_t dtype, const uint8_t* data, unsigned element, float scale) {
+__device__ __forceinline__ float kv_read(uint32_t dtype, const uint8_t* data, size_t element, float scale) {
   switch (dtype) {
     case kKvF32:
       return ((const float*)data)[element];
@@ -53,8 +56,27 @@ __device__ __forceinline__ float kv_read(uint32_t dtype, const uint8_t* data, un
       return widen(((const f16*)data)[element]);
     case kKvBf16:
       return widen(((const bf16*)data)[element]);
-    default:
+    case kKvInt8:
       return scale * float(((const int8_t*)data)[element]);
+    default: {
+      float pair[2];
+      e4m3_to_f32(pair, data[element]);
+      return scale * pair[0];
+    }
+  }
+}
+
+// One element of a type without scales.
+__device__ __forceinline__ void kv_write(uint32_t dtype, uint8_t* data, size_t element, float value) {
+  switch (dtype) {
+    case kKvF32:
+      ((float*)data)[element] = value;
+      break;
+    case kKvF16:
+      ((f16*)data)[element] = narrow<f16>(value);
+      break;
+    default:
+      ((bf16*)data)[element] = narrow<bf16>(value);
   }
 }
 
@@ -68,30 +90,38 @@ __device__ __forceinline__ int8_t quantize(float value, float scale) {
   return int8_t(steps < -127.0f ? -127.0f : 127.0f < steps ? 127.0f : steps);
 }
 
+// The least power of two in whose units the greatest magnitude of a row rounds to 448 or less, but 2^-117 or more. 464, from which on it does
+// not, is 1.8125 * 2^8: a greater fraction takes the next power.
+__device__ __forceinline__ float e4m3_scale(float greatest) {
+  uint32_t power = (__float_as_uint(greatest) + 0x17ffff) >> 23;
+  return __uint_as_float((power < 18 ? 10 : power - 8) << 23);
+}
+
+// Of a power of two that is no subnormal number, nor is its inverse.
+__device__ __forceinline__ float inverse_power(float power) { return __uint_as_float((254u << 23) - __float_as_uint(power)); }
+
 // A warp writes a row: `value(element)` for each of its elements, which is asked for twice where there is a scale.
 template <class Value>
-__device__ __forceinline__ void kv_write(const KvShape& shape, const KvRow& row, Value value) {
+__device__ __forceinline__ void kv_write_row(const KvShape& shape, const KvRow& row, Value value) {
   unsigned lane = threadIdx.x % kWarp;
   float scale = 1.0f;
-  if (shape.dtype == kKvInt8) {
+  if (kv_has_scales(shape.dtype)) {
     float greatest = 0.0f;
     for (unsigned i = lane; i < shape.head_size; i += kWarp) greatest = fmaxf(greatest, fabsf(value(i)));
-    scale = warp_max(greatest) / 127.0f;
+    greatest = warp_max(greatest);
+    scale = shape.dtype == kKvInt8 ? greatest / 127.0f : e4m3_scale(greatest);
     if (lane == 0) *row.scale = scale;
   }
   for (unsigned i = lane; i < shape.head_size; i += kWarp) {
     switch (shape.dtype) {
-      case kKvF32:
-        ((float*)row.data)[i] = value(i);
+      case kKvInt8:
+        ((int8_t*)row.data)[i] = quantize(value(i), scale);
         break;
-      case kKvF16:
-        ((f16*)row.data)[i] = narrow<f16>(value(i));
-        break;
-      case kKvBf16:
-        ((bf16*)row.data)[i] = narrow<bf16>(value(i));
+      case kKvFp8:
+        row.data[i] = uint8_t(f32_to_e4m3(value(i) * inverse_power(scale), 0.0f));
         break;
       default:
-        ((int8_t*)row.data)[i] = quantize(value(i), scale);
+        kv_write(shape.dtype, row.data, i, value(i));
     }
   }
 }

@@ -40,7 +40,7 @@ struct QuantizedProduct {
   uint32_t outputs;
   uint32_t group;         // inputs of int4 that share a scale: 32, 64 or 128
   uint32_t scale_stride;  // a multiple of 8
-  uint32_t out_dtype;     // a KvDtype but int8
+  uint32_t out_dtype;     // a KvDtype without scales
   uint32_t bias_dtype;    // likewise
   uint32_t adds;          // whether to add to what `out` has
 };
@@ -49,17 +49,8 @@ __device__ __forceinline__ void write_scaled(const QuantizedProduct& params, uns
   float value = sum * params.x_scales[row];
   if (params.bias) value += kv_read(params.bias_dtype, (const uint8_t*)params.bias, output, 1.0f);
   size_t index = size_t(row) * params.outputs + output;
-  if (params.adds) value += kv_read(params.out_dtype, (const uint8_t*)params.out, unsigned(index), 1.0f);
-  switch (params.out_dtype) {
-    case kKvF32:
-      ((float*)params.out)[index] = value;
-      break;
-    case kKvF16:
-      ((f16*)params.out)[index] = narrow<f16>(value);
-      break;
-    default:
-      ((bf16*)params.out)[index] = narrow<bf16>(value);
-  }
+  if (params.adds) value += kv_read(params.out_dtype, (const uint8_t*)params.out, index, 1.0f);
+  kv_write(params.out_dtype, (uint8_t*)params.out, index, value);
 }
 
 template <class Shape>

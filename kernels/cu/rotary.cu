@@ -54,7 +54,7 @@ __device__ void rope_and_write(const RopeAndWrite& params) {
   size_t place = size_t(params.sequences[row]) * params.blocks_per_sequence + position / shape.block_len;
   KvRow to = kv_row(shape, params.blocks[place], params.layer, part, position % shape.block_len, head);
   unsigned half = part == kKey ? params.half : 0;
-  kv_write(shape, to, [&](unsigned i) { return turned(from, i, half, cos, sin); });
+  kv_write_row(shape, to, [&](unsigned i) { return turned(from, i, half, cos, sin); });
 }
 
 KERNEL(rope_and_write_f32, 256, RopeAndWrite) { rope_and_write<float>(params); }

@@ -17,6 +17,9 @@ pub enum KvDtype {
     Bf16,
     /// Signed 8-bit, one f32 scale per token and head: `value = scale * stored`, `scale = max|row| / 127`.
     Int8,
+    /// E4M3 floating point, one f32 scale per token and head: `value = scale * stored`, `scale` the least power of two
+    /// in whose units `max|row|` rounds to 448 or less.
+    Fp8,
 }
 
 /// Shape of one block and the distances in bytes inside it.
@@ -38,9 +41,9 @@ pub struct KvBlockShape {
     pub key_offset: usize,
     /// From a layer's start to its V data.
     pub value_offset: usize,
-    /// From a layer's start to its K scales ([`KvDtype::Int8`] only).
+    /// From a layer's start to its K scales (types with scales only).
     pub key_scale_offset: usize,
-    /// From a layer's start to its V scales ([`KvDtype::Int8`] only).
+    /// From a layer's start to its V scales (types with scales only).
     pub value_scale_offset: usize,
     /// From one token to the next in K or V data.
     pub token_stride: usize,
@@ -138,8 +141,13 @@ impl KvDtype {
             Self::F32 => size_of::<f32>(),
             Self::F16 => size_of::<f16>(),
             Self::Bf16 => size_of::<bf16>(),
-            Self::Int8 => size_of::<i8>(),
+            Self::Int8 | Self::Fp8 => size_of::<u8>(),
         }
+    }
+
+    /// Whether rows carry a scale.
+    pub const fn has_scales(self) -> bool {
+        matches!(self, Self::Int8 | Self::Fp8)
     }
 }
 

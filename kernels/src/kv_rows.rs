@@ -2,7 +2,7 @@
 //!
 //! Rows, not blocks, because other rows of the same block may be written at the same moment by somebody else.
 
-use crate::kv::{BlockAddress, KvBlockShape, KvDtype};
+use crate::kv::{BlockAddress, KvBlockShape};
 use std::slice;
 
 /// K or V.
@@ -37,10 +37,10 @@ impl KvBlockShape {
 
     /// Offset of a row's scale from the block's first byte; `None` for types without scales.
     pub(crate) const fn scale_offset(&self, row: RowIndex) -> Option<usize> {
-        match (self.dtype, row.part) {
-            (KvDtype::Int8, Part::Key) => Some(self.key_scale_offset(row.layer, row.token, row.head)),
-            (KvDtype::Int8, Part::Value) => Some(self.value_scale_offset(row.layer, row.token, row.head)),
-            _ => None,
+        match (self.dtype.has_scales(), row.part) {
+            (true, Part::Key) => Some(self.key_scale_offset(row.layer, row.token, row.head)),
+            (true, Part::Value) => Some(self.value_scale_offset(row.layer, row.token, row.head)),
+            (false, _) => None,
         }
     }
 

@@ -384,7 +384,7 @@ fn write_kv() {
             let shape = shape(dtype, 2, 16, heads, head_size, order);
             let row = heads * head_size;
             let (mut k, v) = (numbers.vector(40 * row), numbers.vector(40 * row));
-            if dtype != KvDtype::Int8 {
+            if !dtype.has_scales() {
                 k[..21].copy_from_slice(&delicate());
             }
             k[30 * row..31 * row].fill(0.0);
@@ -452,7 +452,7 @@ impl AttentionCase {
         reference::attention(&mut expected, &q, &shape, 1, &sequences, params);
         for cpu in cpus(THREADS) {
             // Instructions for bf16 take queries and weights of softmax as two bf16: all but their last seven bits.
-            let is_split = matches!(dtype, KvDtype::Bf16 | KvDtype::Int8)
+            let is_split = matches!(dtype, KvDtype::Bf16 | KvDtype::Int8 | KvDtype::Fp8)
                 && matches!(cpu.isa(), Isa::Amx | Isa::Avx512Bf16);
             let tolerance = if is_split { 2e-5 } else { 2e-6 };
             let mut actual = vec![f32::NAN; q.len()];

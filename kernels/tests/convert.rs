@@ -62,7 +62,8 @@ fn expected_row(from: KvDtype, to: KvDtype, row: &[f32]) -> Vec<f32> {
     if from == to {
         return row.to_vec();
     }
-    let scale = row.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
+    let greatest = row.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    let (scale, power) = (greatest / 127.0, reference::e4m3_scale(greatest));
     row.iter()
         .map(|&x| match to {
             KvDtype::F32 => x,
@@ -70,6 +71,7 @@ fn expected_row(from: KvDtype, to: KvDtype, row: &[f32]) -> Vec<f32> {
             KvDtype::Bf16 => half::bf16::from_f32(x).to_f32(),
             KvDtype::Int8 if scale == 0.0 => 0.0,
             KvDtype::Int8 => scale * (x * (1.0 / scale)).round_ties_even(),
+            KvDtype::Fp8 => power * reference::e4m3_to_f32(reference::f32_to_e4m3(x / power)),
         })
         .collect()
 }
@@ -83,12 +85,15 @@ fn rounding(dtype: KvDtype, x: f32, greatest: f32) -> f32 {
         KvDtype::Bf16 => x.abs() * 2f32.powi(-8),
         // The step itself and the way to it are rounded to f32, hence a little more than half.
         KvDtype::Int8 => greatest / 127.0 * 0.5001,
+        // A sixteenth of the number, or half a step of the least numbers, whose scale is at most twice the greatest over 448.
+        KvDtype::Fp8 => (x.abs() / 16.0).max(greatest / 448.0 * 2.0 / 1024.0),
     }
 }
 
 /// Whether every number of one type is one of the other.
 fn embeds(from: KvDtype, to: KvDtype) -> bool {
-    from == to || (to == KvDtype::F32 && from != KvDtype::Int8)
+    let to_all_of_e4m3 = from == KvDtype::Fp8 && matches!(to, KvDtype::Bf16 | KvDtype::F32);
+    from == to || (to == KvDtype::F32 && from != KvDtype::Int8) || to_all_of_e4m3
 }
 
 /// All tokens of a sequence, converted block by block.

@@ -86,6 +86,24 @@ fn int8_rows_are_stored_in_units_of_their_greatest_over_127() {
 }
 
 #[test]
+fn fp8_rows_are_stored_in_a_power_of_two() {
+    let shape = shape(KvDtype::Fp8, 1, 3, 1, 4, Order::TokenHead);
+    let blocks = Blocks::new(shape, 3);
+    let rows = SequenceRows { first_row: 0, rows: 3, first_position: 0, blocks: &blocks.addresses };
+    // In units of 1: the greatest, a tie between 16 and 18, the least number and half of it. What
+    // rounds to more than the greatest takes twice the unit. A row of zeros.
+    let k = [448.0, -17.0, 1.0 / 512.0, 1.0 / 1024.0, 464.5, 1.0, -2.0, 3.0, 0.0, 0.0, 0.0, 0.0];
+    reference::write_kv(&shape, 0, &k, &k, &[rows]);
+    assert_eq!(blocks.bytes(0)[..12], [0x7e, 0xd8, 1, 0, 0x77, 0x30, 0xb8, 0x3c, 0, 0, 0, 0]);
+    let expected = [[448.0, -16.0, 1.0 / 512.0, 0.0], [480.0, 1.0, -2.0, 3.0], [0.0; 4]];
+    for (token, expected) in expected.iter().enumerate() {
+        let (key, value) = reference::read_kv(&shape, blocks.addresses[0], 0, token, 0);
+        assert_same_bits(&key, expected, "keys");
+        assert_same_bits(&value, &key, "values");
+    }
+}
+
+#[test]
 fn attention_weighs_values_by_the_softmax_of_scores() {
     let shape = shape(KvDtype::F32, 1, 2, 1, 2, Order::TokenHead);
     let blocks = Blocks::new(shape, 4);

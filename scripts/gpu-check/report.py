@@ -96,6 +96,7 @@ def rows(folder):
     kernel("matmul 2048 rows, bf16, 4096 to 14336", product, "torch's rate of 8192³", None)
     kernel("handoff gather, token by token to head by head", bandwidth, "copy bandwidth", 0.80)
     kernel("handoff convert, bf16 to int8", bandwidth, "copy bandwidth", 0.80)
+    kernel("handoff convert, bf16 to fp8", bandwidth, "copy bandwidth", 0.80)
     table.add("decode, batch 1: graph beside launches", tokens(one), "tokens/s", tokens(pass_of(eager, "decode", 1)), "launch by launch", None)
     table.add_most("decode, batch 1: the host's part of a step", one and one.get("asking_s") and one["asking_s"] * 1e3, "ms", 0.3)
     table.add_most("start to first token, nothing compiled", start.get("cold"), "s", 3.0)

@@ -418,7 +418,7 @@ fn named<T: Copy>(all: &[T], name: &str, name_of: fn(T) -> &'static str) -> Opti
     all.iter().copied().find(|&it| name_of(it) == name)
 }
 
-const KV_DTYPES: &[KvDtype] = &[KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8];
+const KV_DTYPES: &[KvDtype] = &[KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8];
 const AXIS_ORDERS: &[AxisOrder] = &[AxisOrder::TokenHead, AxisOrder::HeadToken];
 
 #[cfg(test)]

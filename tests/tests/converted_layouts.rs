@@ -14,6 +14,7 @@ use tidemill_tests::fixtures;
 const FLOATS: [[&str; 2]; 6] =
     [["bf16", "f16"], ["f16", "bf16"], ["bf16", "f32"], ["f32", "bf16"], ["f16", "f32"], ["f32", "f16"]];
 const TO_INT8: [[&str; 2]; 3] = [["bf16", "int8"], ["f16", "int8"], ["f32", "int8"]];
+const TO_FP8: [[&str; 2]; 3] = [["bf16", "fp8"], ["f16", "fp8"], ["f32", "fp8"]];
 const BLOCKS: [[&str; 2]; 2] = [["16", "64"], ["64", "16"]];
 
 #[tokio::test]
@@ -49,7 +50,8 @@ async fn every_pair_of_types(transport: &str) {
     let expected = expected("llama3").await;
     let floats = FLOATS.map(|types| (types, NEAR));
     let to_int8 = TO_INT8.map(|types| (types, NEAR_INT8));
-    for (types, bound) in floats.into_iter().chain(to_int8) {
+    let to_fp8 = TO_FP8.map(|types| (types, NEAR_FP8));
+    for (types, bound) in floats.into_iter().chain(to_int8).chain(to_fp8) {
         for blocks in BLOCKS {
             compare("llama3", transport, types, blocks, &expected, bound).await;
         }
@@ -143,6 +145,8 @@ const PROMPTS: u32 = 3;
 const NEAR: f64 = 0.06;
 /// To int8: a number is rounded by 1/254 of the largest one of its row.
 const NEAR_INT8: f64 = 0.15;
+/// To fp8: each number is rounded by 1/16 of itself.
+const NEAR_FP8: f64 = 0.6;
 /// Biases of keys make the largest one of a row many times the others. One worker with an int8 cache is further off.
 const NEAR_INT8_WITH_BIASES: f64 = 0.7;
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(20);

@@ -10,11 +10,13 @@ const ENOUGH: usize = 18;
 #[tokio::test]
 async fn the_demo_model_is_right_split_and_whole_and_in_fewer_bits() {
     #[rustfmt::skip]
-    let rows: [(&str, &[&str]); 8] = [
+    let rows: [(&str, &[&str]); 10] = [
         ("split",                               &[]),
         ("split over tcp",                      &["--transport", "tcp"]),
         ("colocated",                           &["--colocated"]),
         ("bf16 prefill, int8 decode",           &["--decode-kv-cache-dtype", "int8"]),
+        ("bf16 prefill, fp8 decode",            &["--decode-kv-cache-dtype", "fp8"]),
+        ("fp8 keys and values",                 &["--kv-cache-dtype", "fp8_e4m3"]),
         ("int8 weights",                        &["--quantization", "int8"]),
         ("int4 weights",                        &["--quantization", "int4", "--colocated"]),
         ("two ranks prefill, one decodes",      &["--prefill-tensor-parallel-size", "2"]),

@@ -192,6 +192,7 @@ pub fn block_shape(layout: &KvLayout) -> KvBlockShape {
             KvDtype::F16 => kv::KvDtype::F16,
             KvDtype::Bf16 => kv::KvDtype::Bf16,
             KvDtype::Int8 => kv::KvDtype::Int8,
+            KvDtype::Fp8 => kv::KvDtype::Fp8,
         },
         layers: usize::from(layout.layers),
         block_len: layout.block_len.tokens() as usize,

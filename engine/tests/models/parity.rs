@@ -245,7 +245,7 @@ fn check_bits_of(model: &Arc<Model>, name: &str) {
         ("heads first, blocks of 64",           64, HeadToken, Cut::Unequal,    Together),
         ("heads first, blocks of 4",            4,  HeadToken, Cut::Unequal,    Together),
     ];
-    for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
+    for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8] {
         let mut bench = Bench::new(model, Storage { dtype, ..Storage::PLAIN });
         let whole = all_bits(&mut bench, &sequences, Cut::Whole, Alone);
         for (row, block_len, order, cut, company) in rows {
@@ -279,7 +279,7 @@ fn a_shared_prefix_gives_the_bits_of_a_recomputed_one() {
 fn check_narrow_kv(name: &str) {
     let model = model(name);
     // About twice what the worst of the fixture models shows.
-    let rows = [(KvDtype::F16, 5e-3), (KvDtype::Bf16, 4e-2), (KvDtype::Int8, 8e-2)];
+    let rows = [(KvDtype::F16, 5e-3), (KvDtype::Bf16, 4e-2), (KvDtype::Int8, 8e-2), (KvDtype::Fp8, 4e-1)];
     for (dtype, bound) in rows {
         let mut bench = Bench::exact(&model, Storage { dtype, ..Storage::PLAIN });
         for golden in goldens(name) {

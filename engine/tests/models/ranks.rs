@@ -67,7 +67,7 @@ fn bits_do_not_depend_on_cuts_batches_or_blocks() {
 fn the_first_layer_lies_in_blocks_bit_for_bit_however_many_ranks_write_it() {
     for name in ["llama2", "qwen3", "llama-bf16-new-keys"] {
         let tokens = goldens(name).pop().expect("the prompt of 300 is last").prompt;
-        for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
+        for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8] {
             for order in [AxisOrder::TokenHead, AxisOrder::HeadToken] {
                 let storage = Storage { dtype, order, block_len: 16 };
                 let written = |mut bench: Bench| -> Vec<Vec<Vec<u8>>> {

@@ -29,6 +29,14 @@ inline uint16_t f32_to_bf16(float x) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline void e4m3_to_f32(float (&wide)[2], uint16_t codes) {
+  for (unsigned half = 0; half < 2; half++) wide[half] = by_bits::e4m3_to_f32(uint8_t(codes >> (8 * half)));
+}
+
+inline uint16_t f32_to_e4m3(float low, float high) {
+  return uint16_t(by_bits::f32_to_e4m3(low) | by_bits::f32_to_e4m3(high) << 8);
+}
+
 inline void copy_async_16(void* shared, const void* global, unsigned taken = 16) {
   ::emulator::begin_copy(shared, global, 16, taken);
 }

@@ -5,6 +5,7 @@
 use super::{
     Isa,
     avx2::{self, Avx2},
+    e4m3,
     simd::{BF16_RUN, Kernel, LANES, LEAST_POWER, SIGN_BF16, Simd},
 };
 use crate::matrix::PANEL;
@@ -249,6 +250,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn panel_e4m3(self, line: &[u8; PANEL]) -> __m512 {
+        // SAFETY: as in `panel_zero`.
+        unsafe { panel_e4m3(line) }
+    }
+
+    #[inline(always)]
     fn panel_splat(self, value: f32) -> __m512 {
         // SAFETY: as in `panel_zero`.
         unsafe { _mm512_set1_ps(value) }
@@ -367,6 +374,42 @@ fn panel_i8(line: &[u8; PANEL]) -> __m512 {
 }
 
 #[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2")]
+fn panel_e4m3(line: &[u8; PANEL]) -> __m512 {
+    // SAFETY: sixteen bytes are good for reads through the reference.
+    let codes = unsafe { _mm_loadu_si128(line.as_ptr().cast()) };
+    let wide = _mm256_cvtepi8_epi16(codes);
+    let numbers = _mm512_castsi512_si256(e4m3_words(_mm512_castsi256_si512(wide)));
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(numbers)))
+}
+
+/// E4M3 codes to bf16, which has all of their numbers.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn e4m3_to_bf16(codes: &[u8; 2 * PANEL]) -> __m512i {
+    // SAFETY: thirty-two bytes are good for reads through the reference.
+    let codes = unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) };
+    e4m3_words(_mm512_cvtepi8_epi16(codes))
+}
+
+/// The same of codes whose sign is drawn out to words.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn e4m3_words(codes: __m512i) -> __m512i {
+    let magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(i16::from(!e4m3::SIGN)));
+    // The exponent's bias is 7 there and 127 here.
+    let normal = _mm512_add_epi16(_mm512_slli_epi16::<4>(magnitude), _mm512_set1_epi16(120 << 7));
+    // SAFETY: sixty-four bytes are good for reads through the reference.
+    let table = unsafe { _mm512_loadu_si512(SUBNORMAL_E4M3.as_ptr().cast()) };
+    let is_subnormal = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+    let numbers = _mm512_mask_permutexvar_epi16(normal, is_subnormal, magnitude, table);
+    let is_none = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(i16::from(e4m3::NAN)));
+    let numbers = _mm512_mask_mov_epi16(numbers, is_none, _mm512_set1_epi16(NAN_BF16));
+    let sign = _mm512_set1_epi16(SIGN_BF16.cast_signed());
+    _mm512_ternarylogic_epi32::<PICK>(sign, codes, numbers)
+}
+
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn panel_values(panel: __m512) -> [f32; PANEL] {
     let mut values = [0.0; PANEL];
@@ -426,5 +469,12 @@ fn bf16_to_int8(stored: &[u8; BF16_RUN], inverse: f32, steps: &mut [u8; BF16_RUN
     unsafe { _mm256_storeu_si256(steps.as_mut_ptr().cast(), bytes) };
 }
 
+/// Multiples of 2^-9 in bf16: the numbers of the first eight E4M3 codes. As many as a register holds.
+static SUBNORMAL_E4M3: [u16; 2 * PANEL] = [
+    0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0,
+];
+/// A bf16 that is no number.
+const NAN_BF16: i16 = 0x7fc0;
 /// Where the first of three bits is set the second, elsewhere the third.
 const PICK: i32 = 0b1100_1010;

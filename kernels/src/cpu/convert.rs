@@ -252,14 +252,14 @@ impl ConvertHeads<'_> {
             _ => None,
         };
         let scale = direct.unwrap_or_else(|| {
-            let has_scale = from.dtype == KvDtype::Int8;
-            let scale = if has_scale { kv_rows::stored_scale(&from, block, source_scale) } else { 1.0 };
+            let scale =
+                if from.dtype.has_scales() { kv_rows::stored_scale(&from, block, source_scale) } else { 1.0 };
             let values = values.get_or_insert([0.0; WIDEST_HEAD]);
             let values = &mut values[..from.head_size];
             decode_row(simd, from.dtype, stored, scale, values);
             encode_row(simd, to.dtype, values, image)
         });
-        if to.dtype == KvDtype::Int8 {
+        if to.dtype.has_scales() {
             self.image[target_scale..target_scale + SCALE].copy_from_slice(&scale.to_ne_bytes());
         }
     }
@@ -320,7 +320,7 @@ fn copy_run<S: Simd>(simd: S, stored: &[u8], image: &mut [u8], ahead: usize) {
 
 /// Zeroes what of an image no token of `from` will be written to: slots before and behind them, and the padding.
 pub(crate) fn clear_uncovered(image: &mut [u8], to: &KvBlockShape, layers: usize, from: TokenSpan<'_>) {
-    let scale = if to.dtype == KvDtype::Int8 { SCALE } else { 0 };
+    let scale = if to.dtype.has_scales() { SCALE } else { 0 };
     let data = to.block_len * to.kv_heads * to.row_bytes();
     let scales = to.block_len * to.kv_heads * scale;
     let is_dense = to.key_offset == 0

@@ -1,6 +1,9 @@
 //! Stored rows of K and V to f32 and back, in lanes: the same results as `reference`, bit for bit.
 
-use super::simd::{BF16_RUN, INFINITE_BF16, LANES, Simd, int8_step, padded};
+use super::{
+    e4m3,
+    simd::{BF16_RUN, INFINITE_BF16, LANES, Simd, int8_step, padded},
+};
 use crate::kv::KvDtype;
 
 /// Stored bytes, of any alignment, to values.
@@ -24,6 +27,11 @@ pub(crate) fn decode_row<S: Simd>(simd: S, dtype: KvDtype, stored: &[u8], scale:
                 *value = scale * f32::from(stored.cast_signed());
             }
         }
+        KvDtype::Fp8 => {
+            for (value, &stored) in values.iter_mut().zip(stored) {
+                *value = scale * e4m3::widen(stored);
+            }
+        }
     }
 }
 
@@ -44,6 +52,7 @@ pub(crate) fn encode_row<S: Simd>(simd: S, dtype: KvDtype, values: &[f32], store
             }
         }
         KvDtype::Int8 => return encode_int8(values, stored),
+        KvDtype::Fp8 => return e4m3::encode(values, stored),
     }
     1.0
 }

@@ -9,6 +9,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod convert;
+mod e4m3;
 mod gate;
 mod isa;
 mod kv;

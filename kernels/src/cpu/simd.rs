@@ -4,6 +4,7 @@
 //! 754 says and acts on each lane alone, so lanes and scalar code give equal bits; only `mul_add` differs between the
 //! sets (one rounding or two).
 
+use super::e4m3;
 use crate::matrix::PANEL;
 
 /// Lanes of a vector.
@@ -67,6 +68,11 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn panel_f16(self, line: &[u16; PANEL]) -> Self::Panel;
     /// A line of signed bytes.
     fn panel_i8(self, line: &[u8; PANEL]) -> Self::Panel;
+    /// A line of [`e4m3`] codes.
+    #[inline(always)]
+    fn panel_e4m3(self, line: &[u8; PANEL]) -> Self::Panel {
+        self.panel_f32(&line.map(e4m3::widen))
+    }
     /// A line of two bf16 of each output: the first of each, then the second.
     fn panel_bf16(self, line: &[u32; PANEL]) -> [Self::Panel; 2];
     /// `value` in each lane.

@@ -421,6 +421,7 @@ impl KvShape {
                 KvDtype::F16 => 1,
                 KvDtype::Bf16 => 2,
                 KvDtype::Int8 => 3,
+                KvDtype::Fp8 => 4,
             },
             block_len: narrow(shape.block_len),
             kv_heads: narrow(shape.kv_heads),

@@ -37,7 +37,15 @@ modules!(
     "rotary",
     "sampling"
 );
-headers!("device.cuh", "instructions.cuh", "kv.cuh", "matrix_tiles.cuh", "product.cuh", "tensor_core.cuh");
+headers!(
+    "device.cuh",
+    "e4m3.cuh",
+    "instructions.cuh",
+    "kv.cuh",
+    "matrix_tiles.cuh",
+    "product.cuh",
+    "tensor_core.cuh"
+);
 
 #[cfg(test)]
 mod tests {

@@ -1,5 +1,6 @@
 //! Storing K and V rows in blocks and reading them back.
 
+use super::e4m3::{e4m3_scale, e4m3_to_f32, f32_to_e4m3};
 use crate::{
     kv::{BlockAddress, KvBlockShape, KvDtype},
     kv_rows::{self, Part, RowIndex},
@@ -11,6 +12,7 @@ use half::{bf16, f16};
 ///
 /// f16 and bf16 round to nearest, ties to even. Int8 rows get the scale `max|row| / 127` and store `row * (1 / scale)`
 /// rounded likewise, which is within half a scale (and a millionth) of the value; a row of zeros has scale zero.
+/// Fp8 rows get [`e4m3_scale`] and store `row / scale` in [`e4m3`](f32_to_e4m3): within 2^-4 of the value, or within `scale / 1024`.
 pub fn write_kv(shape: &KvBlockShape, layer: usize, k: &[f32], v: &[f32], sequences: &[SequenceRows<'_>]) {
     assert_eq!(k.len(), v.len(), "write_kv: as many keys as values");
     for sequence in sequences {
@@ -54,14 +56,17 @@ pub(crate) fn decode_row(dtype: KvDtype, stored: &[u8], scale: f32) -> impl Iter
         (KvDtype::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
         (KvDtype::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
         (KvDtype::Int8, &[a]) => scale * f32::from(a.cast_signed()),
+        (KvDtype::Fp8, &[a]) => scale * e4m3_to_f32(a),
         _ => unreachable!("chunks are as long as the type"),
     })
 }
 
 /// Values to stored bytes; returns the scale, which is 1 for types without scales.
 pub(crate) fn encode_row(dtype: KvDtype, values: &[f32], stored: &mut [u8]) -> f32 {
+    let greatest = || values.iter().fold(0.0f32, |max, value| max.max(value.abs()));
     let scale = match dtype {
-        KvDtype::Int8 => values.iter().fold(0.0f32, |max, value| max.max(value.abs())) / 127.0,
+        KvDtype::Int8 => greatest() / 127.0,
+        KvDtype::Fp8 => e4m3_scale(greatest()),
         _ => 1.0,
     };
     for (element, &value) in stored.chunks_exact_mut(dtype.bytes()).zip(values) {
@@ -70,6 +75,7 @@ pub(crate) fn encode_row(dtype: KvDtype, values: &[f32], stored: &mut [u8]) -> f
             KvDtype::F16 => element.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
             KvDtype::Bf16 => element.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
             KvDtype::Int8 => element[0] = quantize(value, scale).cast_unsigned(),
+            KvDtype::Fp8 => element[0] = f32_to_e4m3(value / scale),
         }
     }
     scale

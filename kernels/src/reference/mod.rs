@@ -5,6 +5,7 @@
 mod activation;
 mod attention;
 mod convert;
+mod e4m3;
 mod kv;
 mod linear;
 mod normalize;
@@ -15,6 +16,7 @@ mod sampling;
 pub use activation::{add, silu_mul};
 pub use attention::attention;
 pub use convert::{convert_block, convert_heads, zero_tail};
+pub use e4m3::{E4M3_GREATEST, E4M3_NAN, e4m3_scale, e4m3_to_f32, f32_to_e4m3};
 pub use kv::{read_kv, write_kv};
 pub use linear::{matmul, widen_matrix};
 pub use normalize::rms_norm;

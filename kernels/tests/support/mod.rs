@@ -38,7 +38,7 @@ impl Numbers {
 }
 
 pub const ISAS: [Isa; 6] = Isa::ALL;
-pub const KV_DTYPES: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8];
+pub const KV_DTYPES: [KvDtype; 5] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8];
 pub const QUANTIZATIONS: [Quantization; 4] = [
     Quantization::Int8,
     Quantization::Int4 { group: 32 },
@@ -116,7 +116,7 @@ pub fn shape(
     order: Order,
 ) -> KvBlockShape {
     let row = head_size * dtype.bytes();
-    let scale = if dtype == KvDtype::Int8 { size_of::<f32>() } else { 0 };
+    let scale = if dtype.has_scales() { size_of::<f32>() } else { 0 };
     let (token, head) = match order {
         Order::TokenHead => (kv_heads, 1),
         Order::HeadToken => (1, block_len),
@@ -147,7 +147,7 @@ pub struct Blocks {
     pub addresses: Vec<BlockAddress>,
 }
 
-/// As f32, f16 and bf16 a NaN: whatever reads a slot that was not written is found out.
+/// As f32, f16, bf16 and e4m3 a NaN: whatever reads a slot that was not written is found out.
 pub const STALE: u64 = u64::MAX;
 
 impl Blocks {

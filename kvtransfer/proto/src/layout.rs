@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! block      = layer 0 | layer 1 | …                       each padded to 64 bytes
-//! layer      = K data | V data | K scales | V scales        scales only for Int8
+//! layer      = K data | V data | K scales | V scales        scales only for Int8 and Fp8
 //! K, V data  = [token][head][element]  or  [head][token][element]
 //! scales     = f32, same two axes as the data, without the last
 //! ```
@@ -25,6 +25,8 @@ pub enum KvDtype {
     Bf16,
     /// Signed 8-bit with one f32 scale per token and head: `value = scale * stored`.
     Int8,
+    /// Floating point of 8 bits (E4M3) with one f32 scale per token and head, a power of two: `value = scale * stored`.
+    Fp8,
 }
 
 /// Which of the two middle axes of a layer comes first.
@@ -117,13 +119,13 @@ impl KvDtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Int8 => 1,
+            Self::Int8 | Self::Fp8 => 1,
         }
     }
 
     /// Whether elements carry a scale.
     pub const fn has_scales(self) -> bool {
-        matches!(self, Self::Int8)
+        matches!(self, Self::Int8 | Self::Fp8)
     }
 
     /// Whether every value of `self` is a value of `to`.
@@ -134,6 +136,8 @@ impl KvDtype {
                 | (Self::F16, Self::F16 | Self::F32)
                 | (Self::Bf16, Self::Bf16 | Self::F32)
                 | (Self::Int8, Self::Int8)
+                // bf16 has three bits of fraction and their scale; f16 has not all scales.
+                | (Self::Fp8, Self::Fp8 | Self::Bf16 | Self::F32)
         )
     }
 
@@ -144,6 +148,7 @@ impl KvDtype {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
         }
     }
 }
@@ -213,8 +218,8 @@ impl KvLayout {
             // One sender fills a reservation, so it must have all that the reservation is for.
             return differs("heads", &self.heads.to_text(), &to.heads.to_text());
         }
-        if self.dtype == KvDtype::Int8 && to.dtype != KvDtype::Int8 {
-            // Widening int8 would hand decode worse numbers than its layout promises, without a trace.
+        if self.dtype.has_scales() && to.dtype != self.dtype {
+            // Widening 8 bits would hand decode worse numbers than its layout promises, without a trace.
             return differs("dtype", &self.dtype.name(), &to.dtype.name());
         }
         if self == to {
@@ -290,6 +295,7 @@ mod tests {
             ("one rank of two gets its heads",    other(|l| l.heads = HeadRange { first: 1, count: 1 }), lossless),
             ("bf16 to f16 may lose bits",         other(|l| l.dtype = KvDtype::F16),                    lossy),
             ("bf16 to int8 loses bits",           other(|l| l.dtype = KvDtype::Int8),                   lossy),
+            ("bf16 to fp8 loses bits",            other(|l| l.dtype = KvDtype::Fp8),                    lossy),
             ("another model is refused by name",  other(|l| l.model = "n".into()),                      Err("model")),
             ("another depth is refused by name",  other(|l| l.layers = 4),                              Err("layers")),
             ("another head size is refused",      other(|l| l.head_size = 32),                          Err("head_size")),
@@ -297,6 +303,17 @@ mod tests {
         ];
         for (name, to, expected) in rows {
             assert_eq!(layout().bridge(&to).map_err(|mismatch| mismatch.field), expected, "{name}");
+        }
+        let all = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8];
+        for (from, to) in [KvDtype::Int8, KvDtype::Fp8].into_iter().flat_map(|from| all.map(|to| (from, to)))
+        {
+            let expected = if from == to { Ok(Bridge::Identical) } else { Err("dtype") };
+            let (from, to) = (KvLayout { dtype: from, ..layout() }, KvLayout { dtype: to, ..layout() });
+            assert_eq!(
+                from.bridge(&to).map_err(|mismatch| mismatch.field),
+                expected,
+                "8 bits stay what they are"
+            );
         }
     }
 }

@@ -31,7 +31,8 @@ fn blocks() -> impl Strategy<Value = Vec<BlockRef>> {
 
 /// Any layout that can be: no size is zero, and the heads that are held are among the model's.
 fn layout() -> impl Strategy<Value = KvLayout> {
-    let dtype = prop::sample::select(vec![KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8]);
+    let dtypes = vec![KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8];
+    let dtype = prop::sample::select(dtypes);
     let order = prop::sample::select(vec![AxisOrder::TokenHead, AxisOrder::HeadToken]);
     let heads = (0..u16::MAX).prop_flat_map(|first| (Just(first), 1..=u16::MAX - first));
     let heads = heads.prop_flat_map(|(first, count)| (Just((first, count)), first + count..=u16::MAX));

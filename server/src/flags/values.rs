@@ -40,6 +40,9 @@ pub(crate) enum KvCacheDtype {
     Bf16,
     /// 8 bit with a scale per token and head: half the memory, slightly other answers
     Int8,
+    /// 8 bit floating point (E4M3) with a scale per token and head; also written fp8_e4m3
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 /// See [`AxisOrder`].
@@ -225,6 +228,7 @@ impl KvCacheDtype {
             Self::F16 => Some(KvDtype::F16),
             Self::Bf16 => Some(KvDtype::Bf16),
             Self::Int8 => Some(KvDtype::Int8),
+            Self::Fp8 => Some(KvDtype::Fp8),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Products of bf16: two elements at a time.
 //!
-//! K and V in bf16 are multiplied as they are stored, and int8 is turned into bf16 without loss. Queries and weights are
+//! K and V in bf16 are multiplied as they are stored, and int8 and e4m3 are turned into bf16 without loss. Queries and weights are
 //! split into two bf16 each, which together have all but the last six or seven bits of an f32: both are multiplied, and
 //! sums are f32 (`docs/decisions/0011`). `vdpbf16ps` adds the product of the second element, then that of the first, each
 //! with one rounding (Intel SDM, volume 2).
@@ -8,7 +8,7 @@
 use super::dots::{Dots, Line, Panels, StoredRows, piece};
 use crate::{
     cpu::{
-        avx512::{Avx512, Avx512Bf16},
+        avx512::{Avx512, Avx512Bf16, e4m3_to_bf16},
         simd::Simd,
     },
     kv::KvDtype,
@@ -90,14 +90,22 @@ impl Bf16Pairs {
     /// Elements `32 * index..` of a stored row as bf16, zeros from its end on.
     #[inline(always)]
     fn elements(self, dtype: KvDtype, row: &[u8], index: usize) -> __m512 {
-        if dtype == KvDtype::Int8 {
-            let mut padding = [0; 2 * PANEL];
-            // SAFETY: as in `hold`.
-            unsafe { int8_to_bf16(piece(row, index, &mut padding)) }
-        } else {
-            let mut padding = [0; 4 * PANEL];
-            // SAFETY: as in `hold`.
-            unsafe { load(piece(row, index, &mut padding)) }
+        match dtype {
+            KvDtype::Int8 => {
+                let mut padding = [0; 2 * PANEL];
+                // SAFETY: as in `hold`.
+                unsafe { int8_to_bf16(piece(row, index, &mut padding)) }
+            }
+            KvDtype::Fp8 => {
+                let mut padding = [0; 2 * PANEL];
+                // SAFETY: as in `hold`.
+                unsafe { _mm512_castsi512_ps(e4m3_to_bf16(piece(row, index, &mut padding))) }
+            }
+            _ => {
+                let mut padding = [0; 4 * PANEL];
+                // SAFETY: as in `hold`.
+                unsafe { load(piece(row, index, &mut padding)) }
+            }
         }
     }
 }

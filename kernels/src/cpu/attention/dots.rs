@@ -128,6 +128,7 @@ impl<S: Simd> Dots for Wide<S> {
             KvDtype::F16 => keys::<S, StoredF16>(self.0, rows, lines),
             KvDtype::Bf16 => keys::<S, StoredBf16>(self.0, rows, lines),
             KvDtype::Int8 => keys::<S, StoredInt8>(self.0, rows, lines),
+            KvDtype::Fp8 => keys::<S, StoredFp8>(self.0, rows, lines),
         }
     }
 
@@ -138,6 +139,7 @@ impl<S: Simd> Dots for Wide<S> {
             KvDtype::F16 => values::<S, StoredF16>(self.0, rows, lines, panels),
             KvDtype::Bf16 => values::<S, StoredBf16>(self.0, rows, lines, panels),
             KvDtype::Int8 => values::<S, StoredInt8>(self.0, rows, lines, panels),
+            KvDtype::Fp8 => values::<S, StoredFp8>(self.0, rows, lines, panels),
         }
     }
 }
@@ -200,6 +202,8 @@ struct StoredF16;
 struct StoredBf16;
 /// In steps: the scale is left out.
 struct StoredInt8;
+/// Without the scale, too.
+struct StoredFp8;
 
 impl Stored for StoredF32 {
     #[inline(always)]
@@ -242,5 +246,13 @@ impl Stored for StoredInt8 {
     fn panel<S: Simd>(simd: S, row: &[u8], index: usize) -> S::Panel {
         let mut padding = [0; PANEL];
         simd.panel_i8(piece(row, index, &mut padding))
+    }
+}
+
+impl Stored for StoredFp8 {
+    #[inline(always)]
+    fn panel<S: Simd>(simd: S, row: &[u8], index: usize) -> S::Panel {
+        let mut padding = [0; PANEL];
+        simd.panel_e4m3(piece(row, index, &mut padding))
     }
 }

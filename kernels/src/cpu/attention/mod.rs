@@ -162,7 +162,7 @@ impl Attention<'_> {
 
     /// Whether K and V may be turned into bf16 without loss.
     const fn is_exact_in_bf16(&self) -> bool {
-        matches!(self.shape.dtype, KvDtype::Bf16 | KvDtype::Int8)
+        matches!(self.shape.dtype, KvDtype::Bf16 | KvDtype::Int8 | KvDtype::Fp8)
     }
 }
 

@@ -9,7 +9,6 @@ use super::{
 };
 use crate::{
     cpu::simd::{Simd, padded},
-    kv::KvDtype,
     kv_rows::Part,
     matrix::PANEL,
 };
@@ -216,7 +215,7 @@ impl<'a, D: Dots> Tile<'a, D> {
             let rows = self.stored_rows(Part::Key, first, loaded);
             let lines = &mut self.parts.keys[panel * units..(panel + 1) * units];
             self.dots.keys(of.shape.dtype, &rows, lines);
-            self.parts.key_factors[panel] = if of.shape.dtype == KvDtype::Int8 {
+            self.parts.key_factors[panel] = if of.shape.dtype.has_scales() {
                 self.scales(Part::Key, first, loaded).map(|scale| scale * factor)
             } else {
                 [factor; PANEL]
@@ -237,7 +236,7 @@ impl<'a, D: Dots> Tile<'a, D> {
                 first: panel * PANEL / D::UNIT,
             };
             self.dots.values(shape.dtype, &rows, self.parts.values, panels);
-            if shape.dtype == KvDtype::Int8 {
+            if shape.dtype.has_scales() {
                 self.parts.value_scales[panel] = self.scales(Part::Value, first, loaded);
             }
         }
@@ -253,7 +252,7 @@ impl<'a, D: Dots> Tile<'a, D> {
         };
         let values: &[u32] = bytemuck::cast_slice(&*self.parts.values);
         let scales = self.parts.value_scales.as_flattened();
-        let is_scaled = self.stored.of.shape.dtype == KvDtype::Int8;
+        let is_scaled = self.stored.of.shape.dtype.has_scales();
         values.iter().fold(true, |finite, &bits| finite & is_finite(bits))
             && (!is_scaled || scales.iter().all(|scale| scale.is_finite()))
     }
@@ -261,7 +260,7 @@ impl<'a, D: Dots> Tile<'a, D> {
     /// Turns the scores of some queries into weights, and adds the weighted values of the tile to their sums.
     #[inline(always)]
     fn add_values(&mut self, start: usize, queries: Range<usize>) {
-        let is_scaled = self.stored.of.shape.dtype == KvDtype::Int8;
+        let is_scaled = self.stored.of.shape.dtype.has_scales();
         for query in queries.clone() {
             let keys = self.visible(start, query);
             if !keys.is_empty() {

@@ -85,6 +85,7 @@ impl Operation {
             Self::Product { rows: 2048 },
             Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Bf16 },
             Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Int8 },
+            Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Fp8 },
         ]
     }
 
@@ -288,7 +289,7 @@ impl Operands<'_> {
             to_first_head: 0,
             heads: KV_HEADS as u32,
         };
-        let scale = if to == KvDtype::Int8 { size_of::<f32>() } else { 0 };
+        let scale = if to.has_scales() { size_of::<f32>() } else { 0 };
         let head = HEAD * (KvDtype::Bf16.bytes() + to.bytes()) + scale;
         let bytes = 2 * tokens as usize * layers as usize * KV_HEADS * head;
         Ok((launches::convert_blocks(&parameters), bytes as f64))
@@ -339,6 +340,7 @@ mod tests {
                 Operation::Prefill { tokens: 20 },
                 Operation::Convert { tokens: 40, layers: 2, to: KvDtype::Bf16 },
                 Operation::Convert { tokens: 33, layers: 1, to: KvDtype::Int8 },
+                Operation::Convert { tokens: 33, layers: 1, to: KvDtype::Fp8 },
             ];
             let rows = measure(&driver, &operations, 1).expect("it has the memory");
             for (row, operation) in rows.iter().zip(operations) {

@@ -74,6 +74,7 @@ impl Operation {
             attention(16, 1, 8192, KvDtype::Bf16),
             attention(16, 1, 2048, KvDtype::F16),
             attention(16, 1, 2048, KvDtype::Int8),
+            attention(16, 1, 2048, KvDtype::Fp8),
             attention(1, 256, 1024, KvDtype::Bf16),
             attention(1, 2048, 2048, KvDtype::Bf16),
             attention(1, 2048, 2048, KvDtype::F16),
@@ -160,7 +161,9 @@ impl Prepared {
                 Bound::Operations(cpu.arithmetic(format))
             }
             // K and V of these types are multiplied in bf16 where there are instructions for that.
-            Operation::Attention { rows, dtype: KvDtype::Bf16 | KvDtype::Int8, .. } if 1 < rows => {
+            Operation::Attention { rows, dtype: KvDtype::Bf16 | KvDtype::Int8 | KvDtype::Fp8, .. }
+                if 1 < rows =>
+            {
                 Bound::Operations(cpu.arithmetic(WeightFormat::Stored(WeightDtype::Bf16)))
             }
             Operation::Attention { rows, .. } if 1 < rows => Bound::Operations(Arithmetic::F32),

@@ -79,7 +79,7 @@ fn wire_number(position: usize) -> u32 {
 }
 
 /// The position is the number on the wire: append only.
-const DTYPES: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8];
+const DTYPES: [KvDtype; 5] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8];
 /// The position is the number on the wire: append only.
 const ORDERS: [AxisOrder; 2] = [AxisOrder::TokenHead, AxisOrder::HeadToken];
 /// Keeps `layers * heads * head_size * block_len * 8` within 64 bits for any 16-bit fields.
