@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use tidemill_kernels::cuda::Driver;
-use tidemill_kvtransfer_proto::layout::KvDtype;
 
 use crate::device::DeviceChoice;
 use crate::engine::EngineError;

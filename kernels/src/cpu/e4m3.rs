@@ -21,7 +21,7 @@ pub(crate) fn narrow(value: f32) -> u8 {
     let is_none = INFINITE < magnitude;
     let magnitude = if GREATEST < magnitude { GREATEST } else { magnitude };
     // Half a unit of what stays, less one if what stays is even: a tie then carries only into an odd number.
-    let normal = (magnitude + 0x7_ffff + (magnitude >> 20 & 1) >> 20).wrapping_sub(120 << 3);
+    let normal = ((magnitude + 0x7_ffff + (magnitude >> 20 & 1)) >> 20).wrapping_sub(120 << 3);
     // The sum has its last bit where the last bit of a subnormal number is.
     let counted = (f32::from_bits(magnitude) + COUNTER).to_bits() - COUNTER.to_bits();
     let code = if magnitude < LEAST_NORMAL { counted } else { normal };

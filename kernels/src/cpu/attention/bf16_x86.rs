@@ -99,7 +99,9 @@ impl Bf16Pairs {
             KvDtype::Fp8 => {
                 let mut padding = [0; 2 * PANEL];
                 // SAFETY: as in `hold`.
-                unsafe { _mm512_castsi512_ps(e4m3_to_bf16(piece(row, index, &mut padding))) }
+                let pairs = unsafe { e4m3_to_bf16(piece(row, index, &mut padding)) };
+                // SAFETY: as in `hold`.
+                unsafe { _mm512_castsi512_ps(pairs) }
             }
             _ => {
                 let mut padding = [0; 4 * PANEL];
