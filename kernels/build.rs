@@ -33,7 +33,8 @@ mod emulator {
             build.file(folder.join(kernels).with_extension("cpp")).include("cu").flag("-fsanitize=thread");
             build.compile(&format!("tidemill_emulator_{kernels}"));
         }
-        compiler().opt_level(2).file(folder.join("emulator.cpp")).compile("tidemill_emulator");
+        let files = ["emulator.cpp", "hopper.cpp"].map(|name| folder.join(name));
+        compiler().opt_level(2).files(files).compile("tidemill_emulator");
     }
 
     fn compiler() -> cc::Build {

@@ -1,5 +1,5 @@
-// What C++ cannot say: one function for each PTX instruction that we use. Their twins for the emulator, which give the same bits, are in
-// `emulator/instructions.h`.
+// What C++ cannot say: one function for each PTX instruction that we use, but those of Hopper alone (`hopper.cuh`). Their twins for the
+// emulator, which give the same bits, are in `emulator/instructions.h`.
 //
 // Source: NVIDIA, "Parallel Thread Execution ISA", sections 9.7.9 (conversion, asynchronous copies) and 9.7.15 (matrices).
 #pragma once

@@ -14,16 +14,19 @@ def main(architectures: list[str]) -> int:
     nvrtc = ctypes.CDLL(NVRTC)
     folder = pathlib.Path(__file__).parent
     headers = {path.name: path.read_bytes() for path in sorted(folder.glob("*.cuh"))}
-    failures = 0
-    sources = sorted(folder.glob("*.cu"))
-    for source in sources:
+    failures, images = 0, 0
+    for source in sorted(folder.glob("*.cu")):
         for architecture in architectures:
+            # What only Hopper has is for Hopper alone.
+            if source.name.startswith("hopper_") and architecture != "sm_90a":
+                continue
+            images += 1
             log = compile_one(nvrtc, source, headers, architecture)
             if log is not None:
                 failures += 1
                 print(f"{source.name} for {architecture} by NVRTC:\n{log}", file=sys.stderr)
     if failures == 0:
-        print(f"NVRTC: {len(sources) * len(architectures)} images")
+        print(f"NVRTC: {images} images")
     return failures
 
 

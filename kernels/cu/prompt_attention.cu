@@ -5,32 +5,10 @@
 // keys are cut into tiles from position 0 on, so a row is the same in whatever chunk it comes.
 //
 // Source: T. Dao, "FlashAttention-2", 2023: the order of loops, and weights that stay in registers between the two products.
-#include "kv.cuh"
+#include "prompt_attention.cuh"
 #include "tensor_core.cuh"
 
-// Rows that are computed together: neighbours in one sequence.
-struct PromptTile {
-  uint32_t first_row;
-  uint32_t rows;
-  uint32_t first_position;
-  uint32_t sequence;  // which row of `blocks`
-};
-
-struct PromptAttention {
-  void* out;                // [rows][query_heads][head_size]
-  const void* query;        // [rows][query_stride]
-  uint8_t* const* blocks;   // [sequences][blocks_per_sequence], from position 0 on
-  const PromptTile* tiles;  // [tiles]
-  KvShape shape;
-  uint32_t layer;
-  uint32_t blocks_per_sequence;
-  uint32_t query_heads;
-  uint32_t query_stride;
-  uint32_t window;  // a row sees at most this many keys, its own included; 0: all
-  float scale;      // of a product of query and key, times log2(e)
-};
-
-constexpr unsigned kPromptThreads = 128, kPromptRows = 64;
+constexpr unsigned kPromptThreads = 128;
 
 // Heads of up to `kHead` elements of the type `T`, `kKeys` keys at once. A row in shared memory is longer by 16 bytes than what is in it, so
 // that eight rows lie in different banks.

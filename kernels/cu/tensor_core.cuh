@@ -24,3 +24,19 @@ template <class T>
 __device__ __forceinline__ uint32_t pair(float low, float high) {
   return narrow<T>(low).bits | uint32_t(narrow<T>(high).bits) << 16;
 }
+
+// The sums of a row that a lane has, of columns 2t and 2t + 1 of four times eight, become those of eight columns: the ones of number t.
+__device__ __forceinline__ void exchange_in_fours(uint32_t (&words)[4]) {
+  unsigned t = threadIdx.x % 4;
+#pragma unroll
+  for (unsigned bit = 1; bit <= 2; bit *= 2) {
+    bool upper = t & bit;
+#pragma unroll
+    for (unsigned i = 0; i < 4; i++) {
+      if (i & bit) continue;
+      uint32_t other = __shfl_xor_sync(kAllLanes, upper ? words[i] : words[i | bit], bit);
+      words[i] = upper ? other : words[i];
+      words[i | bit] = upper ? words[i | bit] : other;
+    }
+  }
+}

@@ -150,7 +150,8 @@ fn the_compiler_compiles_every_kernel_once() {
         let capability = ComputeCapability { major, minor };
         let images = || Images::new(Some(folder.path().to_owned()), capability);
         let (first, second) = (images(), images());
-        for module in MODULES {
+        let modules: Vec<&Module> = MODULES.iter().filter(|it| it.is_for(capability)).collect();
+        for &module in &modules {
             let image = first.image(module, &compiler).expect("our kernels compile");
             // An image is an ELF file that has its kernels by name.
             assert_eq!(&image[..4], b"\x7fELF", "{}", module.name);
@@ -160,7 +161,7 @@ fn the_compiler_compiles_every_kernel_once() {
             }
             assert_eq!(second.image(module, &compiler), Ok(image));
         }
-        assert_eq!((first.compiled(), second.compiled()), (MODULES.len(), 0));
+        assert_eq!((first.compiled(), second.compiled()), (modules.len(), 0));
     }
 }
 

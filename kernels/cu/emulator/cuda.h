@@ -92,7 +92,7 @@ struct Registration {
 #define SHARED(TYPE, NAME)       \
   static const char NAME##_key = 0; \
   TYPE& NAME = *(TYPE*)::emulator::shared_variable(&NAME##_key, sizeof(TYPE), alignof(TYPE))
-#define DYNAMIC_SHARED(TYPE, NAME) TYPE* NAME = (TYPE*)::emulator::dynamic_shared(16)
+#define DYNAMIC_SHARED(TYPE, NAME) TYPE* NAME = (TYPE*)::emulator::dynamic_shared(1024)
 
 inline void __syncthreads(int line = __builtin_LINE()) { ::emulator::meet_block(0, line); }
 inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) { return ::emulator::meet_block(predicate, line); }

@@ -11,37 +11,23 @@
 //   - two threads that access the same byte, one of them writing, with nothing between them that orders the two:
 //     a barrier of the block, a `__syncwarp` of the warp, or the end of the launch;
 //   - reading what `cp.async` copies before the copy was waited for;
+//   - what can go wrong with the instructions of Hopper (`hopper.cpp`);
 //   - threads that wait for others that never come, or at different barriers; misaligned accesses.
 //
 // Ends of local variables are not looked at: `../check` lets no kernel have local variables in memory.
 //
 // Not modelled: memory orders weaker than that, warps that diverge around a meeting, partial masks, textures, clusters. Time is not
 // either: nothing here says how fast a kernel is.
-#include "cuda.h"
+#include "state.h"
 
-#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <deque>
-#include <map>
-#include <memory>
-#include <vector>
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 namespace emulator {
-namespace {
 
-// ---- Fibers --------------------------------------------------------------------------------------------------------------
-
-constexpr size_t kStackBytes = 64 << 10;
-constexpr unsigned kWarp = 32;
+thread_local Launch* current = nullptr;
 
 #if defined(__x86_64__)
-// Keeps what a called function has to keep (System V ABI), and goes on where `to` was left.
-extern "C" void tidemill_switch_stack(void** from, void* to);
 asm(R"(
 .text
 .globl tidemill_switch_stack
@@ -64,134 +50,9 @@ tidemill_switch_stack:
   ret
 .size tidemill_switch_stack, .-tidemill_switch_stack
 )");
-
-struct Context {
-  void* stack_pointer = nullptr;
-
-  void prepare(char* stack, void (*entry)()) {
-    void** top = (void**)(uintptr_t(stack + kStackBytes) & ~uintptr_t(15));
-    *--top = nullptr;  // The stack is off by eight where a function begins.
-    *--top = (void*)entry;
-    top -= 6;
-    std::fill(top, top + 6, nullptr);
-    stack_pointer = top;
-  }
-  static void swap(Context& from, Context& to) { tidemill_switch_stack(&from.stack_pointer, to.stack_pointer); }
-};
-#else
-struct Context {
-  ucontext_t context;
-
-  void prepare(char* stack, void (*entry)()) {
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;
-    makecontext(&context, entry, 0);
-  }
-  static void swap(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
-};
 #endif
 
-// ---- Who accessed a byte, and when -----------------------------------------------------------------------------------------
-
-// A thread, or all of those that the smallest common group of several threads has: warp, block, everything.
-struct Owner {
-  unsigned level : 2;
-  unsigned atomic : 1;
-  unsigned id : 29;
-};
-
-struct Cell {
-  uint32_t write_time;
-  Owner writer;
-  uint32_t read_time;
-  Owner reader;
-};
-
-// Times. The clock goes on with each meeting that orders memory.
-constexpr uint32_t kNever = 0, kHost = 1, kInFlight = ~0u;
-
-struct Region {
-  char* first;
-  size_t bytes;
-  std::vector<Cell> cells;
-};
-
-}  // namespace
-
-// What one device has: allocations by their address.
-struct Memory {
-  std::map<uintptr_t, Region> regions;
-  // Where the next launch begins: whatever is earlier comes before it.
-  uint32_t clock = kHost + 1;
-};
-
 namespace {
-
-enum class State { ready, at_barrier, in_warp, done };
-
-struct Copy {
-  char* shared;
-  const char* global;
-  unsigned bytes, taken;
-  unsigned group;
-};
-
-struct Thread {
-  Context context;
-  Index index;
-  unsigned number;  // In its block.
-  State state;
-  unsigned generation;
-  unsigned groups;  // Of copies, begun so far.
-  std::deque<Copy> copies;
-};
-
-struct Warp {
-  uint64_t slots[2][kWarp];
-  Fragment fragments[2][kWarp];
-  unsigned arrived, generation;
-  bool orders_memory;
-  uint32_t ordered_at;
-};
-
-struct Variable {
-  const void* key;
-  char* first;
-  size_t bytes;
-};
-
-// One launch in progress.
-struct Launch {
-  Memory* memory;
-  const Kernel* kernel;
-  Index grid, block_size, block;
-  unsigned threads, block_number;
-  unsigned dynamic_bytes;
-  std::vector<char> params;
-
-  std::vector<Thread> all;
-  std::vector<Warp> warps;
-  std::unique_ptr<char[]> stacks;  // Not filled: most of it is never touched.
-  Context scheduler;
-  Thread* running;
-  unsigned alive, waiting, generation;
-  int count, counted, line;
-  uint32_t ordered_at;
-
-  Region shared;
-  std::vector<Variable> variables;
-  size_t shared_used;
-  Region* last_region;
-
-  uint32_t clock, began;
-  bool failed;
-  char* message;
-  size_t message_bytes;
-};
-
-thread_local Launch* current = nullptr;
 
 // A block of any device of the last years has at least this much; what is beyond it a kernel has to ask for.
 constexpr size_t kSharedBytes = 227 << 10;
@@ -221,6 +82,8 @@ void begin_again(Memory& memory) {
   memory.clock = kHost + 1;
 }
 
+}  // namespace
+
 void leave_thread() { Context::swap(current->running->context, current->scheduler); }
 
 [[noreturn]] void fail_with(const char* format, ...) {
@@ -240,30 +103,43 @@ void leave_thread() { Context::swap(current->running->context, current->schedule
   __builtin_unreachable();  // The scheduler gives no turn after a failure.
 }
 
-unsigned thread_id() { return current->block_number * current->threads + current->running->number; }
+namespace {
+
+unsigned group_size(unsigned level) { return level == 0 ? 1 : level == 1 ? kWarp : current->ids; }
 
 unsigned group_of(Owner owner, unsigned level) {
   // Ids of groups are those of their first thread, so that one field holds all levels.
-  unsigned size = level == 0 ? 1 : level == 1 ? kWarp : current->threads;
-  return level == 3 ? 0 : owner.id / size * size;
+  return level == 3 ? 0 : owner.id / group_size(level) * group_size(level);
 }
 
-// Whether what `owner` did at `time` comes before what the running thread does now.
-bool ordered(Owner owner, uint32_t time) {
+}  // namespace
+
+bool ordered(const Thread& thread, Owner owner, uint32_t time) {
   const Launch& launch = *current;
   if (time < launch.began) return true;
-  Owner self{0, 0, thread_id()};
+  Owner self{0, 0, launch.block_number * launch.ids + thread.number};
   if (owner.level == 0 && owner.id == self.id) return true;
-  if (owner.level <= 2 && group_of(owner, 2) == group_of(self, 2) && time < launch.ordered_at) return true;
-  const Warp& warp = launch.warps[launch.running->number / kWarp];
-  return owner.level <= 1 && group_of(owner, 1) == group_of(self, 1) && time < warp.ordered_at;
+  if (2 < owner.level || group_of(owner, 2) != group_of(self, 2)) return false;
+  if (time < launch.ordered_at) return true;
+  const Warp& warp = launch.warps[thread.number / kWarp];
+  if (owner.level <= 1 && group_of(owner, 1) == group_of(self, 1) && time < warp.ordered_at) return true;
+  if (thread.seen.empty()) return false;
+  // Of a block all threads that there are.
+  unsigned first = owner.id % launch.ids, last = owner.level == 2 ? launch.threads : first + group_size(owner.level);
+  return std::all_of(thread.seen.begin() + first, thread.seen.begin() + last, [&](uint32_t seen) { return time < seen; });
 }
+
+namespace {
+
+bool ordered(Owner owner, uint32_t time) { return ordered(*current->running, owner, time); }
 
 Owner united(Owner a, Owner b) {
   for (unsigned level = std::max(a.level, b.level); level < 3; level++)
     if (group_of(a, level) == group_of(b, level)) return {level, 0, group_of(a, level)};
   return {3, 0, 0};
 }
+
+}  // namespace
 
 Region* region_of(const char* address, size_t bytes) {
   Launch& launch = *current;
@@ -283,23 +159,32 @@ Region* region_of(const char* address, size_t bytes) {
   return launch.last_region = region;
 }
 
+namespace {
+
 const char* room(const Region* region) { return region == &current->shared ? "shared memory" : "an allocation"; }
+
+}  // namespace
 
 [[noreturn]] void fail_at(const char* what, const Region* region, const char* address, size_t bytes) {
   fail_with("%s: %zu bytes at byte %zu of %s of %zu", what, bytes, size_t(address - region->first), room(region), region->bytes);
 }
 
+namespace {
+
 // Shared variables of the block itself or of the emulator are not memory of the device: the stacks, and the parameters.
 bool is_private(const char* address, size_t bytes, Access kind) {
-  const Launch& launch = *current;
+  Launch& launch = *current;
   auto within = [&](const char* memory, size_t size) { return memory <= address && address + bytes <= memory + size; };
   if (within(launch.stacks.get(), launch.threads * kStackBytes)) {
     size_t stack = size_t(address - launch.stacks.get()) / kStackBytes;
     if (stack != launch.running->number) fail_with("access to a local variable of thread %zu", stack);
+    look_at_registers(*launch.running, address, bytes, kind);
     return true;
   }
-  return kind == Access::read && within(launch.params.data(), launch.params.size());
+  return kind == Access::read && within(launch.params, launch.kernel->params_bytes);
 }
+
+}  // namespace
 
 void look_at(const char* address, size_t bytes, Access kind) {
   Launch& launch = *current;
@@ -309,7 +194,8 @@ void look_at(const char* address, size_t bytes, Access kind) {
     const char* verb = kind == Access::read ? "reads" : "writes";
     fail_with("%s %zu bytes at %p, outside of every allocation", verb, bytes, (const void*)address);
   }
-  Owner self{0, kind == Access::atomic, thread_id()};
+  if (region == &launch.shared && kind != Access::read) look_at_readings(address, bytes);
+  Owner self{0, kind == Access::atomic, launch.block_number * launch.ids + launch.running->number};
   Cell* cells = region->cells.data() + (address - region->first);
   for (Cell* cell = cells; cell < cells + bytes; cell++) {
     if (cell->write_time == kInFlight) fail_at("a copy is in flight that was not waited for", region, address, bytes);
@@ -331,12 +217,15 @@ void look_at(const char* address, size_t bytes, Access kind) {
   }
 }
 
+namespace {
+
 // ---- Turns ---------------------------------------------------------------------------------------------------------------------
 
 void thread_body() {
   Launch& launch = *current;
-  launch.kernel->run(launch.params.data());
+  launch.kernel->run(launch.params);
   if (!launch.running->copies.empty()) fail_with("ends with copies in flight");
+  end_thread(*launch.running);
   launch.running->state = State::done;
   launch.alive--;
   leave_thread();
@@ -357,6 +246,10 @@ bool may_run(Launch& launch, Thread& thread) {
       return true;
     case State::in_warp:
       return thread.generation != launch.warps[thread.number / kWarp].generation;
+    case State::at_phase:
+    case State::at_named:
+    case State::in_warpgroup:
+      return may_go_on(launch, thread);
     case State::done:
       return false;
   }
@@ -401,6 +294,7 @@ void run_block(Launch& launch, unsigned seed) {
   std::fill_n(launch.shared.cells.begin(), launch.shared_used, Cell{});
   launch.shared_used = 0;
   launch.variables.clear();
+  begin_block(launch);
 
   uint64_t random = seed * 0x9e3779b97f4a7c15ull + launch.block_number + 1;
   std::vector<unsigned> order = first_order(launch.threads, seed);
@@ -418,11 +312,14 @@ void run_block(Launch& launch, unsigned seed) {
       if (launch.failed) return;
     }
     if (some_ran || !launch.alive) continue;
-    unsigned in_warps = 0;
-    for (const Thread& thread : launch.all) in_warps += thread.state == State::in_warp;
+    auto count = [&](State state) {
+      return unsigned(std::count_if(launch.all.begin(), launch.all.end(), [&](const Thread& thread) { return thread.state == state; }));
+    };
     snprintf(launch.message, launch.message_bytes,
-             "%s, block (%u, %u, %u): %u threads wait at a barrier and %u in their warps for others that never come",
-             launch.kernel->name, launch.block.x, launch.block.y, launch.block.z, launch.waiting, in_warps);
+             "%s, block (%u, %u, %u): %u threads wait at a barrier, %u for a phase in shared memory, %u in their warpgroups and %u in "
+             "their warps for others that never come",
+             launch.kernel->name, launch.block.x, launch.block.y, launch.block.z, launch.waiting + count(State::at_named),
+             count(State::at_phase), count(State::in_warpgroup), count(State::in_warp));
     launch.failed = true;
     return;
   }
@@ -479,7 +376,10 @@ const uint64_t* meet_warp(unsigned mask, uint64_t value, bool orders_memory) {
   if (warp.arrived == ~0u) {
     warp.arrived = 0;
     warp.generation++;
-    if (orders_memory) warp.ordered_at = ++launch.clock;
+    if (orders_memory) {
+      warp.ordered_at = ++launch.clock;
+      share_knowledge(launch, self.number / kWarp);
+    }
   } else {
     self.generation = generation;
     self.state = State::in_warp;
@@ -639,18 +539,22 @@ extern "C" bool tidemill_emulator_launch(Memory* memory, const emulator::Kernel*
   launch.block_size = {block[0], block[1], block[2]};
   launch.threads = block[0] * block[1] * block[2];
   launch.dynamic_bytes = dynamic_bytes;
-  launch.params.assign(params, params + kernel->params_bytes);
+  launch.ids = launch.threads + emulator::kBarriers;
+  launch.params_memory.resize(kernel->params_bytes + 128);
+  launch.params = (char*)((uintptr_t(launch.params_memory.data()) + 127) / 128 * 128);
+  std::copy_n(params, kernel->params_bytes, launch.params);
   launch.message = message;
   launch.message_bytes = message_bytes;
   uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
   if (launch.threads == 0 || launch.threads % emulator::kWarp != 0 || kernel->max_threads < launch.threads || blocks == 0 ||
-      (1u << 29) < blocks * launch.threads) {
+      (1u << 29) < blocks * launch.ids) {
     snprintf(message, message_bytes, "%s: %llu blocks of %u threads (whole warps, at most %u)", kernel->name,
              (unsigned long long)blocks, launch.threads, kernel->max_threads);
     return false;
   }
   launch.all.resize(launch.threads);
   launch.warps.resize(launch.threads / emulator::kWarp);
+  launch.warpgroups.resize(launch.threads / emulator::kWarpgroup);
   launch.stacks.reset(new char[launch.threads * emulator::kStackBytes]);
   emulator::SharedMemory& shared = emulator::shared_memory;
   launch.shared = std::move(shared.region);

@@ -8,6 +8,8 @@ static const emulator::Kernel* kernel_list = nullptr;
 #include "../attention.cu"
 #include "../convert.cu"
 #include "../embedding.cu"
+#include "../hopper_attention.cu"
+#include "../hopper_product.cu"
 #include "../matrix_product.cu"
 #include "../normalize.cu"
 #include "../product.cu"

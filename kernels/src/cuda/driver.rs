@@ -3,11 +3,11 @@
 use super::{
     Collective, ComputeCapability, CudaError, GroupId, Launch, MatrixProduct, Member, timeline::Moment,
 };
-use bytemuck::NoUninit;
+use bytemuck::{AnyBitPattern, NoUninit};
 use std::fmt::Debug;
 
 /// A place in a device's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, NoUninit)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, AnyBitPattern, NoUninit)]
 #[repr(transparent)]
 pub struct DeviceAddress(pub u64);
 

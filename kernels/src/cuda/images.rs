@@ -5,7 +5,7 @@
 //! start at the same time.
 
 use super::{
-    ComputeCapability, CudaError, CudaVersion,
+    ComputeCapability, CudaError, CudaVersion, hopper,
     sources::{HEADERS, Module},
 };
 use std::{
@@ -51,6 +51,11 @@ impl Images {
         Some(cache.join("tidemill/kernels"))
     }
 
+    /// The kind of GPU that they are for.
+    pub const fn capability(&self) -> ComputeCapability {
+        self.capability
+    }
+
     /// How many were compiled, and not found on disk.
     pub fn compiled(&self) -> usize {
         self.compiled.load(Ordering::Relaxed)
@@ -63,7 +68,9 @@ impl Images {
     /// What the compiler says.
     pub fn image(&self, module: &Module, compiler: &dyn Compiler) -> Result<Vec<u8>, CudaError> {
         let ComputeCapability { major, minor } = self.capability;
-        let architecture = format!("sm_{major}{minor}");
+        // With what only this one has and none after it.
+        let alone = if self.capability == hopper::CAPABILITY { "a" } else { "" };
+        let architecture = format!("sm_{major}{minor}{alone}");
         let options = vec![
             format!("--gpu-architecture={architecture}"),
             "--std=c++17".to_owned(),
@@ -169,7 +176,7 @@ mod tests {
         let text = String::from_utf8(image.clone()).expect("is text");
         assert_eq!(
             text,
-            "activation 13.0 [\"--gpu-architecture=sm_90\", \"--std=c++17\", \"--no-source-include\"]"
+            "activation 13.0 [\"--gpu-architecture=sm_90a\", \"--std=c++17\", \"--no-source-include\"]"
         );
         assert_eq!(second.image(&MODULES[0], &COMPILER), Ok(image));
         assert_eq!((first.compiled(), second.compiled()), (1, 0));

@@ -1,5 +1,6 @@
 //! One run of a kernel as a value.
 
+use super::TensorMap;
 use bytemuck::NoUninit;
 use std::fmt;
 
@@ -18,10 +19,14 @@ pub struct Launch {
     pub shared_bytes: u32,
     parameters: [u64; PARAMETER_WORDS],
     parameter_bytes: usize,
+    tensor_maps: usize,
 }
 
 /// The structure that a kernel takes, as C lays it out.
-pub trait Parameters: NoUninit {}
+pub trait Parameters: NoUninit {
+    /// It begins with so many [`TensorMap`]s, which a driver encodes as its device takes them.
+    const TENSOR_MAPS: usize = 0;
+}
 
 impl Launch {
     /// A run of blocks of one dimension without dynamic shared memory.
@@ -43,7 +48,8 @@ impl Launch {
         bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
         let block = [threads, 1, 1];
         let parameter_bytes = bytes.len();
-        Self { module, kernel, grid, block, shared_bytes: 0, parameters: words, parameter_bytes }
+        let tensor_maps = tensor_maps_of(parameters);
+        Self { module, kernel, grid, block, shared_bytes: 0, parameters: words, parameter_bytes, tensor_maps }
     }
 
     /// With so much shared memory beyond what the kernel declares.
@@ -51,6 +57,24 @@ impl Launch {
     pub const fn with_shared_bytes(mut self, bytes: u32) -> Self {
         self.shared_bytes = bytes;
         self
+    }
+
+    /// How many [`TensorMap`]s the parameters begin with.
+    pub const fn tensor_maps(&self) -> usize {
+        self.tensor_maps
+    }
+
+    /// The parameters in whole words, with each tensor map replaced by what `encode` makes of it.
+    pub(super) fn encoded<E>(
+        &self,
+        encode: impl Fn(&TensorMap) -> Result<[u64; TENSOR_MAP_WORDS], E>,
+    ) -> Result<[u64; PARAMETER_WORDS], E> {
+        let mut words = self.parameters;
+        for map in words.chunks_exact_mut(TENSOR_MAP_WORDS).take(self.tensor_maps) {
+            let encoded = encode(&bytemuck::pod_read_unaligned(bytemuck::cast_slice(map)))?;
+            map.copy_from_slice(&encoded);
+        }
+        Ok(words)
     }
 
     /// The parameters' bytes.
@@ -65,7 +89,14 @@ impl fmt::Debug for Launch {
     }
 }
 
+const fn tensor_maps_of<P: Parameters>(_: &P) -> usize {
+    assert!(P::TENSOR_MAPS * size_of::<TensorMap>() <= size_of::<P>(), "they are a part of it");
+    P::TENSOR_MAPS
+}
+
 /// Threads of a warp.
 pub(super) const WARP: u32 = 32;
+/// A tensor map in whole words.
+pub(super) const TENSOR_MAP_WORDS: usize = size_of::<TensorMap>() / size_of::<u64>();
 /// Room for the parameters of any of our kernels.
-const PARAMETER_WORDS: usize = 32;
+const PARAMETER_WORDS: usize = 64;

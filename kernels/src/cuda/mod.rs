@@ -13,12 +13,14 @@ mod error;
 #[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
 pub mod fake;
 pub mod gpu;
+pub mod hopper;
 pub mod images;
 mod launch;
 pub mod launches;
 mod matrix_product;
 mod parameters;
 pub mod sources;
+mod tensor_map;
 mod timeline;
 pub mod weights;
 
@@ -28,3 +30,4 @@ pub use error::{ComputeCapability, CudaError, CudaVersion};
 pub use launch::{Launch, Parameters};
 pub use matrix_product::MatrixProduct;
 pub use parameters::*;
+pub use tensor_map::TensorMap;

@@ -1,5 +1,7 @@
 //! The kernels as they are written, which the binary carries.
 
+use super::{ComputeCapability, hopper};
+
 /// A file of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Module {
@@ -7,6 +9,13 @@ pub struct Module {
     pub name: &'static str,
     /// What is in it.
     pub source: &'static str,
+}
+
+impl Module {
+    /// Whether a GPU has the instructions of the file.
+    pub fn is_for(&self, capability: ComputeCapability) -> bool {
+        capability == hopper::CAPABILITY || !self.name.starts_with("hopper_")
+    }
 }
 
 macro_rules! modules {
@@ -29,6 +38,8 @@ modules!(
     "attention",
     "convert",
     "embedding",
+    "hopper_attention",
+    "hopper_product",
     "matrix_product",
     "normalize",
     "product",
@@ -40,10 +51,12 @@ modules!(
 headers!(
     "device.cuh",
     "e4m3.cuh",
+    "hopper.cuh",
     "instructions.cuh",
     "kv.cuh",
     "matrix_tiles.cuh",
     "product.cuh",
+    "prompt_attention.cuh",
     "tensor_core.cuh"
 );
 
@@ -64,5 +77,15 @@ mod tests {
         let carried: BTreeSet<String> =
             modules.chain(HEADERS.iter().map(|(name, _)| (*name).to_owned())).collect();
         assert_eq!(carried, there);
+    }
+
+    #[test]
+    fn what_hopper_alone_has_is_for_hopper() {
+        let count =
+            |major, minor| MODULES.iter().filter(|it| it.is_for(ComputeCapability { major, minor })).count();
+        assert_eq!(count(9, 0), MODULES.len());
+        for (major, minor) in [(8, 0), (8, 9), (10, 0), (12, 0)] {
+            assert_eq!(count(major, minor), MODULES.len() - 2, "{major}.{minor}");
+        }
     }
 }

@@ -2,7 +2,9 @@
 
 use super::support;
 use std::sync::OnceLock;
-use tidemill_kernels::cuda::{Driver, emulator::Order, fake::Fake, gpu::Gpu, images::Images};
+use tidemill_kernels::cuda::{
+    Driver, emulator::Order, fake::Fake, gpu::Gpu, hopper::CAPABILITY, images::Images,
+};
 
 #[path = "attention.rs"]
 mod attention;
@@ -10,6 +12,8 @@ mod attention;
 mod convert;
 #[path = "exchange.rs"]
 mod exchange;
+#[path = "hopper.rs"]
+mod hopper;
 #[path = "matrix_product.rs"]
 mod matrix_product;
 #[path = "product.rs"]
@@ -35,7 +39,24 @@ fn on_device(run: impl Fn(&dyn Driver)) {
     on_each(&[Order::Forwards], run);
 }
 
+/// The same on devices that have what Hopper has; a GPU without it has nothing to show.
+fn on_hoppers(run: impl Fn(&dyn Driver)) {
+    on_each_made(
+        &Order::SOME,
+        |order| Fake::new(order).with_compute_capability(CAPABILITY),
+        |device| {
+            if device.properties().compute_capability == CAPABILITY {
+                run(device);
+            }
+        },
+    );
+}
+
 fn on_each(orders: &[Order], run: impl Fn(&dyn Driver)) {
+    on_each_made(orders, Fake::new, run);
+}
+
+fn on_each_made(orders: &[Order], make: impl Fn(Order) -> Fake, run: impl Fn(&dyn Driver)) {
     static GPU: OnceLock<Gpu> = OnceLock::new();
     if let Some(number) = std::env::var_os(ASKED_FOR) {
         let number = number.to_str().and_then(|it| it.parse().ok()).expect("the number of a GPU");
@@ -43,7 +64,7 @@ fn on_each(orders: &[Order], run: impl Fn(&dyn Driver)) {
         return run(GPU.get_or_init(open));
     }
     for order in orders {
-        let device = Fake::new(*order);
+        let device = make(*order);
         run(&device);
         device.assert_nothing_left();
     }

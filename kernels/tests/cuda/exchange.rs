@@ -20,7 +20,7 @@ use std::{
 use tidemill_kernels::{
     cuda::{
         Attention, DeviceAddress, Driver, KvShape, Product, PromptAttention, PromptTile, RmsNorm, SiluMul,
-        launches,
+        hopper, launches,
     },
     kv::KvDtype,
     matrix::WeightDtype,
@@ -107,9 +107,15 @@ impl Exchange<'_> {
             outputs: outputs as u32,
             adds: 0,
         };
-        self.device.launch(&launches::product(dtype, false, &parameters)).expect("kernels run");
-        let sizes = format!(r#""rows": {rows}, "inputs": {inputs}, "outputs": {outputs}"#);
-        self.note("product", dtype, &sizes, &[("x", &x), ("w", &w), ("out", &floats(&out, dtype))]);
+        let usual = launches::product(dtype, false, &parameters);
+        let wide = hopper::multiply(self.device.properties(), dtype, false, &parameters);
+        for launch in [Some(usual), wide].into_iter().flatten() {
+            self.device.launch(&launch).expect("kernels run");
+            let kernel = launch.kernel;
+            let sizes =
+                format!(r#""kernel": "{kernel}", "rows": {rows}, "inputs": {inputs}, "outputs": {outputs}"#);
+            self.note("product", dtype, &sizes, &[("x", &x), ("w", &w), ("out", &floats(&out, dtype))]);
+        }
     }
 
     fn rms_norm(&mut self, dtype: WeightDtype, rows: usize, width: usize) {
@@ -184,14 +190,19 @@ impl Exchange<'_> {
             window: 0,
             scale: Attention::scale((head_size as f32).sqrt().recip()),
         };
-        let launch = launches::attend_prompts(dtype, tiles.len() as u32, &parameters);
-        self.device.launch(&launch.expect("16 bits")).expect("kernels run");
-        let sizes = format!(
-            r#""heads": {heads}, "kv_heads": {kv_heads}, "head_size": {head_size}, "tokens": {tokens}"#
-        );
-        let out = floats(&out, dtype);
-        let tensors = [("query", &query[..]), ("key", &key), ("value", &value), ("out", &out)];
-        self.note("prompt", dtype, &sizes, &tensors);
+        let (count, properties, range) = (tiles.len() as u32, self.device.properties(), paged.range());
+        let usual = launches::attend_prompts(dtype, count, &parameters).expect("16 bits");
+        let wide = hopper::attend_prompts(properties, dtype, count, tokens as u32, &range, &parameters);
+        for launch in [Some(usual), wide].into_iter().flatten() {
+            self.device.launch(&launch).expect("kernels run");
+            let kernel = launch.kernel;
+            let sizes = format!(
+                r#""kernel": "{kernel}", "heads": {heads}, "kv_heads": {kv_heads}, "head_size": {head_size}, "tokens": {tokens}"#
+            );
+            let out = floats(&out, dtype);
+            let tensors = [("query", &query[..]), ("key", &key), ("value", &value), ("out", &out)];
+            self.note("prompt", dtype, &sizes, &tensors);
+        }
     }
 
     /// One new token of each of some sequences, whose keys and values lie in paged blocks of the same type.

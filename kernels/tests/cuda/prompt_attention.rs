@@ -4,28 +4,34 @@ use super::{
     on_devices,
     support::{
         Blocks, KV_DTYPES, Numbers, Order, assert_close, assert_same_bits,
-        cuda::{Buffer, DeviceBlocks, block_table, elements, floats, rounded, tolerance},
+        cuda::{Buffer, DeviceBlocks, elements, floats, rounded, tolerance},
         shape,
     },
 };
 use tidemill_kernels::{
-    cuda::{Attention, DeviceAddress, Driver, KvShape, PromptAttention, PromptTile, launches},
+    cuda::{
+        Attention, DeviceAddress, Driver, KvShape, Launch, PromptAttention, PromptTile, hopper::BlockRange,
+        launches,
+    },
     kv::{KvBlockShape, KvDtype},
     matrix::WeightDtype,
     reference,
     step::{AttentionParams, SequenceRows},
 };
 
-struct Case {
-    dtype: WeightDtype,
-    kv_dtype: KvDtype,
-    query_heads: usize,
-    kv_heads: usize,
-    head_size: usize,
-    window: Option<usize>,
+pub(super) struct Case {
+    pub(super) dtype: WeightDtype,
+    pub(super) kv_dtype: KvDtype,
+    pub(super) query_heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_size: usize,
+    pub(super) window: Option<usize>,
     /// Of each sequence: the position of its first row in the step, and rows.
-    chunks: &'static [(usize, usize)],
+    pub(super) chunks: &'static [(usize, usize)],
 }
+
+/// What a kernel is launched with: tiles, rows, and blocks besides.
+pub(super) type Launcher<'a> = &'a dyn Fn(u32, u32, &BlockRange, &PromptAttention) -> Option<Launch>;
 
 impl Case {
     fn shape(&self) -> KvBlockShape {
@@ -36,7 +42,7 @@ impl Case {
         (self.head_size as f32).sqrt().recip()
     }
 
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.query_heads * self.head_size
     }
 }
@@ -135,7 +141,17 @@ fn rows_are_cut_into_tiles() {
 }
 
 fn check(device: &dyn Driver, case: &Case) {
-    let (actual, expected) = run(device, case);
+    check_by(device, case, &usual(case));
+}
+
+/// The kernel that every GPU has.
+fn usual(case: &Case) -> impl Fn(u32, u32, &BlockRange, &PromptAttention) -> Option<Launch> {
+    let dtype = case.dtype;
+    move |tiles, _, _, parameters| launches::attend_prompts(dtype, tiles, parameters)
+}
+
+pub(super) fn check_by(device: &dyn Driver, case: &Case, launcher: Launcher<'_>) {
+    let (actual, expected) = run_by(device, case, launcher);
     let &Case { dtype, kv_dtype, query_heads, kv_heads, head_size, window, chunks } = case;
     let name = format!(
         "{dtype:?} on {kv_dtype:?}, {query_heads}/{kv_heads} heads of {head_size}, window {window:?}, {chunks:?}"
@@ -146,6 +162,11 @@ fn check(device: &dyn Driver, case: &Case) {
 /// What the kernel makes of it, and the reference. All rows are those of one long sequence or several like it, so that the
 /// same position has the same numbers in any chunk.
 fn run(device: &dyn Driver, case: &Case) -> (Vec<f32>, Vec<f32>) {
+    run_by(device, case, &usual(case))
+}
+
+/// The same by the kernel that `launcher` chooses.
+pub(super) fn run_by(device: &dyn Driver, case: &Case, launcher: Launcher<'_>) -> (Vec<f32>, Vec<f32>) {
     let &Case { dtype, kv_heads, head_size, query_heads, window, chunks, .. } = case;
     let (shape, width) = (case.shape(), case.width());
     let stride = width + 16;
@@ -183,9 +204,19 @@ fn run(device: &dyn Driver, case: &Case) -> (Vec<f32>, Vec<f32>) {
     reference::attention(&mut expected, &query, &shape, 1, &sequences, params);
 
     let blocks_per_sequence = longest.div_ceil(shape.block_len);
-    let paged: Vec<DeviceBlocks<'_>> =
-        blocks.iter().map(|blocks| DeviceBlocks::copy_of(device, shape, blocks)).collect();
-    let table = block_table(&paged, blocks_per_sequence);
+    // All sequences in one range, which has more than theirs.
+    let paged =
+        DeviceBlocks::new(device, shape, blocks.iter().map(|it| it.addresses.len()).sum::<usize>() + 3);
+    let mut given = paged.addresses().into_iter();
+    let mut table = Vec::new();
+    for blocks in &blocks {
+        for block in 0..blocks.addresses.len() {
+            let to = given.next().expect("there are as many");
+            device.upload(to, blocks.bytes(block)).expect("the device has it");
+            table.push(to);
+        }
+        table.resize(table.len().next_multiple_of(blocks_per_sequence), DeviceAddress::NULL);
+    }
     let (table, tiles_there) = (Buffer::new(device, &table), Buffer::new(device, &tiles));
     let padded = elements(device, &padded, dtype);
     let out = Buffer::empty(device, query.len() * dtype.bytes());
@@ -197,13 +228,14 @@ fn run(device: &dyn Driver, case: &Case) -> (Vec<f32>, Vec<f32>) {
         tiles_there.address(),
         blocks_per_sequence as u32,
     );
-    let launch = launches::attend_prompts(dtype, tiles.len() as u32, &parameters).expect("not of f32");
+    let rows = (query.len() / width) as u32;
+    let launch = launcher(tiles.len() as u32, rows, &paged.range(), &parameters).expect("it takes the case");
     device.launch(&launch).expect("kernels run");
     (floats(&out, dtype), expected)
 }
 
 /// Positions that have numbers: more than any row uses.
-const POSITIONS: usize = 200;
+const POSITIONS: usize = 320;
 
 fn parameters(
     case: &Case,

@@ -3,7 +3,7 @@
 use super::{Blocks, STALE, stored};
 use bytemuck::{AnyBitPattern, NoUninit};
 use tidemill_kernels::{
-    cuda::{DeviceAddress, Driver, PinnedAddress},
+    cuda::{DeviceAddress, Driver, PinnedAddress, hopper::BlockRange},
     kv::KvBlockShape,
     matrix::WeightDtype,
     reference,
@@ -153,6 +153,12 @@ impl<'a> DeviceBlocks<'a> {
     /// Sets every byte of all blocks.
     pub fn fill(&self, value: u8) {
         self.memory.driver.fill(self.memory.address, self.memory.bytes, value).expect("the device has it");
+    }
+
+    /// All of them, as they lie one behind the other.
+    pub fn range(&self) -> BlockRange {
+        let count = self.memory.bytes / self.shape.block_bytes();
+        BlockRange { first: self.memory.address, count: count as u32, shape: self.shape }
     }
 
     pub fn addresses(&self) -> Vec<DeviceAddress> {

@@ -73,6 +73,13 @@ impl Fake {
         self
     }
 
+    /// With the instructions of another kind of GPU.
+    #[must_use]
+    pub fn with_compute_capability(mut self, capability: ComputeCapability) -> Self {
+        self.properties.compute_capability = capability;
+        self
+    }
+
     /// With a library that multiplies matrices; without it there is none.
     #[must_use]
     pub fn with_library(self) -> Self {

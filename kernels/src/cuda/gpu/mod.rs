@@ -9,6 +9,7 @@ mod library;
 mod modules;
 mod raw;
 mod state;
+mod tensor_map;
 
 pub use compiler::Nvrtc;
 

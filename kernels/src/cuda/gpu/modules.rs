@@ -1,6 +1,6 @@
 //! Our kernels on a GPU: compiled, loaded, found by name.
 
-use super::{compiler::Nvrtc, raw::check};
+use super::{compiler::Nvrtc, raw::check, tensor_map};
 use crate::cuda::{
     CudaError, Launch,
     images::{Compiler, Images},
@@ -32,13 +32,14 @@ impl Modules {
     /// In the context that the caller's thread has entered.
     pub(super) fn load(images: &Images, shared_bytes: u32) -> Result<Self, CudaError> {
         let compiler = Nvrtc::open()?;
+        let modules: Vec<_> = MODULES.iter().filter(|it| it.is_for(images.capability())).collect();
         let compiled: Vec<_> = thread::scope(|scope| {
             let compile = |module| scope.spawn(move || images.image(module, &compiler as &dyn Compiler));
-            let threads: Vec<_> = MODULES.iter().map(compile).collect();
+            let threads: Vec<_> = modules.iter().copied().map(compile).collect();
             threads.into_iter().map(|it| it.join().expect("a compiler returns")).collect()
         });
         let mut loaded = BTreeMap::new();
-        for (module, image) in MODULES.iter().zip(compiled) {
+        for (module, image) in modules.into_iter().zip(compiled) {
             loaded.insert(module.name, LoadedModule::new(&image?)?);
         }
         Ok(Self { loaded, functions: BTreeMap::new(), shared_bytes })
@@ -48,7 +49,8 @@ impl Modules {
     pub(super) fn launch(&mut self, launch: &Launch, stream: CUstream) -> Result<(), CudaError> {
         let function = self.function(launch)?;
         let ([x, y, z], [threads_x, threads_y, threads_z]) = (launch.grid, launch.block);
-        let mut parameters = [launch.parameters().as_ptr().cast_mut().cast::<c_void>()];
+        let words = launch.encoded(tensor_map::encode)?;
+        let mut parameters = [words.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: the function is of a module that is loaded until `drop`. It takes one structure, which the driver copies from
         // where the only parameter points to, aligned as 64-bit numbers are. What the kernel does with addresses in it concerns
         // the device's memory alone.
@@ -85,7 +87,8 @@ impl Modules {
     ) -> Result<(), CudaError> {
         let function = self.function(launch)?;
         let ([x, y, z], [threads_x, threads_y, threads_z]) = (launch.grid, launch.block);
-        let mut parameters = [launch.parameters().as_ptr().cast_mut().cast::<c_void>()];
+        let words = launch.encoded(tensor_map::encode)?;
+        let mut parameters = [words.as_ptr().cast_mut().cast::<c_void>()];
         let node_parameters = sys::CUDA_KERNEL_NODE_PARAMS {
             func: function,
             gridDimX: x,
