@@ -93,7 +93,8 @@ def main():
         failed += not good
         sizes = {key: value for key, value in case.items() if isinstance(value, (int, list)) and key != "tolerance"}
         word = "good" if good else "FAILED"
-        print(f"{word}: {case['operation']} {case['dtype']} {sizes}: off by {off:.1e}, torch by {off_theirs:.1e}, bound {bound:.1e}")
+        name = case.get("kernel", case["operation"])
+        print(f"{word}: {name} {case['dtype']} {sizes}: off by {off:.1e}, torch by {off_theirs:.1e}, bound {bound:.1e}")
     return 1 if failed else 0
 
 

@@ -31,6 +31,7 @@ pub(super) fn open(
     let pool = DevicePool::new(driver, arena.shape().block_bytes(), arena.blocks())?;
     let sizes = graphs.sizes(limits);
     let mut runner = CudaRunner::new(Arc::clone(model), Arc::clone(driver), *arena.shape(), limits, &sizes)?;
+    runner.set_blocks(pool.range(arena.shape()));
     if batch_invariant {
         runner.set_library_rows(None);
     }

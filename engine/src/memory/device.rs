@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use tidemill_kernels::cuda::hopper::BlockRange;
 use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver, PinnedAddress};
+use tidemill_kernels::kv::KvBlockShape;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockRef, Epoch};
 
 /// A piece of a device's memory.
@@ -151,6 +153,16 @@ impl DevicePool {
     pub fn address(&self, block: BlockId) -> DeviceAddress {
         assert!(block.0 < self.blocks.0, "{block:?} is outside a pool of {:?}", self.blocks);
         self.memory.address.offset(block.0 as usize * self.block_bytes)
+    }
+
+    /// All of them, which have this shape.
+    ///
+    /// # Panics
+    ///
+    /// When they are of another size.
+    pub fn range(&self, shape: &KvBlockShape) -> BlockRange {
+        assert_eq!(shape.block_bytes(), self.block_bytes, "the shape of the pool's blocks");
+        BlockRange { first: self.memory.address, count: self.blocks.0, shape: *shape }
     }
 
     /// Whether a block's twin in the arena is the same. Only of blocks that are full: nobody writes them any more.

@@ -47,16 +47,16 @@ for_every_model! {
 }
 
 /// A runner on a device, and its blocks.
-struct Gpu {
-    runner: CudaRunner,
+pub(super) struct Gpu {
+    pub(super) runner: CudaRunner,
     pool: DevicePool,
     blocks_given: u32,
 }
 
 /// A sequence's place in the cache.
-struct Place {
+pub(super) struct Place {
     blocks: Vec<DeviceAddress>,
-    len: usize,
+    pub(super) len: usize,
 }
 
 impl Gpu {
@@ -64,27 +64,33 @@ impl Gpu {
         Self::of(driver, &ModelSource::Folder(fixture(name)), None, storage, graph_sizes)
     }
 
-    fn of(
+    pub(super) fn of(
         driver: Arc<dyn Driver>,
         source: &ModelSource,
         quantization: Option<Quantization>,
         storage: Storage,
         graph_sizes: &[usize],
     ) -> Self {
-        let options = LoadOptions { threads: 2, format: LoadFormat::Safetensors, quantization };
+        // What is embedded in a test is a configuration alone.
+        let format = match source {
+            ModelSource::Embedded(_) => LoadFormat::Dummy { seed: 1 },
+            _ => LoadFormat::Safetensors,
+        };
+        let options = LoadOptions { threads: 2, format, quantization };
         let model = Model::load_on(&driver, options, source, &mut |_| {}).expect("the fixture loads");
         let block_len = BlockLen::new(storage.block_len).expect("a power of two");
         let shape = block_shape(&model.kv_layout(storage.dtype, block_len, storage.order));
         let pool = DevicePool::new(&driver, shape.block_bytes(), BlockCount(BLOCKS)).expect("memory");
         let limits = RunnerLimits { max_tokens: 64, max_seqs: 4, max_model_len: 128 };
         let mut runner = CudaRunner::new(Arc::new(model), driver, shape, limits, graph_sizes).expect("memory");
+        runner.set_blocks(pool.range(&shape));
         // A prompt of a fixture has few rows, and a step of decode fewer.
         runner.set_library_rows(Some(4));
         Self { runner, pool, blocks_given: 0 }
     }
 
     /// Blocks for a sequence, from both ends of the pool in turn.
-    fn place(&mut self, tokens: usize) -> Place {
+    pub(super) fn place(&mut self, tokens: usize) -> Place {
         let count = tokens.div_ceil(self.runner.shape().block_len);
         let blocks = (0..count).map(|_| {
             let nth = self.blocks_given;
@@ -96,7 +102,7 @@ impl Gpu {
     }
 
     /// One step; each sequence's logits, or tokens where the device chooses.
-    fn step(
+    pub(super) fn step(
         &mut self,
         work: &[(&Place, &[u32])],
         wanted: LogitsWanted,
@@ -127,13 +133,13 @@ impl Gpu {
 }
 
 #[derive(Debug)]
-enum Row {
+pub(super) enum Row {
     Logits(Vec<f32>),
     Token(u32),
 }
 
 impl Row {
-    fn logits(&self) -> &[f32] {
+    pub(super) fn logits(&self) -> &[f32] {
         match self {
             Self::Logits(logits) => logits,
             Self::Token(token) => panic!("token {token} where logits were wanted"),
@@ -152,7 +158,7 @@ fn check(name: &str) {
     fake.assert_nothing_left();
 }
 
-fn check_on(driver: Arc<dyn Driver>, name: &str) {
+pub(super) fn check_on(driver: Arc<dyn Driver>, name: &str) {
     let dtype = Model::load(&ModelSource::Folder(fixture(name)), LoadFormat::Safetensors, &mut |_| {})
         .expect("the fixture loads")
         .dtype;
@@ -357,7 +363,12 @@ fn in_fewer_bits_logits_are_those_of_the_cpu() {
     ];
     let prompt: Vec<u32> = (0..37).map(|index| 3 + index * 11 % 200).collect();
     for (name, source, quantization) in rows {
-        let options = LoadOptions { threads: 2, format: LoadFormat::Safetensors, quantization };
+        // What is embedded in a test is a configuration alone.
+        let format = match source {
+            ModelSource::Embedded(_) => LoadFormat::Dummy { seed: 1 },
+            _ => LoadFormat::Safetensors,
+        };
+        let options = LoadOptions { threads: 2, format, quantization };
         let model = Arc::new(Model::load_with(options, &source, &mut |_| {}).expect("the fixture loads"));
         let mut bench = Bench::exact(&model, Storage::PLAIN);
         let mut place = bench.place(64);

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::cuda::{
-    Attention, CudaError, DeviceAddress, Embed, PromptAttention, RmsNorm, RopeAndWrite, SiluMul, launches,
+    Attention, CudaError, DeviceAddress, Embed, PromptAttention, RmsNorm, RopeAndWrite, SiluMul, hopper,
+    launches,
 };
 
 use super::CudaRunner;
@@ -109,7 +110,7 @@ impl CudaRunner {
         for run in self.inputs.singles() {
             self.attend_one_by_one(layer, run.clone(), splits)?;
         }
-        self.attend_together(layer)?;
+        self.attend_together(layer, rows)?;
         let attended = Rows { x: self.buffers.attended.address(), rows, inputs: spec.query_size() };
         let state = Target { out: self.buffers.state.address(), outputs: spec.hidden_size, adds: true };
         self.project(attended, &[(&weights.output, state)])
@@ -152,7 +153,7 @@ impl CudaRunner {
     }
 
     /// Attention of neighbours in one sequence.
-    fn attend_together(&self, layer: usize) -> Result<(), CudaError> {
+    fn attend_together(&self, layer: usize, rows: usize) -> Result<(), CudaError> {
         let spec = &self.model.spec;
         let tiles = self.inputs.tile_count();
         if tiles == 0 {
@@ -171,7 +172,11 @@ impl CudaRunner {
             window: spec.windows[layer].unwrap_or(0),
             scale: self.attention_scale(),
         };
-        let launch = launches::attend_prompts(self.model.dtype, narrow(tiles), &parameters);
+        let (dtype, tiles) = (self.model.dtype, narrow(tiles));
+        let by_blocks = self.blocks.as_ref().and_then(|blocks| {
+            hopper::attend_prompts(self.driver.properties(), dtype, tiles, narrow(rows), blocks, &parameters)
+        });
+        let launch = by_blocks.or_else(|| launches::attend_prompts(dtype, tiles, &parameters));
         self.launch(launch.expect("rows of f32 are no tiles"))
     }
 

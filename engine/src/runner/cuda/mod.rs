@@ -15,6 +15,7 @@ mod products;
 use std::ops::Range;
 use std::sync::Arc;
 
+use tidemill_kernels::cuda::hopper::BlockRange;
 use tidemill_kernels::cuda::{Attention, CudaError, DeviceAddress, Driver, KvShape, Launch, SampleRow};
 use tidemill_kernels::kv::KvBlockShape;
 use tidemill_kernels::matrix::WeightDtype;
@@ -38,8 +39,10 @@ pub struct CudaRunner {
     shape: KvBlockShape,
     kv_shape: KvShape,
     limits: RunnerLimits,
-    /// Products of more rows are the library's.
+    /// Products of more rows are the library's, or a kernel's for many rows.
     library_rows: Option<usize>,
+    /// Where all blocks are, if they lie together.
+    blocks: Option<BlockRange>,
     buffers: Buffers,
     inputs: Inputs,
     graphs: Graphs,
@@ -96,6 +99,7 @@ impl CudaRunner {
             shape,
             limits,
             library_rows: Some(products::FEW_ROWS),
+            blocks: None,
         })
     }
 
@@ -113,6 +117,16 @@ impl CudaRunner {
         let max_tokens = limits.max_tokens;
         (MOST_ROWS < max_tokens)
             .then(|| format!("steps of up to {max_tokens} tokens: a GPU takes up to {MOST_ROWS}"))
+    }
+
+    /// All blocks that steps compute in are these: some GPUs copy whole blocks where they know that.
+    ///
+    /// # Panics
+    ///
+    /// When they have another shape.
+    pub fn set_blocks(&mut self, blocks: BlockRange) {
+        assert_eq!(blocks.shape, self.shape, "blocks are of the runner's shape");
+        self.blocks = Some(blocks);
     }
 
     /// The model that runs.

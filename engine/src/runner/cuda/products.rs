@@ -2,7 +2,8 @@
 
 use tidemill_kernels::cuda::weights::{padded, scale_stride};
 use tidemill_kernels::cuda::{
-    CudaError, DeviceAddress, Launch, MatrixProduct, Product, QuantizeRows, QuantizedProduct, launches,
+    CudaError, DeviceAddress, Launch, MatrixProduct, Product, QuantizeRows, QuantizedProduct, hopper,
+    launches,
 };
 use tidemill_kernels::matrix::{Quantization, WeightDtype};
 
@@ -51,7 +52,8 @@ impl CudaRunner {
         self.multiply(rows, head, DeviceAddress::NULL, target, WeightDtype::F32)
     }
 
-    /// Products of more rows than this are done by the library that the device has for them, if it has one; `None`: of none.
+    /// Products of more rows than this are done by the library that the device has for them, if it has one, else by a kernel
+    /// for many rows, if there is one; `None`: no number of rows, so that a row has the same bits whatever it is.
     pub fn set_library_rows(&mut self, most: Option<usize>) {
         self.library_rows = most;
     }
@@ -70,8 +72,12 @@ impl CudaRunner {
             && self.library_rows.is_some_and(|most| most < rows.rows)
         {
             let product = plain(rows, matrix, bias, target);
-            if self.driver.multiply(&MatrixProduct { dtype, to_f32: to != dtype, product })? {
+            let to_f32 = to != dtype;
+            if self.driver.multiply(&MatrixProduct { dtype, to_f32, product })? {
                 return Ok(());
+            }
+            if let Some(launch) = hopper::multiply(self.driver.properties(), dtype, to_f32, &product) {
+                return self.launch(launch);
             }
         }
         self.launch(self.product(rows, matrix, bias, target, to))

@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use anyhow::Context;
 use tidemill_engine::memory::{DeviceBuffer, block_shape};
+use tidemill_kernels::cuda::hopper::BlockRange;
 use tidemill_kernels::cuda::{
-    Attention, ConvertBlocks, DeviceAddress, Driver, KvShape, Launch, Product, PromptAttention, PromptTile,
-    launches,
+    Attention, ConvertBlocks, DeviceAddress, Driver, KvShape, Launch, MatrixProduct, Product,
+    PromptAttention, PromptTile, hopper, launches,
 };
 use tidemill_kernels::kv::KvBlockShape;
 use tidemill_kernels::matrix::WeightDtype;
@@ -22,16 +23,33 @@ pub(super) enum Operation {
     /// Attention of one new token of each sequence.
     Decode { sequences: u32, context: u32 },
     /// Attention of a whole prompt to itself.
-    Prefill { tokens: u32 },
-    /// A product of so many rows of bf16 by a kernel of ours.
-    Product { rows: u32 },
+    Prefill { tokens: u32, by: By },
+    /// A product of so many rows of bf16.
+    Product { rows: u32, by: By },
     /// Blocks of bf16, token by token, into blocks of another kind.
     Convert { tokens: u32, layers: u32, to: KvDtype },
 }
 
+/// Whose kernel it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum By {
+    /// Ours for every GPU.
+    Warps,
+    /// Ours for those that have what Hopper has.
+    Warpgroups,
+    /// The library's.
+    Library,
+}
+
+/// What a device is asked for.
+enum Request {
+    Launch(Box<Launch>),
+    Multiply(MatrixProduct),
+}
+
 /// An operation with operands in the device's memory.
 struct Prepared {
-    launches: Vec<Launch>,
+    requests: Vec<Request>,
     /// Bytes read and written, or multiplications and additions.
     amount: f64,
     unit: &'static str,
@@ -45,7 +63,7 @@ struct Operands<'a> {
     memory: Vec<DeviceBuffer>,
 }
 
-/// Measures each operation, beside the limit that was measured right before it.
+/// Measures each operation that the device has, beside the limit that was measured right before it.
 ///
 /// # Errors
 ///
@@ -60,7 +78,10 @@ pub(super) fn measure(
     for operation in operations {
         let name = operation.name();
         let prepared = operation.prepare(driver).with_context(|| format!("operands of {name}"))?;
-        prepared.run(driver, 1)?;
+        let Some(prepared) = prepared else { continue };
+        if !prepared.run(driver, 1)? {
+            continue;
+        }
         let mut samples = Vec::new();
         for _ in 0..runs {
             let limits = yardstick.measure(None)?;
@@ -79,10 +100,13 @@ impl Operation {
     pub(super) fn all() -> Vec<Self> {
         vec![
             Self::Decode { sequences: 32, context: 8192 },
-            Self::Prefill { tokens: 8192 },
-            Self::Product { rows: 1 },
-            Self::Product { rows: 64 },
-            Self::Product { rows: 2048 },
+            Self::Prefill { tokens: 8192, by: By::Warps },
+            Self::Prefill { tokens: 8192, by: By::Warpgroups },
+            Self::Product { rows: 1, by: By::Warps },
+            Self::Product { rows: 64, by: By::Warps },
+            Self::Product { rows: 2048, by: By::Warps },
+            Self::Product { rows: 2048, by: By::Warpgroups },
+            Self::Product { rows: 2048, by: By::Library },
             Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Bf16 },
             Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Int8 },
             Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Fp8 },
@@ -92,8 +116,10 @@ impl Operation {
     pub(super) fn name(self) -> String {
         match self {
             Self::Decode { sequences, context } => format!("attention decode, {sequences} x {context}"),
-            Self::Prefill { tokens } => format!("attention prefill, {tokens}"),
-            Self::Product { rows } => format!("matmul {rows} rows, bf16, {INPUTS} to {OUTPUTS}"),
+            Self::Prefill { tokens, by } => format!("attention prefill, {tokens}{}", by.name()),
+            Self::Product { rows, by } => {
+                format!("matmul {rows} rows, bf16, {INPUTS} to {OUTPUTS}{}", by.name())
+            }
             Self::Convert { to: KvDtype::Bf16, .. } => {
                 "handoff gather, token by token to head by head".to_owned()
             }
@@ -103,47 +129,74 @@ impl Operation {
         }
     }
 
-    fn prepare(self, driver: &std::sync::Arc<dyn Driver>) -> anyhow::Result<Prepared> {
+    /// `None` where the device has no such kernel.
+    fn prepare(self, driver: &std::sync::Arc<dyn Driver>) -> anyhow::Result<Option<Prepared>> {
         let mut operands = Operands { driver, memory: Vec::new() };
-        let (launches, amount, unit, what) = match self {
+        let launched = |launches: Vec<Launch>| launches.into_iter().map(Request::launch).collect::<Vec<_>>();
+        let (requests, amount, unit, what) = match self {
             Self::Decode { sequences, context } => {
                 let positions = vec![context - 1; sequences as usize];
                 let numbers: Vec<u32> = (0..sequences).collect();
                 let launches = operands.attention(context, &positions, &numbers)?;
                 let bytes = 2 * sequences as usize * context as usize * KV_HEADS * HEAD * 2;
-                (launches, bytes as f64, BYTES, "copied bytes")
+                (launched(launches), bytes as f64, BYTES, "copied bytes")
             }
-            Self::Prefill { tokens } => {
-                let launches = vec![operands.prompt(tokens)?];
+            Self::Prefill { tokens, by } => {
+                let Some(launch) = operands.prompt(tokens, by)? else { return Ok(None) };
                 let pairs = f64::from(tokens) * f64::from(tokens + 1) / 2.0;
-                (launches, 4.0 * pairs * (QUERY_HEADS * HEAD) as f64, "GFLOP/s", "a product of 8192³")
+                let flop = 4.0 * pairs * (QUERY_HEADS * HEAD) as f64;
+                (vec![Request::launch(launch)], flop, "GFLOP/s", "a product of 8192³")
             }
-            Self::Product { rows } => {
-                let launches = vec![operands.product(rows)?];
+            Self::Product { rows, by } => {
+                let Some(request) = operands.product(rows, by)? else { return Ok(None) };
                 let flop = 2.0 * f64::from(rows) * f64::from(INPUTS) * f64::from(OUTPUTS);
                 let bytes = 2.0 * f64::from(INPUTS) * f64::from(OUTPUTS);
                 if rows <= FEW_ROWS {
-                    (launches, bytes, BYTES, "copied bytes")
+                    (vec![request], bytes, BYTES, "copied bytes")
                 } else {
-                    (launches, flop, "GFLOP/s", "a product of 8192³")
+                    (vec![request], flop, "GFLOP/s", "a product of 8192³")
                 }
             }
             Self::Convert { tokens, layers, to } => {
                 let (launch, bytes) = operands.convert(tokens, layers, to)?;
-                (vec![launch], bytes, BYTES, "copied bytes")
+                (launched(vec![launch]), bytes, BYTES, "copied bytes")
             }
         };
-        Ok(Prepared { launches, amount, unit, what, _memory: operands.memory })
+        Ok(Some(Prepared { requests, amount, unit, what, _memory: operands.memory }))
+    }
+}
+
+impl Request {
+    fn launch(launch: Launch) -> Self {
+        Self::Launch(Box::new(launch))
+    }
+}
+
+impl By {
+    /// What it adds to an operation's name.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Warps => "",
+            Self::Warpgroups => ", by warpgroups",
+            Self::Library => ", by cuBLASLt",
+        }
     }
 }
 
 impl Prepared {
-    /// Runs it so many times, and waits.
-    fn run(&self, driver: &std::sync::Arc<dyn Driver>, times: u32) -> anyhow::Result<()> {
+    /// Runs it so many times, and waits; `false` where the library does not take it.
+    fn run(&self, driver: &std::sync::Arc<dyn Driver>, times: u32) -> anyhow::Result<bool> {
+        let mut is_taken = true;
         for _ in 0..times {
-            self.launches.iter().try_for_each(|launch| driver.launch(launch))?;
+            for request in &self.requests {
+                match request {
+                    Request::Launch(launch) => driver.launch(launch)?,
+                    Request::Multiply(product) => is_taken &= driver.multiply(product)?,
+                }
+            }
         }
-        Ok(driver.synchronize()?)
+        driver.synchronize()?;
+        Ok(is_taken)
     }
 }
 
@@ -185,19 +238,30 @@ impl Operands<'_> {
         Ok(address)
     }
 
-    /// Blocks for so many tokens of each of some sequences, and the table of their addresses.
+    /// Blocks for so many tokens of each of some sequences: the table of their addresses.
     fn blocks(
         &mut self,
         shape: &KvBlockShape,
         sequences: usize,
         tokens: usize,
     ) -> anyhow::Result<DeviceAddress> {
+        self.blocks_in_range(shape, sequences, tokens).map(|(table, _)| table)
+    }
+
+    /// The same, and where they all are.
+    fn blocks_in_range(
+        &mut self,
+        shape: &KvBlockShape,
+        sequences: usize,
+        tokens: usize,
+    ) -> anyhow::Result<(DeviceAddress, BlockRange)> {
         let count = sequences * tokens.div_ceil(shape.block_len);
         let first = self.numbers(count * shape.block_bytes())?;
         // Neighbours in a sequence are none in memory, as after some hours of serving.
         let order = (0..count).map(|block| (block * STRIDE) % count);
         let addresses: Vec<u64> = order.map(|block| first.offset(block * shape.block_bytes()).0).collect();
-        self.holding(addresses.into_iter(), size_of::<u64>())
+        let table = self.holding(addresses.into_iter(), size_of::<u64>())?;
+        Ok((table, BlockRange { first, count: u32::try_from(count)?, shape: *shape }))
     }
 
     /// Attention of a row at each position, of the sequence of that number.
@@ -234,15 +298,16 @@ impl Operands<'_> {
     }
 
     /// Attention of a prompt to itself.
-    fn prompt(&mut self, tokens: u32) -> anyhow::Result<Launch> {
+    fn prompt(&mut self, tokens: u32, by: By) -> anyhow::Result<Option<Launch>> {
         let shape = shape_of(1, KvDtype::Bf16, AxisOrder::TokenHead);
         let width = QUERY_HEADS * HEAD;
         let tiles: Vec<PromptTile> = PromptTile::cut(0, tokens, 0, 0).collect();
         let words = tiles.iter().flat_map(|it| [it.first_row, it.rows, it.first_position, it.sequence]);
+        let (blocks, range) = self.blocks_in_range(&shape, 1, tokens as usize)?;
         let parameters = PromptAttention {
             out: self.empty(tokens as usize * width * 2)?,
             query: self.numbers(tokens as usize * width * 2)?,
-            blocks: self.blocks(&shape, 1, tokens as usize)?,
+            blocks,
             tiles: self.holding(words.map(u64::from), size_of::<u32>())?,
             shape: KvShape::new(&shape),
             layer: 0,
@@ -252,11 +317,15 @@ impl Operands<'_> {
             window: 0,
             scale: Attention::scale((HEAD as f32).sqrt().recip()),
         };
-        let launch = launches::attend_prompts(WeightDtype::Bf16, tiles.len() as u32, &parameters);
-        launch.context("the kernels have none for prompts of bf16")
+        let (dtype, tiles, properties) = (WeightDtype::Bf16, tiles.len() as u32, self.driver.properties());
+        Ok(match by {
+            By::Warps => launches::attend_prompts(dtype, tiles, &parameters),
+            By::Warpgroups => hopper::attend_prompts(properties, dtype, tiles, tokens, &range, &parameters),
+            By::Library => None,
+        })
     }
 
-    fn product(&mut self, rows: u32) -> anyhow::Result<Launch> {
+    fn product(&mut self, rows: u32, by: By) -> anyhow::Result<Option<Request>> {
         let bytes = |elements: u32| elements as usize * 2;
         let parameters = Product {
             out: self.empty(rows as usize * bytes(OUTPUTS))?,
@@ -268,7 +337,14 @@ impl Operands<'_> {
             outputs: OUTPUTS,
             adds: 0,
         };
-        Ok(launches::product(WeightDtype::Bf16, false, &parameters))
+        let (dtype, to_f32) = (WeightDtype::Bf16, false);
+        Ok(match by {
+            By::Warps => Some(Request::launch(launches::product(dtype, to_f32, &parameters))),
+            By::Warpgroups => {
+                hopper::multiply(self.driver.properties(), dtype, to_f32, &parameters).map(Request::launch)
+            }
+            By::Library => Some(Request::Multiply(MatrixProduct { dtype, to_f32, product: parameters })),
+        })
     }
 
     /// The conversion of one sequence, and its bytes.
@@ -333,16 +409,19 @@ mod tests {
 
         #[test]
         fn each_operation_runs_and_gives_its_memory_back() {
-            let fake = Arc::new(Fake::new(Order::Forwards).with_capacity(64 << 20));
+            let fake = Fake::new(Order::Forwards).with_capacity(64 << 20);
+            let fake = Arc::new(fake.with_compute_capability(hopper::CAPABILITY));
             let driver: Arc<dyn Driver> = Arc::clone(&fake) as _;
             let operations = [
                 Operation::Decode { sequences: 2, context: 40 },
-                Operation::Prefill { tokens: 20 },
+                Operation::Prefill { tokens: 20, by: By::Warps },
+                Operation::Prefill { tokens: 20, by: By::Warpgroups },
                 Operation::Convert { tokens: 40, layers: 2, to: KvDtype::Bf16 },
                 Operation::Convert { tokens: 33, layers: 1, to: KvDtype::Int8 },
                 Operation::Convert { tokens: 33, layers: 1, to: KvDtype::Fp8 },
             ];
             let rows = measure(&driver, &operations, 1).expect("it has the memory");
+            assert_eq!(rows.len(), operations.len());
             for (row, operation) in rows.iter().zip(operations) {
                 assert!(0.0 < row.rate && row.rate.is_finite(), "{row:?}");
                 assert!(row.line().contains(&operation.name()), "{}", row.line());

@@ -138,8 +138,9 @@ impl Subject {
                 let blocks = (0..count).map(|block| pool.address(BlockId(block))).collect();
                 // One graph for the most sequences of a step, and for those below it that are asked for: the runner takes the next.
                 let sizes: Vec<usize> = if graphs { (1..=limits.max_seqs).collect() } else { Vec::new() };
-                let runner =
+                let mut runner =
                     CudaRunner::new(model, driver, shape, limits, &sizes).context("memory of a step")?;
+                runner.set_blocks(pool.range(&shape));
                 Ok(Engine::Gpu { runner: Box::new(runner), blocks, _pool: pool })
             }
         }
