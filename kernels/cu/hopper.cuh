@@ -61,8 +61,8 @@ __device__ __forceinline__ void tell_some(unsigned number, unsigned threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// What the thread has written is seen by copies and products of whoever learns of it after this.
-__device__ __forceinline__ void fence_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// What the thread has written to shared memory is seen by copies and products of whoever learns of it after this.
+__device__ __forceinline__ void fence_proxies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // All warps of a warpgroup have this many registers from now on: more or less than the kernel began with.
 template <unsigned kRegisters>
