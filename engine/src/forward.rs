@@ -8,7 +8,7 @@ use std::ops::Range;
 use tidemill_engine_core::plan::{StepPlan, Work};
 use tidemill_engine_core::request::{Part, RequestId, TokenId};
 use tidemill_engine_core::scheduler::Scheduler;
-use tidemill_kernels::cuda::{CudaError, DeviceAddress, SampleRow};
+use tidemill_kernels::cuda::{CudaError, DeviceAddress};
 use tidemill_kernels::kv::BlockAddress;
 use tidemill_kvtransfer::Endpoint;
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
@@ -19,8 +19,8 @@ use crate::fault;
 use crate::handle::{Fault, FaultStage};
 use crate::memory::{Arena, DevicePool};
 use crate::roles::prefill::{Announced, Origin, Outgoings, Piece};
-use crate::runner::{Batch, BatchSequence, LogitsWanted, OutcomeRow};
-use crate::sampler::{chosen, on_device};
+use crate::runner::{Batch, BatchSequence, LogitsWanted, OutcomeRow, RowTask};
+use crate::sampler::{logprobs_on_device, on_device};
 use crate::verification::{Share, StepResult};
 
 /// What is computed, and for whom.
@@ -86,9 +86,9 @@ impl Driver {
             }
             (Device::Cuda(runner), Tables::Device(tables)) => {
                 let sequences = pass.sequences(&tokens, tables);
-                let choices = |sequence, position| pass.choice(sequence, position);
+                let tasks = |sequence, position| pass.task(sequence, position);
                 let batch = Batch { sequences: &sequences };
-                let outcome = runner.step(&batch, &choices, &mut |layers| pusher.push(layers))?;
+                let outcome = runner.step(&batch, &tasks, &mut |layers| pusher.push(layers))?;
                 pusher.land_all()?;
                 pass.prompts_computed(endpoint, pusher.outgoing);
                 outcome.for_each(|row| match row {
@@ -97,9 +97,9 @@ impl Driver {
                             results[row.sequence].take(&row, share, sampler);
                         }
                     }
-                    OutcomeRow::Token { sequence, position, token } => {
+                    OutcomeRow::Made { sequence, position, token, logprobs } => {
                         if let Some(share) = pass.share(sequence) {
-                            results[sequence].take_token(position, chosen(token), share);
+                            results[sequence].take_made(position, token, logprobs, share);
                         }
                     }
                 })?;
@@ -173,11 +173,25 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// How the device chooses the token behind a position; `None` where the host does.
-    fn choice(self, sequence: usize, position: u32) -> Option<SampleRow> {
-        let parts = &self.requests.get(&self.plan.work[sequence].request)?.request;
-        let index = (position + 1).checked_sub(u32::try_from(parts.prompt_len).ok()?)?;
-        on_device(&parts.sampling, &parts.stop, index)
+    /// What the device makes of the row at a position; `None` where the host looks at its logits.
+    fn task(self, sequence: usize, position: u32) -> Option<RowTask> {
+        let work = &self.plan.work[sequence];
+        let next = position + 1;
+        let known = work.first.0 + work.count.0;
+        // Nobody wants to know of a request that is gone.
+        let Some(active) = self.requests.get(&work.request) else { return Some(RowTask::default()) };
+        let parts = &active.request;
+        let prompt_len = u32::try_from(parts.prompt_len).expect("bounded by max_model_len");
+        match parts.sampling.prompt_logprobs {
+            Some(count) if next < prompt_len => {
+                let token = self.scheduler.tokens(work.request)[next as usize];
+                let logprobs = logprobs_on_device(token, count)?;
+                Some(RowTask { sample: None, logprobs: Some(logprobs) })
+            }
+            _ if work.samples && known <= next => on_device(&parts.sampling, &parts.stop, next - prompt_len),
+            // It is known already.
+            _ => Some(RowTask::default()),
+        }
     }
 
     /// Tells peers up to where prompts are computed in place, and which are computed whole, before anybody is told of a first token.

@@ -9,8 +9,8 @@ use tidemill_engine_core::plan::Work;
 use tidemill_engine_core::request::{Logprobs, RequestId, TokenId};
 
 use crate::driver::Active;
-use crate::runner::LogitsRow;
-use crate::sampler::{History, SampleError, Sampled, Sampler, logprobs};
+use crate::runner::{LogitsRow, RowLogprobs};
+use crate::sampler::{History, SampleError, Sampled, Sampler, chosen, logprobs, logprobs_of};
 
 /// What a step produced for one sequence.
 #[derive(Debug)]
@@ -41,30 +41,39 @@ impl StepResult {
 
     /// Takes the rows of the sequence in order of position.
     pub(crate) fn take(&mut self, row: &LogitsRow<'_>, share: Share<'_>, sampler: &mut Sampler) {
-        let Share { tokens, active, .. } = share;
         let next = row.position as usize + 1;
-        let parts = &active.request;
-        if let Some(count) = parts.sampling.prompt_logprobs
-            && next < parts.prompt_len
-            && next == active.prompt_logprobs.len() + self.prompt_logprobs.len() + 1
-        {
-            self.prompt_logprobs.extend(logprobs(row.logits, tokens[next], count).ok());
+        if let Some(count) = self.prompt_logprobs_wanted(next, share) {
+            self.prompt_logprobs.extend(logprobs(row.logits, share.tokens[next], count).ok());
         }
         if let Some(guesses) = self.guesses_before(next, share) {
             self.sample(row.logits, guesses, share, sampler);
         }
     }
 
-    /// Takes a row of the sequence whose next token was chosen where the logits are.
-    pub(crate) fn take_token(
+    /// Takes what was made of a row where the logits are: the next token that was chosen, and what its log-probabilities are made of.
+    pub(crate) fn take_made(
         &mut self,
         position: u32,
-        token: Result<TokenId, SampleError>,
+        token: u32,
+        logprobs: Option<RowLogprobs<'_>>,
         share: Share<'_>,
     ) {
-        if let Some(guesses) = self.guesses_before(position as usize + 1, share) {
-            self.keep(guesses, token.map(|token| Sampled { token, logprobs: None }));
+        let next = position as usize + 1;
+        let logprobs = || logprobs.map(|it| logprobs_of(&it.sum, it.likely)).transpose();
+        if self.prompt_logprobs_wanted(next, share).is_some() {
+            self.prompt_logprobs.extend(logprobs().ok().flatten());
         }
+        if let Some(guesses) = self.guesses_before(next, share) {
+            let sampled = |token| Ok(Sampled { token, logprobs: logprobs()? });
+            self.keep(guesses, chosen(token).and_then(sampled));
+        }
+    }
+
+    /// How many log-probabilities of the prompt's token at position `next` are wanted, where they are and were not told before.
+    fn prompt_logprobs_wanted(&self, next: usize, Share { active, .. }: Share<'_>) -> Option<u32> {
+        let parts = &active.request;
+        let told = active.prompt_logprobs.len() + self.prompt_logprobs.len();
+        parts.sampling.prompt_logprobs.filter(|_| next < parts.prompt_len && next == told + 1)
     }
 
     /// How many guesses are before the token at position `next`; `None` when it is known, or one of them was wrong.

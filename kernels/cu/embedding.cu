@@ -4,15 +4,24 @@
 struct Embedding {
   void* out;               // [rows][width]
   const void* table;       // [vocabulary][width]
-  const uint32_t* tokens;  // [rows]
+  const uint32_t* tokens;  // [rows]; with kOfChosen: the place of a token in `chosen`
+  const uint32_t* chosen;  // what the step before chose
   uint32_t width;
-  uint32_t reserved;
+  uint32_t vocabulary;
 };
+
+constexpr uint32_t kOfChosen = 0x80000000u;
 
 // One block per row.
 template <class T>
 __device__ void embed(const Embedding& params) {
-  const T* from = (const T*)params.table + size_t(params.tokens[blockIdx.x]) * params.width;
+  uint32_t token = params.tokens[blockIdx.x];
+  if (token & kOfChosen) {
+    token = params.chosen[token & ~kOfChosen];
+    // Where none could be chosen the host leaves the row alone.
+    if (params.vocabulary <= token) token = 0;
+  }
+  const T* from = (const T*)params.table + size_t(token) * params.width;
   T* to = (T*)params.out + size_t(blockIdx.x) * params.width;
   if (whole_packs<T>(params.width, from, to)) {
     unsigned packs = params.width / Pack<T>::kCount;

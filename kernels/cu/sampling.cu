@@ -1,4 +1,5 @@
-// From logits to a token, as `engine/src/sampler` does it: greatest logit, or temperature, min-p, top-k, top-p and a draw.
+// From logits to a token, as `engine/src/sampler` does it: greatest logit, or temperature, min-p, top-k, top-p and a draw; and to what
+// log-probabilities are made of.
 //
 // The sampler sorts tokens by falling weight, equal ones by rising id, keeps a head of that order, and takes the first token
 // at which the running sum of weights passes a share of the head's sum. Nothing is sorted here: weights become whole numbers, and
@@ -229,4 +230,127 @@ KERNEL(sample, kThreads, Sample) {
   if (token < kNothingLeft && kGreedyBelow <= row.temperature)
     token = draw(logits, weights, params.vocabulary, row, best.logit, memory);
   if (threadIdx.x == 0) params.tokens[blockIdx.x] = token;
+}
+
+// ---- Log-probabilities ----------------------------------------------------------------------------------------------------------
+
+struct LogprobsRow {
+  uint32_t token;  // whose log-probability is wanted; kChosen: of the one that `sample` chose
+  uint32_t count;  // of the most likely tokens, at most kMostLikely; kLeftOut: nothing of the row is wanted
+};
+
+// A token's log-probability is `logit - greatest - ln(total)`, which the host computes: it has one logarithm for all.
+struct LogprobsSum {
+  double total;  // of exp(logit - greatest)
+  float greatest;
+  float chosen;   // the token's logit
+  uint32_t rank;  // how many logits are not less
+  uint32_t reserved;
+};
+
+struct LikelyToken {
+  uint32_t token;
+  float logit;
+};
+
+struct Logprobs {
+  LogprobsSum* sums;        // [rows]
+  LikelyToken* likely;      // [rows][places], greatest first, equal ones by rising id
+  const float* logits;      // [rows][vocabulary]
+  uint64_t* weights;        // [rows][vocabulary], memory to work in
+  const LogprobsRow* rows;  // [rows]
+  const uint32_t* chosen;   // [rows]
+  uint32_t vocabulary;      // at most 2^19
+  uint32_t places;          // at least any row's count
+};
+
+constexpr uint32_t kChosen = 0xffffffffu, kLeftOut = 0xffffffffu;
+constexpr unsigned kMostLikely = 32;
+
+struct Candidate {
+  uint64_t weight;
+  uint32_t token;
+};
+
+struct LogprobsMemory {
+  SamplingMemory order;
+  PerWarp partials;
+  double sums[kThreads];
+  Candidate likely[kMostLikely];
+  unsigned rank;
+  unsigned found;
+};
+
+// A whole number that rises with the logit; equal for both zeros, and never zero itself.
+__device__ __forceinline__ uint64_t weight_of(float logit) {
+  uint32_t bits = __float_as_uint(logit + 0.0f);
+  return uint64_t(bits & 0x80000000u ? ~bits : bits | 0x80000000u) + 1;
+}
+
+// The `count` greatest logits, of which there are as many at least.
+__device__ __forceinline__ void most_likely(const float* logits, uint64_t* weights, unsigned vocabulary, unsigned count,
+                                            LikelyToken* likely, LogprobsMemory& memory) {
+  for (unsigned token = threadIdx.x; token < vocabulary; token += kThreads) weights[token] = weight_of(logits[token]);
+  Place last = reach(weights, vocabulary, true, count, memory.order);
+  for (unsigned token = threadIdx.x; token < vocabulary; token += kThreads) {
+    uint64_t weight = weights[token];
+    if (last.weight < weight) memory.likely[atomicAdd(&memory.found, 1u)] = Candidate{weight, token};
+  }
+  // Of those that are equal to the last the first ones count.
+  unsigned greater = unsigned(last.before.count), missing = count - greater, found = 0;
+  for (unsigned first = 0; first < vocabulary && found < missing; first += kThreads) {
+    unsigned token = first + threadIdx.x;
+    bool equal = token < vocabulary && weights[token] == last.weight;
+    unsigned here = __syncthreads_count(equal);
+    if (here == 0) continue;
+    unsigned place = found + unsigned(block_scan(Tally{0, equal}, memory.order).count);
+    if (equal && place < missing) memory.likely[greater + place] = Candidate{last.weight, token};
+    found += here;
+  }
+  __syncthreads();
+  if (count <= threadIdx.x) return;
+  Candidate mine = memory.likely[threadIdx.x];
+  unsigned place = 0;
+  for (unsigned i = 0; i < count; i++) {
+    Candidate other = memory.likely[i];
+    place += mine.weight < other.weight || (mine.weight == other.weight && other.token < mine.token);
+  }
+  likely[place] = LikelyToken{mine.token, logits[mine.token]};
+}
+
+// One block per row. The sum goes by threads and then by halves, as `engine/src/sampler/logprobs.rs` adds it up.
+KERNEL(logprobs, kThreads, Logprobs) {
+  SHARED(LogprobsMemory, memory);
+  const LogprobsRow row = params.rows[blockIdx.x];
+  if (row.count == kLeftOut) return;
+  const float* logits = params.logits + size_t(blockIdx.x) * params.vocabulary;
+  uint32_t token = row.token == kChosen ? params.chosen[blockIdx.x] : row.token;
+  // Where none could be chosen the row is refused.
+  float chosen = token < params.vocabulary ? logits[token] : infinity();
+  float most = -infinity();
+  for (unsigned i = threadIdx.x; i < params.vocabulary; i += kThreads) {
+    float logit = logits[i];
+    if (most < logit) most = logit;
+  }
+  most = block_max(most, memory.partials);
+  double sum = 0;
+  unsigned rank = 0;
+  for (unsigned i = threadIdx.x; i < params.vocabulary; i += kThreads) {
+    float logit = logits[i];
+    sum += exp(double(logit - most));
+    rank += chosen <= logit;
+  }
+  memory.sums[threadIdx.x] = sum;
+  if (threadIdx.x == 0) memory.rank = 0, memory.found = 0;
+  __syncthreads();
+  atomicAdd(&memory.rank, rank);
+  for (unsigned half = kThreads / 2; 0 < half; half /= 2) {
+    if (threadIdx.x < half) memory.sums[threadIdx.x] += memory.sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) params.sums[blockIdx.x] = LogprobsSum{memory.sums[0], most, chosen, memory.rank, 0};
+  unsigned count = row.count < params.vocabulary ? row.count : params.vocabulary;
+  uint64_t* weights = params.weights + size_t(blockIdx.x) * params.vocabulary;
+  LikelyToken* likely = params.likely + size_t(blockIdx.x) * params.places;
+  if (0 < count) most_likely(logits, weights, params.vocabulary, count, likely, memory);
 }

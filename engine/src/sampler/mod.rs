@@ -17,8 +17,8 @@ use tidemill_engine_core::request::{Logprobs, SamplingParams, StopConditions, To
 
 use adjust::{TokenCounts, adjust};
 use choice::Candidates;
-pub use logprobs::logprobs;
-pub use on_device::{chosen, on_device};
+pub use logprobs::{logprobs, logprobs_of};
+pub use on_device::{chosen, logprobs_on_device, on_device};
 
 /// Chooses tokens; holds the memory that this takes.
 #[derive(Debug)]

@@ -1,17 +1,24 @@
-//! The choice of tokens by a device that has the logits: which rows it can do, and what it answers.
+//! What a device that has the logits does with them: the choice of tokens and log-probabilities, of the rows that it can do, and what it
+//! answers.
 
 use tidemill_engine_core::request::{SamplingParams, StopConditions, TokenId};
-use tidemill_kernels::cuda::{Sample, SampleRow};
+use tidemill_kernels::cuda::{LogprobsRow, Sample, SampleRow};
 
 use super::{SampleError, adjust};
+use crate::runner::RowTask;
 
-/// How a GPU chooses output token number `position` of a request, as [`Sampler`](super::Sampler) would; `None` where
-/// the host has to look at the logits: for log-probabilities, masked stop tokens, bias and penalties.
-pub fn on_device(params: &SamplingParams, stop: &StopConditions, position: u32) -> Option<SampleRow> {
-    if params.logprobs.is_some() || adjust::is_needed(params, stop, position) {
+/// How a GPU chooses output token number `position` of a request and finds its log-probabilities, as
+/// [`Sampler`](super::Sampler) would; `None` where the host has to look at the logits: for masked stop tokens, bias and penalties, or more
+/// log-probabilities than anybody asks for.
+pub fn on_device(params: &SamplingParams, stop: &StopConditions, position: u32) -> Option<RowTask> {
+    if adjust::is_needed(params, stop, position) {
         return None;
     }
-    Some(SampleRow {
+    let logprobs = match params.logprobs {
+        None => None,
+        Some(count) => Some(logprobs_on_device(LogprobsRow::CHOSEN, count)?),
+    };
+    let sample = SampleRow {
         seed: params.seed,
         position,
         temperature: params.temperature,
@@ -19,7 +26,13 @@ pub fn on_device(params: &SamplingParams, stop: &StopConditions, position: u32) 
         top_p: params.top_p,
         min_p: params.min_p.min(1.0),
         reserved: 0,
-    })
+    };
+    Some(RowTask { sample: Some(sample), logprobs })
+}
+
+/// Log-probabilities of a token and of the `count` most likely ones; `None` where those are more than a GPU finds.
+pub const fn logprobs_on_device(token: TokenId, count: u32) -> Option<LogprobsRow> {
+    if count <= LogprobsRow::MOST { Some(LogprobsRow { token, count }) } else { None }
 }
 
 /// The token that a GPU has chosen.

@@ -12,13 +12,13 @@ use tidemill_engine::handle::{LoadFormat, ModelSource, Quantization};
 use tidemill_engine::memory::{DevicePool, block_shape};
 use tidemill_engine::models::{LoadOptions, Model};
 use tidemill_engine::runner::{
-    Batch, BatchSequence, CudaRunner, LogitsWanted, OutcomeRow, RunnerLimits,
+    Batch, BatchSequence, CudaRunner, LogitsWanted, OutcomeRow, RowTask, RunnerLimits,
 };
-use tidemill_engine::sampler::{History, Sampler, chosen, on_device};
-use tidemill_engine_core::request::{SamplingParams, StopConditions};
+use tidemill_engine::sampler::{History, Sampled, Sampler, chosen, logprobs_of, on_device};
+use tidemill_engine_core::request::{Logprobs, SamplingParams, StopConditions};
 use tidemill_kernels::cuda::emulator::Order;
 use tidemill_kernels::cuda::fake::Fake;
-use tidemill_kernels::cuda::{DeviceAddress, Driver, SampleRow};
+use tidemill_kernels::cuda::{DeviceAddress, Driver, LogprobsRow, SampleRow};
 use tidemill_kernels::matrix::WeightDtype;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen};
@@ -106,7 +106,7 @@ impl Gpu {
         &mut self,
         work: &[(&Place, &[u32])],
         wanted: LogitsWanted,
-        choice: &dyn Fn(usize) -> Option<SampleRow>,
+        task: &dyn Fn(usize) -> Option<RowTask>,
     ) -> Vec<Vec<Row>> {
         let sequences: Vec<BatchSequence<'_, DeviceAddress>> = work
             .iter()
@@ -120,11 +120,14 @@ impl Gpu {
         let mut rows: Vec<Vec<Row>> = work.iter().map(|_| Vec::new()).collect();
         let mut layers = Vec::new();
         let batch = Batch { sequences: &sequences };
-        let choices = |sequence, _| choice(sequence);
-        let outcome = self.runner.step(&batch, &choices, &mut |done| layers.extend(done)).expect("it runs");
+        let tasks = |sequence, _| task(sequence);
+        let outcome = self.runner.step(&batch, &tasks, &mut |done| layers.extend(done)).expect("it runs");
         let take = |row: OutcomeRow<'_>| match row {
             OutcomeRow::Logits(row) => rows[row.sequence].push(Row::Logits(row.logits.to_vec())),
-            OutcomeRow::Token { sequence, token, .. } => rows[sequence].push(Row::Token(token)),
+            OutcomeRow::Made { sequence, token, logprobs, .. } => {
+                let logprobs = logprobs.map(|it| logprobs_of(&it.sum, it.likely).expect("numbers"));
+                rows[sequence].push(Row::Made(token, logprobs));
+            }
         };
         outcome.for_each(take).expect("it runs");
         assert!(layers.iter().copied().eq(0..self.runner.model().spec.layers), "each layer once, in order");
@@ -135,14 +138,14 @@ impl Gpu {
 #[derive(Debug)]
 pub(super) enum Row {
     Logits(Vec<f32>),
-    Token(u32),
+    Made(u32, Option<Logprobs>),
 }
 
 impl Row {
     pub(super) fn logits(&self) -> &[f32] {
         match self {
             Self::Logits(logits) => logits,
-            Self::Token(token) => panic!("token {token} where logits were wanted"),
+            Self::Made(token, _) => panic!("token {token} where logits were wanted"),
         }
     }
 }
@@ -202,20 +205,22 @@ fn check_choices(gpu: &mut Gpu, name: &str, place: &Place, next: u32, first: u32
     let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
     let warm = SamplingParams { temperature: 0.8, seed: 11, ..SamplingParams::default() };
     let filtered = SamplingParams { top_k: Some(40), top_p: 0.9, min_p: 0.01, seed: 5, ..warm.clone() };
-    for params in [greedy, warm, filtered] {
+    let told = SamplingParams { logprobs: Some(7), ..warm.clone() };
+    let all_told = SamplingParams { logprobs: Some(LogprobsRow::MOST), ..greedy.clone() };
+    for params in [greedy, warm, filtered, told, all_told] {
         for position in 0..2 {
             let row = on_device(&params, &stop, position).expect("the device can");
             let expected = logits.iter().map(|rows| {
-                sampler.choose(rows[0].logits(), History::default(), &params, &stop, position)
+                sampler.sample(rows[0].logits(), History::default(), &params, &stop, position)
             });
-            let expected: Vec<u32> = expected.map(|token| token.expect("logits are numbers")).collect();
+            let expected: Vec<Sampled> = expected.map(|it| it.expect("logits are numbers")).collect();
             let found = gpu.step(&work, LogitsWanted::Last, &|_| Some(row));
-            let found: Vec<u32> = found.iter().map(|rows| token(&rows[0])).collect();
+            let found: Vec<Sampled> = found.iter().map(|rows| sampled(&rows[0])).collect();
             assert_eq!(found, expected, "{name}: {params:?}");
             // One by the device, one by the host, in one step.
             let mixed = gpu.step(&work, LogitsWanted::Last, &|sequence| (sequence == 1).then_some(row));
             assert_eq!(mixed[0][0].logits(), logits[0][0].logits(), "{name}");
-            assert_eq!(token(&mixed[1][0]), expected[1], "{name}: {params:?}");
+            assert_eq!(sampled(&mixed[1][0]), expected[1], "{name}: {params:?}");
         }
     }
 }
@@ -286,7 +291,7 @@ fn the_host_waits_once_for_a_step_whose_tokens_the_device_chooses() {
     let fake = Arc::new(Fake::new(Order::Backwards));
     let mut gpu = Gpu::new(Arc::clone(&fake) as _, "llama3", Storage::PLAIN, &[2]);
     let [mut first, mut second] = [gpu.place(16), gpu.place(16)];
-    let row = Some(SampleRow::default());
+    let row = Some(RowTask { sample: Some(SampleRow::default()), logprobs: None });
     for step in 0..4_u32 {
         let before = fake.calls();
         gpu.step(&[(&first, &[3 + step][..]), (&second, &[9][..])], LogitsWanted::Last, &|_| row);
@@ -397,9 +402,11 @@ fn in_fewer_bits_logits_are_those_of_the_cpu() {
     }
 }
 
-fn token(row: &Row) -> u32 {
+fn sampled(row: &Row) -> Sampled {
     match row {
-        Row::Token(token) => chosen(*token).expect("logits are numbers"),
+        Row::Made(token, logprobs) => {
+            Sampled { token: chosen(*token).expect("logits are numbers"), logprobs: logprobs.clone() }
+        }
         Row::Logits(_) => panic!("logits where a token was wanted"),
     }
 }

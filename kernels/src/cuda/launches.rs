@@ -1,8 +1,9 @@
 //! Which kernel runs for an operation, on how many blocks of how many threads.
 
 use super::{
-    Attention, ConvertBlocks, Embed, Launch, Parameters, Product, PromptAttention, PromptTile, QuantizeRows,
-    QuantizedProduct, RmsNorm, RopeAndWrite, Sample, SiluMul, ZeroTail, launch::WARP,
+    Attention, ConvertBlocks, Embed, Launch, LogprobsOfRows, LogprobsRow, Parameters, Product,
+    PromptAttention, PromptTile, QuantizeRows, QuantizedProduct, RmsNorm, RopeAndWrite, Sample, SiluMul,
+    ZeroTail, launch::WARP,
 };
 use crate::matrix::{Quantization, WeightDtype};
 
@@ -194,6 +195,18 @@ fn product_row_by_row(
 pub fn sample(rows: u32, parameters: &Sample) -> Launch {
     assert!(parameters.vocabulary <= 1 << 19, "sample: sums of {} weights", parameters.vocabulary);
     Launch::new("sampling", "sample", [rows, 1, 1], 512, parameters)
+}
+
+/// Log-probabilities of `rows` rows, as far as they are wanted.
+///
+/// # Panics
+///
+/// When there are more than 2¹⁹ logits in a row, or more places than [`LogprobsRow::MOST`].
+pub fn logprobs(rows: u32, parameters: &LogprobsOfRows) -> Launch {
+    let LogprobsOfRows { vocabulary, places, .. } = *parameters;
+    assert!(vocabulary <= 1 << 19, "logprobs: {vocabulary} logits");
+    assert!(places <= LogprobsRow::MOST, "logprobs: {places} of the most likely tokens");
+    Launch::new("sampling", "logprobs", [rows, 1, 1], 512, parameters)
 }
 
 /// All tokens, layers and heads of a conversion.

@@ -5,7 +5,7 @@
 use super::{DeviceAddress, Parameters};
 use crate::kv::{KvBlockShape, KvDtype};
 use crate::matrix::WeightDtype;
-use bytemuck::NoUninit;
+use bytemuck::{NoUninit, Pod, Zeroable};
 
 /// `out[row] = table[tokens[row]]`
 #[derive(Clone, Copy, Debug, NoUninit)]
@@ -15,12 +15,14 @@ pub struct Embed {
     pub out: DeviceAddress,
     /// `[vocabulary][width]`
     pub table: DeviceAddress,
-    /// u32, `[rows]`
+    /// u32, `[rows]`; with [`OF_CHOSEN`](Self::OF_CHOSEN): the place of a token in `chosen`.
     pub tokens: DeviceAddress,
+    /// u32: tokens that [`Sample`] chose before; null where none of `tokens` is a place there.
+    pub chosen: DeviceAddress,
     /// Elements of a row.
     pub width: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Rows of the table. A place where no such token was chosen gets the first one.
+    pub vocabulary: u32,
 }
 
 /// `state += delta` where there is one, then `out = state / sqrt(mean(state²) + eps) * weight`.
@@ -305,6 +307,64 @@ pub struct Sample {
     pub reserved: u32,
 }
 
+/// Which log-probabilities of a row are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, NoUninit)]
+#[repr(C)]
+pub struct LogprobsRow {
+    /// Whose; [`CHOSEN`](Self::CHOSEN): the one's that [`Sample`] chose.
+    pub token: u32,
+    /// And of how many of the most likely tokens, at most [`MOST`](Self::MOST).
+    pub count: u32,
+}
+
+/// What log-probabilities of a row are made of: `logit - greatest - ln(total)` each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct LogprobsSum {
+    /// Of `exp(logit - greatest)`; no number where the row has a logit that is none, or infinite.
+    pub total: f64,
+    /// The greatest logit.
+    pub greatest: f32,
+    /// The token's.
+    pub chosen: f32,
+    /// How many logits are not less than the token's.
+    pub rank: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// One of the most likely tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct LikelyToken {
+    /// Which.
+    pub token: u32,
+    /// Its logit.
+    pub logit: f32,
+}
+
+/// Looks for log-probabilities of each row that is not left out.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct LogprobsOfRows {
+    /// [`LogprobsSum`], `[rows]`
+    pub sums: DeviceAddress,
+    /// [`LikelyToken`], `[rows][places]`: as many as wanted, or as there are; greatest first, equal ones by rising id.
+    pub likely: DeviceAddress,
+    /// f32, `[rows][vocabulary]`
+    pub logits: DeviceAddress,
+    /// u64, `[rows][vocabulary]`: memory to work in.
+    pub weights: DeviceAddress,
+    /// [`LogprobsRow`], `[rows]`
+    pub rows: DeviceAddress,
+    /// u32, `[rows]`: what was chosen.
+    pub chosen: DeviceAddress,
+    /// Logits of a row, at most 2¹⁹.
+    pub vocabulary: u32,
+    /// At least any row's count.
+    pub places: u32,
+}
+
 /// Writes tokens of a sequence into blocks of another shape.
 #[derive(Clone, Copy, Debug, NoUninit)]
 #[repr(C)]
@@ -361,6 +421,7 @@ impl Parameters for Product {}
 impl Parameters for QuantizeRows {}
 impl Parameters for QuantizedProduct {}
 impl Parameters for Sample {}
+impl Parameters for LogprobsOfRows {}
 impl Parameters for ConvertBlocks {}
 impl Parameters for ZeroTail {}
 
@@ -399,6 +460,20 @@ impl From<WeightDtype> for ElementType {
             WeightDtype::Bf16 => 2,
         })
     }
+}
+
+impl Embed {
+    /// A token is the one at a place of those that were chosen.
+    pub const OF_CHOSEN: u32 = 1 << 31;
+}
+
+impl LogprobsRow {
+    /// Nothing of the row is wanted.
+    pub const LEFT_OUT: Self = Self { token: 0, count: u32::MAX };
+    /// The token is the one that was chosen.
+    pub const CHOSEN: u32 = u32::MAX;
+    /// The most tokens that are found: `kMostLikely` in `sampling.cu`.
+    pub const MOST: u32 = 32;
 }
 
 impl Sample {

@@ -19,15 +19,26 @@ fn embedding() {
             for (vocabulary, width) in [(1, 1), (7, 5), (16, 8), (300, 257), (5, 4096)] {
                 let mut numbers = Numbers::new(20);
                 let table = rounded(&numbers.vector(vocabulary * width), dtype);
-                let tokens: Vec<u32> = (0..9).map(|_| (numbers.bits() % vocabulary as u64) as u32).collect();
-                let (on_device, ids) = (elements(device, &table, dtype), Buffer::new(device, &tokens));
+                let mut tokens: Vec<u32> =
+                    (0..9).map(|_| (numbers.bits() % vocabulary as u64) as u32).collect();
+                // Some by their place among what was chosen; where none could be chosen the first token stands in.
+                let mut chosen: Vec<u32> = tokens.iter().copied().rev().collect();
+                let mut named = tokens.clone();
+                for (row, name) in named.iter_mut().enumerate().filter(|(row, _)| row % 3 == 1) {
+                    *name = Embed::OF_CHOSEN | (8 - row as u32);
+                }
+                chosen[8 - 4] = u32::MAX;
+                tokens[4] = 0;
+                let (on_device, ids) = (elements(device, &table, dtype), Buffer::new(device, &named));
+                let chosen = Buffer::new(device, &chosen);
                 let out = Buffer::empty(device, 9 * width * dtype.bytes());
                 let parameters = Embed {
                     out: out.address(),
                     table: on_device.address(),
                     tokens: ids.address(),
+                    chosen: chosen.address(),
                     width: width as u32,
-                    reserved: 0,
+                    vocabulary: vocabulary as u32,
                 };
                 device.launch(&launches::embed(dtype, 9, &parameters)).expect("kernels run");
                 let expected: Vec<f32> = tokens

@@ -5,7 +5,7 @@ use super::{
     support::{Numbers, cuda::Buffer},
 };
 use tidemill_kernels::{
-    cuda::{Driver, Sample, SampleRow, launches},
+    cuda::{Driver, LikelyToken, LogprobsOfRows, LogprobsRow, LogprobsSum, Sample, SampleRow, launches},
     reference,
 };
 
@@ -129,6 +129,105 @@ fn draws_are_those_of_a_sorted_list() {
                 }
             }
         }
+    });
+}
+
+/// Rows of logits and the tokens that were chosen in; sums and likely tokens out, those of rows that are left out too.
+fn logprobs(
+    device: &dyn Driver,
+    logits: &[f32],
+    rows: &[LogprobsRow],
+    chosen: &[u32],
+    places: usize,
+) -> (Vec<LogprobsSum>, Vec<LikelyToken>) {
+    let (on_device, wanted) = (Buffer::new(device, logits), Buffer::new(device, rows));
+    let chosen = Buffer::new(device, chosen);
+    let sums = Buffer::new(device, &vec![LogprobsSum { total: -1.0, ..LogprobsSum::default() }; rows.len()]);
+    let likely = Buffer::new(device, &vec![UNTOUCHED; (rows.len() * places).max(1)]);
+    let weights = Buffer::empty(device, logits.len() * size_of::<u64>());
+    let parameters = LogprobsOfRows {
+        sums: sums.address(),
+        likely: likely.address(),
+        logits: on_device.address(),
+        weights: weights.address(),
+        rows: wanted.address(),
+        chosen: chosen.address(),
+        vocabulary: (logits.len() / rows.len()) as u32,
+        places: places as u32,
+    };
+    device.launch(&launches::logprobs(rows.len() as u32, &parameters)).expect("kernels run");
+    (sums.read(), likely.read())
+}
+
+const UNTOUCHED: LikelyToken = LikelyToken { token: 77, logit: -77.0 };
+
+#[test]
+fn log_probabilities_are_those_of_a_sorted_list() {
+    on_devices(|device| {
+        for vocabulary in [1, 5, 511, 512, 513, 5000] {
+            let mut numbers = Numbers::new(42);
+            let mut row: Vec<f32> = numbers.vector(vocabulary).iter().map(|x| 4.0 * x).collect();
+            // Equal ones, both zeros and tokens that are ruled out among them.
+            for (index, logit) in row.iter_mut().enumerate().filter(|(index, _)| index % 3 == 0) {
+                *logit = match index % 4 {
+                    0 => (*logit * 2.0).round() / 2.0,
+                    1 => 0.0,
+                    2 => -0.0,
+                    _ => f32::NEG_INFINITY,
+                };
+            }
+            row[vocabulary / 2] = 3.0;
+            let mut order: Vec<usize> = (0..vocabulary).collect();
+            order.sort_by(|a, b| row[*b].partial_cmp(&row[*a]).expect("numbers").then(a.cmp(b)));
+            let greatest = row[order[0]];
+            let total: f64 = row.iter().map(|logit| f64::from(logit - greatest).exp()).sum();
+            let (token, chosen) = ((vocabulary - 1) as u32, (vocabulary / 2) as u32);
+            for count in [0, 1, 2, 20, LogprobsRow::MOST] {
+                let places = 1 + count.min(LogprobsRow::MOST - 1) as usize;
+                let of_token = LogprobsRow { token, count };
+                let of_chosen = LogprobsRow { token: LogprobsRow::CHOSEN, count };
+                let rows = [of_token, LogprobsRow::LEFT_OUT, of_chosen];
+                let (sums, likely) = logprobs(device, &row.repeat(3), &rows, &[u32::MAX, 0, chosen], places);
+                assert_eq!(sums[1].total, -1.0, "{vocabulary}: a row that is left out stays as it was");
+                assert_eq!(likely[places..2 * places], vec![UNTOUCHED; places], "{vocabulary}");
+                for (index, token) in [(0, token), (2, chosen)] {
+                    let logit = row[token as usize];
+                    let rank = row.iter().filter(|other| logit <= **other).count() as u32;
+                    let found = sums[index];
+                    assert_eq!(
+                        (found.greatest, found.chosen, found.rank),
+                        (greatest, logit, rank),
+                        "{vocabulary}"
+                    );
+                    assert!((found.total / total - 1.0).abs() < 1e-13, "{vocabulary}: {found:?}, {total}");
+                    let wanted = vocabulary.min(count as usize);
+                    let likely = &likely[index * places..][..wanted];
+                    for (place, (found, &expected)) in likely.iter().zip(&order).enumerate() {
+                        let expected = (expected as u32, row[expected].to_bits());
+                        assert_eq!(
+                            (found.token, found.logit.to_bits()),
+                            expected,
+                            "{vocabulary}, {count}: {place}"
+                        );
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Nothing of such a row is of use, and none of it is looked at.
+#[test]
+fn log_probabilities_of_no_numbers_have_no_sum() {
+    on_devices(|device| {
+        let mut logits = vec![0.5; 4 * 700];
+        logits[3] = f32::NAN;
+        logits[700 + 699] = f32::INFINITY;
+        logits[1400..2100].fill(f32::NEG_INFINITY);
+        let rows = [LogprobsRow { token: 3, count: 4 }; 4];
+        let (sums, _) = logprobs(device, &logits, &rows, &[Sample::NOT_FINITE; 4], 4);
+        let finite: Vec<bool> = sums.iter().map(|sum| sum.total.is_finite()).collect();
+        assert_eq!(finite, [false, false, false, true], "{sums:?}");
     });
 }
 

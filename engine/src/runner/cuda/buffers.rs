@@ -1,9 +1,12 @@
 //! One buffer per intermediate result, `[rows][elements]` each, for the largest step.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::cuda::weights::padded;
-use tidemill_kernels::cuda::{Attention, CudaError, Driver};
+use tidemill_kernels::cuda::{
+    Attention, CudaError, DeviceAddress, Driver, LikelyToken, LogprobsRow, LogprobsSum,
+};
 
 use crate::memory::DeviceBuffer;
 use crate::models::{Model, ModelSpec};
@@ -32,12 +35,21 @@ pub(super) struct Buffers {
     pub(super) logits: DeviceBuffer,
     /// u64, likewise: memory to choose in.
     pub(super) weights: DeviceBuffer,
-    /// u32, `[rows]`: what was chosen.
-    pub(super) tokens: DeviceBuffer,
+    /// What of a step comes down to the host: [`Results`].
+    pub(super) results: DeviceBuffer,
     /// f32, `[position][half]` each: all positions of the longest sequence.
     pub(super) cos: DeviceBuffer,
     pub(super) sin: DeviceBuffer,
     pub(super) half: usize,
+}
+
+/// How results of a step lie behind each other: u32, `[rows]`, the chosen tokens; then, where log-probabilities are wanted, [`LogprobsSum`],
+/// `[rows]`, and [`LikelyToken`], `[rows][places]`. Places are in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Results {
+    pub(super) rows: usize,
+    /// `None` where no log-probabilities are wanted.
+    pub(super) places: Option<usize>,
 }
 
 impl Buffers {
@@ -69,16 +81,59 @@ impl Buffers {
             partials: DeviceBuffer::new(driver, partial_bytes(spec, limits))?,
             logits: DeviceBuffer::new(driver, logits * size_of::<f32>())?,
             weights: DeviceBuffer::new(driver, logits * size_of::<u64>())?,
-            tokens: DeviceBuffer::new(driver, limits.max_tokens * size_of::<u32>())?,
+            // A row that was left out comes down with the others.
+            results: DeviceBuffer::zeroed(driver, Results::most_bytes(limits.max_tokens))?,
             half: cos.len() / limits.max_model_len,
             cos: table(&cos)?,
             sin: table(&sin)?,
         })
     }
 
+    /// u32, `[rows]`: what was chosen. It stays until the next step has chosen.
+    pub(super) const fn chosen(&self) -> DeviceAddress {
+        self.results.address()
+    }
+
     /// Rows whose attention, to sequences cut into so many parts, there is memory for.
     pub(super) fn rows_with_partials(&self, spec: &ModelSpec, splits: u32) -> usize {
         (self.partials.bytes() / row_partial_bytes(spec, splits)).max(1)
+    }
+}
+
+impl Results {
+    /// Bytes of as many rows with as much of each as there can be.
+    pub(super) const fn most_bytes(rows: usize) -> usize {
+        Self { rows, places: Some(LogprobsRow::MOST as usize) }.bytes()
+    }
+
+    /// Bytes of all of it.
+    const fn bytes(self) -> usize {
+        self.likely(self.rows)
+    }
+
+    /// Where results of some rows are: all of them in one piece.
+    pub(super) fn parts(self, rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let tokens = rows.start * size_of::<u32>()..rows.end * size_of::<u32>();
+        let parts = match self.places {
+            None => [tokens, 0..0, 0..0],
+            Some(_) if rows == (0..self.rows) => [0..self.bytes(), 0..0, 0..0],
+            Some(_) => {
+                let sums = self.sum(rows.start)..self.sum(rows.end);
+                [tokens, sums, self.likely(rows.start)..self.likely(rows.end)]
+            }
+        };
+        parts.into_iter().filter(|part| !part.is_empty())
+    }
+
+    /// Where a row's sum is.
+    pub(super) const fn sum(self, row: usize) -> usize {
+        (self.rows * size_of::<u32>()).next_multiple_of(size_of::<u64>()) + row * size_of::<LogprobsSum>()
+    }
+
+    /// Where a row's most likely tokens are.
+    pub(super) const fn likely(self, row: usize) -> usize {
+        let places = if let Some(places) = self.places { places } else { 0 };
+        self.sum(self.rows) + row * places * size_of::<LikelyToken>()
     }
 }
 

@@ -1,15 +1,16 @@
 //! Decode steps as graphs: recorded once for a number of rows, asked for in one call from then on.
 //!
 //! A batch is filled up to the next number of rows that there is a graph for, by sequences of one token in blocks that
-//! nobody else has. What differs from step to step lies at places that never change: numbers go up from pinned memory as part
-//! of the graph, tables of blocks before it, chosen tokens come down to pinned memory.
+//! nobody else has. What differs from step to step lies at places that never change: it goes up before the graph, and what was chosen
+//! comes down after it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use tidemill_kernels::cuda::{Attention, CudaError, DeviceAddress, Driver, Graph};
+use tidemill_kernels::cuda::{Attention, CudaError, DeviceAddress, Driver, Graph, LogprobsRow};
 use tidemill_kernels::kv::KvBlockShape;
 
+use super::buffers::Results;
 use super::{Batch, CudaRunner, RunnerLimits};
 use crate::memory::DeviceBuffer;
 use crate::runner::{BatchSequence, LogitsWanted};
@@ -32,6 +33,8 @@ pub(super) struct Key {
     pub(super) rows: usize,
     /// Into how many parts the keys of the longest sequence are cut: a power of two, or the most there are.
     pub(super) splits: u32,
+    /// Whether somebody wants log-probabilities.
+    pub(super) logprobs: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -93,7 +96,8 @@ impl CudaRunner {
         let most = Attention::splits(u32::try_from(self.limits.max_model_len).ok()?);
         let splits = Attention::splits(longest).next_power_of_two().min(most);
         let has_room = splits == 1 || rows <= self.buffers.rows_with_partials(&self.model.spec, splits);
-        (has_room && batch.sequences.iter().all(is_decode)).then_some(Key { rows, splits })
+        let logprobs = self.slots[self.slot].wants_logprobs();
+        (has_room && batch.sequences.iter().all(is_decode)).then_some(Key { rows, splits, logprobs })
     }
 
     /// Asks for a step whose numbers and tables are in place.
@@ -118,11 +122,12 @@ impl CudaRunner {
         asked?;
         let graph = graph?;
         self.graphs.recorded.insert(key, State::Recorded(graph));
-        let Key { rows, splits } = key;
+        let Key { rows, splits, logprobs } = key;
         let all = self.graphs.bytes();
         tracing::info!(
             rows,
             splits,
+            logprobs,
             launches = graph.launches,
             bytes = graph.bytes,
             all,
@@ -131,13 +136,18 @@ impl CudaRunner {
         Ok(graph)
     }
 
-    /// Everything of a decode step, which is the same each time.
-    fn ask_for_decode(&self, Key { rows, splits }: Key) -> Result<(), CudaError> {
-        self.inputs.send(&self.driver)?;
-        self.compute_layers(rows, splits, &mut |_| {})?;
-        self.normalise_wanted(rows)?;
-        self.choose_all(rows)?;
-        self.start_download_of_tokens(0, rows)
+    /// Everything that is computed in a decode step, which is the same each time.
+    fn ask_for_decode(&self, key: Key) -> Result<(), CudaError> {
+        self.compute_layers(key.rows, key.splits, &mut |_| {})?;
+        self.normalise_wanted(key.rows)?;
+        self.make_all(key.results())
+    }
+}
+
+impl Key {
+    /// What comes of the step.
+    pub(super) fn results(self) -> Results {
+        Results { rows: self.rows, places: self.logprobs.then_some(LogprobsRow::MOST as usize) }
     }
 }
 

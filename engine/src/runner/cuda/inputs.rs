@@ -1,31 +1,32 @@
 //! What a step tells the device: tokens, positions, where blocks are, and how tokens are chosen.
 //!
 //! Numbers of rows go up in one copy. The table of blocks stays on the device, and of a sequence only what differs from
-//! the step before goes up: a sequence that decodes gets a block now and then.
+//! the step before goes up: a sequence that decodes gets a block now and then. All of it goes from pinned memory, of which there
+//! is one for each step that can be under way, so that nobody waits.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver, PromptTile, Queue, SampleRow, Ticket};
+use tidemill_kernels::cuda::{
+    CudaError, DeviceAddress, Driver, Embed, LogprobsRow, PromptTile, Queue, SampleRow,
+};
 use tidemill_kernels::kv::KvBlockShape;
 
-use super::{Batch, RunnerLimits, WantedRow};
+use super::layers::narrow;
+use super::{Batch, Carried, RowTask, RunnerLimits, WantedRow};
 use crate::memory::{DeviceBuffer, PinnedBuffer};
 
 #[derive(Debug)]
 pub(super) struct Inputs {
     numbers: DeviceBuffer,
-    /// Where they come from.
-    pinned: PinnedBuffer,
-    /// When they were read there.
-    sent: Option<Ticket>,
-    /// As it goes up: [`SampleRow`] of wanted rows; [`PromptTile`]s; token, position and sequence of each row; numbers of wanted rows.
+    /// As it goes up: [`SampleRow`] and [`LogprobsRow`] of wanted rows; [`PromptTile`]s; token, position and sequence of each row;
+    /// numbers of wanted rows.
     bytes: Vec<u8>,
     rows: usize,
     wanted: usize,
     /// `[sequences][blocks_per_sequence]`
     tables: DeviceBuffer,
-    /// What is in `tables`.
+    /// What is in `tables` once everything that was asked for is done.
     known: Vec<DeviceAddress>,
     blocks_per_sequence: usize,
     /// Whether rows of one sequence are attended to together.
@@ -37,6 +38,14 @@ pub(super) struct Inputs {
     longest: u32,
 }
 
+/// Where inputs of a step wait until the device has taken them.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    numbers: PinnedBuffer,
+    /// What differs from the step before, at the places that it has on the device.
+    tables: PinnedBuffer,
+}
+
 impl Inputs {
     pub(super) fn new(
         driver: &Arc<dyn Driver>,
@@ -44,15 +53,11 @@ impl Inputs {
         limits: RunnerLimits,
         takes_tiles: bool,
     ) -> Result<Self, CudaError> {
-        // A tile has a row at least.
-        let row_bytes = size_of::<SampleRow>() + size_of::<PromptTile>() + 4 * size_of::<u32>();
-        let bytes = limits.max_tokens * row_bytes;
+        let bytes = number_bytes(limits);
         let blocks_per_sequence = limits.max_model_len.div_ceil(shape.block_len);
         let blocks = limits.max_seqs * blocks_per_sequence;
         Ok(Self {
             numbers: DeviceBuffer::new(driver, bytes)?,
-            pinned: PinnedBuffer::new(driver, bytes)?,
-            sent: None,
             bytes: Vec::with_capacity(bytes),
             rows: 0,
             wanted: 0,
@@ -66,36 +71,59 @@ impl Inputs {
         })
     }
 
-    /// Prepares a step: its tables of blocks are on the device, its numbers wait to be sent.
-    pub(super) fn fill(
+    /// Memory of the host for a step.
+    pub(super) fn outbox(&self, driver: &Arc<dyn Driver>, limits: RunnerLimits) -> Result<Outbox, CudaError> {
+        Ok(Outbox {
+            numbers: PinnedBuffer::new(driver, number_bytes(limits))?,
+            tables: PinnedBuffer::new(driver, self.tables.bytes())?,
+        })
+    }
+
+    /// Sends what a step takes, from memory that nothing reads any more. `carried` says for which sequences the only token is the one in
+    /// which place of those that the step before chose.
+    pub(super) fn send(
         &mut self,
         driver: &Arc<dyn Driver>,
+        outbox: &Outbox,
         batch: &Batch<'_, DeviceAddress>,
+        carried: &Carried<'_>,
         wanted: &[WantedRow],
-        choices: &[Option<SampleRow>],
+        tasks: &[Option<RowTask>],
     ) -> Result<(), CudaError> {
         self.rows = batch.rows();
         self.wanted = wanted.len();
         self.bytes.clear();
-        for choice in choices {
+        for task in tasks {
             // A row whose logits are wanted gets a token too, which nobody looks at.
-            self.bytes.extend(bytemuck::bytes_of(&choice.unwrap_or_default()));
+            let sample = task.and_then(|task| task.sample).unwrap_or_default();
+            self.bytes.extend(bytemuck::bytes_of(&sample));
+        }
+        for task in tasks {
+            let logprobs = task.and_then(|task| task.logprobs).unwrap_or(LogprobsRow::LEFT_OUT);
+            self.bytes.extend(bytemuck::bytes_of(&logprobs));
         }
         self.share_out(batch);
         self.bytes.extend_from_slice(bytemuck::cast_slice(&self.tiles));
         let words = |bytes: &mut Vec<u8>, words: &mut dyn Iterator<Item = u32>| {
             bytes.extend(words.flat_map(u32::to_le_bytes));
         };
-        words(&mut self.bytes, &mut batch.sequences.iter().flat_map(|it| it.tokens).copied());
+        let sequences = || batch.sequences.iter().enumerate();
+        let mut tokens = sequences().flat_map(|(index, it)| {
+            let place = carried(index).map(|place| Embed::OF_CHOSEN | narrow(place));
+            assert!(place.is_none() || it.tokens.len() == 1, "one token of a sequence is chosen at a time");
+            it.tokens.iter().map(move |token| place.unwrap_or(*token))
+        });
+        words(&mut self.bytes, &mut tokens);
         words(&mut self.bytes, &mut batch.positions());
-        let sequences = batch.sequences.iter().enumerate();
         let mut sequence_of_rows =
-            sequences.flat_map(|(index, it)| std::iter::repeat_n(index as u32, it.tokens.len()));
+            sequences().flat_map(|(index, it)| std::iter::repeat_n(index as u32, it.tokens.len()));
         words(&mut self.bytes, &mut sequence_of_rows);
         words(&mut self.bytes, &mut wanted.iter().map(|it| it.row as u32));
-        self.write_numbers(driver)?;
+        driver.write_pinned(outbox.numbers.address(), &self.bytes);
+        let (to, from) = (self.numbers.address(), outbox.numbers.address());
+        driver.start_upload(Queue::Compute, to, from, self.bytes.len())?;
         for (index, sequence) in batch.sequences.iter().enumerate() {
-            self.update_table(driver, index, sequence.blocks)?;
+            self.update_table(driver, outbox, index, sequence.blocks)?;
         }
         Ok(())
     }
@@ -121,30 +149,19 @@ impl Inputs {
         }
     }
 
-    /// Sends the numbers of rows, from a place that they may not leave before the device has come to it.
-    pub(super) fn send(&self, driver: &Arc<dyn Driver>) -> Result<(), CudaError> {
-        driver.start_upload(Queue::Compute, self.numbers.address(), self.pinned.address(), self.bytes.len())
-    }
-
-    /// They were sent by what was asked for last.
-    pub(super) fn are_sent(&mut self, driver: &Arc<dyn Driver>) -> Result<(), CudaError> {
-        self.sent = Some(driver.ticket(Queue::Compute)?);
-        Ok(())
-    }
-
-    /// The host has waited for something that was asked for after them.
-    pub(super) const fn have_arrived(&mut self) {
-        self.sent = None;
-    }
-
     /// [`SampleRow`], `[wanted]`
     pub(super) const fn choices(&self) -> DeviceAddress {
         self.numbers.address()
     }
 
+    /// [`LogprobsRow`], `[wanted]`
+    pub(super) const fn logprobs(&self) -> DeviceAddress {
+        self.choices().offset(self.wanted * size_of::<SampleRow>())
+    }
+
     /// [`PromptTile`], `[tiles]`
     pub(super) const fn tiles(&self) -> DeviceAddress {
-        self.choices().offset(self.wanted * size_of::<SampleRow>())
+        self.logprobs().offset(self.wanted * size_of::<LogprobsRow>())
     }
 
     pub(super) const fn tile_count(&self) -> usize {
@@ -190,18 +207,10 @@ impl Inputs {
         self.longest
     }
 
-    fn write_numbers(&mut self, driver: &Arc<dyn Driver>) -> Result<(), CudaError> {
-        // A step whose outcome nobody has waited for may still read them.
-        if let Some(ticket) = self.sent.take() {
-            driver.wait(ticket)?;
-        }
-        driver.write_pinned(self.pinned.address(), &self.bytes);
-        Ok(())
-    }
-
     fn update_table(
         &mut self,
         driver: &Arc<dyn Driver>,
+        outbox: &Outbox,
         sequence: usize,
         blocks: &[DeviceAddress],
     ) -> Result<(), CudaError> {
@@ -212,7 +221,17 @@ impl Inputs {
         let differs = |(a, b): (&DeviceAddress, &DeviceAddress)| a != b;
         let Some(from) = known.iter().zip(blocks).position(differs) else { return Ok(()) };
         known[from..].copy_from_slice(&blocks[from..]);
-        let address = self.tables.address().offset((first + from) * size_of::<DeviceAddress>());
-        driver.upload(address, bytemuck::cast_slice(&blocks[from..]))
+        let place = (first + from) * size_of::<DeviceAddress>();
+        let (to, pinned) = (self.tables.address().offset(place), outbox.tables.address().offset(place));
+        let bytes: &[u8] = bytemuck::cast_slice(&blocks[from..]);
+        driver.write_pinned(pinned, bytes);
+        driver.start_upload(Queue::Compute, to, pinned, bytes.len())
     }
+}
+
+fn number_bytes(limits: RunnerLimits) -> usize {
+    // A tile has a row at least.
+    let row =
+        size_of::<SampleRow>() + size_of::<LogprobsRow>() + size_of::<PromptTile>() + 4 * size_of::<u32>();
+    limits.max_tokens * row
 }

@@ -37,7 +37,7 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// Copies rows of the state's width, by their numbers in a table.
+    /// Copies rows of the state's width, by their numbers in a table, or by those that the step before chose.
     pub(super) fn take_rows(
         &self,
         out: DeviceAddress,
@@ -45,8 +45,9 @@ impl CudaRunner {
         numbers: DeviceAddress,
         rows: usize,
     ) -> Result<(), CudaError> {
-        let width = narrow(self.model.spec.hidden_size);
-        let parameters = Embed { out, table, tokens: numbers, width, reserved: 0 };
+        let (width, vocabulary) = (narrow(self.model.spec.hidden_size), narrow(self.model.spec.vocab_size));
+        let parameters =
+            Embed { out, table, tokens: numbers, chosen: self.buffers.chosen(), width, vocabulary };
         self.launch(launches::embed(self.model.dtype, narrow(rows), &parameters))
     }
 

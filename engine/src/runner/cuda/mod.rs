@@ -3,7 +3,10 @@
 //! The same decoder as on a CPU, by kernels that compute in the type of the weights with sums in f32; by weights in fewer bits as
 //! the CPU does. Every buffer is made
 //! once, for the largest step, and stays where it is. A step is launches alone, or a graph of them: the host waits at its end, where
-//! tokens are chosen on the device and only their ids come back, or where somebody asked for logits.
+//! tokens are chosen on the device and only their ids and log-probabilities come back, or where somebody asked for logits.
+//!
+//! Two steps can be under way, one behind the other: the second takes tokens that the first chose, on the device, before the host
+//! knows them.
 
 mod buffers;
 mod graphs;
@@ -11,25 +14,29 @@ mod inputs;
 mod layers;
 mod output;
 mod products;
+mod slots;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::cuda::hopper::BlockRange;
-use tidemill_kernels::cuda::{Attention, CudaError, DeviceAddress, Driver, KvShape, Launch, SampleRow};
+use tidemill_kernels::cuda::{
+    Attention, CudaError, DeviceAddress, Driver, KvShape, Launch, LogprobsRow, Queue, SampleRow,
+};
 use tidemill_kernels::kv::KvBlockShape;
 use tidemill_kernels::matrix::WeightDtype;
 
 use super::batch::Batch;
 use super::logits::WantedRow;
 use super::{LogitsRow, RunnerLimits};
-use crate::memory::PinnedBuffer;
 use crate::models::{Model, ModelSpec};
 use crate::weights::DeviceWeights;
-use buffers::Buffers;
+use buffers::{Buffers, Results};
 use graphs::{Graphs, Key};
 use inputs::Inputs;
-pub use output::{Outcome, OutcomeRow};
+pub use output::{Outcome, OutcomeRow, RowLogprobs};
+pub use slots::Flight;
+use slots::Slot;
 
 /// Runs a model on a GPU.
 #[derive(Debug)]
@@ -46,20 +53,31 @@ pub struct CudaRunner {
     buffers: Buffers,
     inputs: Inputs,
     graphs: Graphs,
-    /// Chosen tokens come down here.
-    ids: PinnedBuffer,
-    /// Which rows somebody wants to know of.
-    wanted: Vec<WantedRow>,
-    /// How tokens are chosen behind them; `None` where logits are wanted instead.
-    choices: Vec<Option<SampleRow>>,
-    /// Logits and tokens as they come to the host.
+    /// What belongs to a step until its outcome is taken: two of them, in turn.
+    slots: [Slot; 2],
+    /// Whose turn it is.
+    slot: usize,
+    /// Logits and results as they come to the host.
     logits: Vec<f32>,
-    tokens: Vec<u32>,
+    /// In words, so that numbers are where they may be.
+    results: Vec<u64>,
 }
 
-/// How the token behind a row is chosen on the device, by the row's sequence and position; `None` where logits are wanted
-/// on the host.
-pub type Choices<'a> = dyn Fn(usize, u32) -> Option<SampleRow> + 'a;
+/// What a device makes of a row.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RowTask {
+    /// How the token behind it is chosen; `None` where nobody wants to know.
+    pub sample: Option<SampleRow>,
+    /// Which log-probabilities are wanted.
+    pub logprobs: Option<LogprobsRow>,
+}
+
+/// What the device makes of a row, by its sequence and position; `None` where logits are wanted on the host.
+pub type Tasks<'a> = dyn Fn(usize, u32) -> Option<RowTask> + 'a;
+
+/// Of which sequences the only token is one that the step before has chosen, and which of its rows that was: a number among those
+/// that were wanted.
+pub type Carried<'a> = dyn Fn(usize) -> Option<usize> + 'a;
 
 impl CudaRunner {
     /// Makes every buffer that a step within `limits` needs. Steps in which each sequence computes one token are graphs, for so many
@@ -82,18 +100,18 @@ impl CudaRunner {
     ) -> Result<Self, CudaError> {
         let spec = &model.spec;
         limits.assert_possible(spec, &shape);
-        let max_tokens = limits.max_tokens;
         assert_eq!(Self::refusal(spec, limits), None, "asked before");
+        let inputs = Inputs::new(&driver, &shape, limits, model.dtype != WeightDtype::F32)?;
+        let slot = || Slot::new(&driver, &inputs, limits);
         Ok(Self {
+            slots: [slot()?, slot()?],
+            slot: 0,
+            inputs,
             buffers: Buffers::new(&driver, &model, limits)?,
-            inputs: Inputs::new(&driver, &shape, limits, model.dtype != WeightDtype::F32)?,
             graphs: Graphs::new(&driver, &shape, limits, graph_sizes)?,
-            ids: PinnedBuffer::new(&driver, max_tokens * size_of::<u32>())?,
             kv_shape: KvShape::new(&shape),
-            wanted: Vec::with_capacity(max_tokens),
-            choices: Vec::with_capacity(max_tokens),
             logits: vec![0.0; buffers::logits_rows(limits) * spec.vocab_size],
-            tokens: Vec::with_capacity(max_tokens),
+            results: vec![0; Results::most_bytes(limits.max_tokens) / size_of::<u64>()],
             model,
             driver,
             shape,
@@ -160,50 +178,81 @@ impl CudaRunner {
     ///
     /// # Panics
     ///
-    /// As [`Runner::step`](super::Runner::step).
+    /// As [`Runner::step`](super::Runner::step), and as [`submit`](Self::submit).
     pub fn step(
         &mut self,
         batch: &Batch<'_, DeviceAddress>,
-        choices: &Choices<'_>,
+        tasks: &Tasks<'_>,
         after_layers: &mut dyn FnMut(Range<usize>),
     ) -> Result<Outcome<'_>, CudaError> {
+        let flight = self.submit(batch, tasks, &|_| None, after_layers)?;
+        Ok(Outcome { runner: self, flight })
+    }
+
+    /// Asks for a step, whose outcome is [received](Self::receive) later. One more can be asked for before that, and can
+    /// go on with tokens that this one chooses.
+    ///
+    /// # Errors
+    ///
+    /// As for [`step`](Self::step).
+    ///
+    /// # Panics
+    ///
+    /// As [`step`](Self::step), or when the step before the last was not received, or the one before wants logits on the host and was not
+    /// received.
+    pub fn submit(
+        &mut self,
+        batch: &Batch<'_, DeviceAddress>,
+        tasks: &Tasks<'_>,
+        carried: &Carried<'_>,
+        after_layers: &mut dyn FnMut(Range<usize>),
+    ) -> Result<Flight, CudaError> {
         batch.assert_within(&self.limits, &self.shape, self.model.spec.vocab_size);
-        batch.fill_wanted(&mut self.wanted);
-        self.choices.clear();
-        self.choices.extend(self.wanted.iter().map(|row| choices(row.sequence, row.position)));
+        self.slot = 1 - self.slot;
+        let before = &self.slots[1 - self.slot];
+        assert!(!before.is_under_way() || before.is_all_on_device(), "logits of the step before are lost");
+        let driver = Arc::clone(&self.driver);
+        self.slots[self.slot].begin(&driver, batch, tasks)?;
         // Logits that the host wants must all be in their place at the end.
-        let fits = |key: &Key| {
-            key.rows <= buffers::logits_rows(self.limits) || self.choices.iter().all(Option::is_some)
-        };
-        if let Some(key) = self.graph_key(batch).filter(fits) {
-            let count = batch.sequences.len();
-            let padding = self.graphs.padding(key.rows - count);
-            let sequences: Vec<_> = batch.sequences.iter().copied().chain(padding).collect();
-            let padded = Batch { sequences: &sequences };
-            padded.fill_wanted(&mut self.wanted);
-            // Of several choices behind a sequence there is one, that behind its token.
-            self.choices.resize(key.rows, Some(SampleRow::default()));
-            self.inputs.fill(&self.driver, &padded, &self.wanted, &self.choices)?;
-            self.wanted.truncate(count);
-            self.choices.truncate(count);
-            self.replay(key)?;
-            self.inputs.are_sent(&self.driver)?;
-            after_layers(0..self.shape.layers);
-            return Ok(Outcome { runner: self, is_chosen: true });
+        let on_device = self.slots[self.slot].is_all_on_device();
+        let fits = |key: &Key| key.rows <= buffers::logits_rows(self.limits) || on_device;
+        let key = self.graph_key(batch).filter(fits);
+        let Self { inputs, slots, graphs, .. } = self;
+        let slot = &mut slots[self.slot];
+        let rows_wanted = slot.wanted.len();
+        match key {
+            Some(key) => {
+                let padding = graphs.padding(key.rows - batch.sequences.len());
+                let sequences: Vec<_> = batch.sequences.iter().copied().chain(padding).collect();
+                let padded = Batch { sequences: &sequences };
+                padded.fill_wanted(&mut slot.wanted);
+                // Of several choices behind a sequence there is one, that behind its token.
+                slot.tasks.resize(key.rows, Some(RowTask::default()));
+                inputs.send(&driver, &slot.outbox, &padded, carried, &slot.wanted, &slot.tasks)?;
+                slot.wanted.truncate(rows_wanted);
+                slot.tasks.truncate(rows_wanted);
+                slot.results = key.results();
+                self.replay(key)?;
+                after_layers(0..self.shape.layers);
+                self.start_download(self.slot, 0..rows_wanted)?;
+            }
+            None => {
+                slot.results = Results { rows: rows_wanted, places: slot.places() };
+                let results = slot.results;
+                inputs.send(&driver, &slot.outbox, batch, carried, &slot.wanted, &slot.tasks)?;
+                let splits = Attention::splits(self.inputs.longest());
+                self.compute_layers(batch.rows(), splits, after_layers)?;
+                self.normalise_wanted(rows_wanted)?;
+                if on_device && 0 < rows_wanted {
+                    self.make_all(results)?;
+                    self.start_download(self.slot, 0..rows_wanted)?;
+                }
+            }
         }
-        self.inputs.fill(&self.driver, batch, &self.wanted, &self.choices)?;
-        self.inputs.send(&self.driver)?;
-        self.inputs.are_sent(&self.driver)?;
-        let splits = Attention::splits(self.inputs.longest());
-        self.compute_layers(batch.rows(), splits, after_layers)?;
-        let wanted = self.wanted.len();
-        self.normalise_wanted(wanted)?;
-        let is_chosen = 0 < wanted && self.choices.iter().all(Option::is_some);
-        if is_chosen {
-            self.choose_all(wanted)?;
-            self.start_download_of_tokens(0, wanted)?;
-        }
-        Ok(Outcome { runner: self, is_chosen })
+        let slot = &mut self.slots[self.slot];
+        slot.is_chosen = key.is_some() || (on_device && 0 < rows_wanted);
+        slot.done = Some(driver.ticket(Queue::Compute)?);
+        Ok(Flight { slot: self.slot })
     }
 
     fn launch(&self, launch: Launch) -> Result<(), CudaError> {

@@ -1,22 +1,25 @@
-//! The outcome of a step: chosen tokens, or logits where somebody wants them on the host.
+//! The outcome of a step: what the device made of rows, or logits where somebody wants them on the host.
 //!
-//! Logits are computed for some rows at a time, in one place, as on a CPU. Where every token is chosen on the device all
-//! of it is asked for at once, and the host waits once, for the ids.
+//! Logits are computed for some rows at a time, in one place, as on a CPU. Where the device makes everything of them that is wanted, all
+//! of it is asked for at once, and the host waits once, for some numbers of each row.
 
 use std::ops::Range;
 
-use tidemill_kernels::cuda::{CudaError, Queue, Sample, SampleRow, launches};
+use tidemill_kernels::cuda::{
+    CudaError, LikelyToken, LogprobsOfRows, LogprobsRow, LogprobsSum, Queue, Sample, SampleRow, launches,
+};
 
+use super::buffers::{self, Results};
 use super::layers::narrow;
 use super::products::Rows;
-use super::{CudaRunner, LogitsRow, WantedRow, buffers};
+use super::slots::Slot;
+use super::{CudaRunner, Flight, LogitsRow, WantedRow};
 
 /// What a step came to, ready to be taken.
 #[derive(Debug)]
 pub struct Outcome<'a> {
     pub(super) runner: &'a mut CudaRunner,
-    /// Whether logits and tokens were asked for with the layers.
-    pub(super) is_chosen: bool,
+    pub(super) flight: Flight,
 }
 
 /// What a step came to for one row.
@@ -24,26 +27,37 @@ pub struct Outcome<'a> {
 pub enum OutcomeRow<'a> {
     /// Its logits, for the host to choose by.
     Logits(LogitsRow<'a>),
-    /// The token that was chosen on the device.
-    Token {
+    /// What the device made of them.
+    Made {
         /// Index of the sequence in the batch.
         sequence: usize,
         /// Position of the token whose row this is.
         position: u32,
-        /// The next token, or [`Sample::NOT_FINITE`] or [`Sample::NOTHING_LEFT`].
+        /// The next token, or [`Sample::NOT_FINITE`] or [`Sample::NOTHING_LEFT`]; of use where one was to be chosen.
         token: u32,
+        /// What log-probabilities are made of, where they are wanted.
+        logprobs: Option<RowLogprobs<'a>>,
     },
+}
+
+/// What log-probabilities of a row are made of.
+#[derive(Clone, Copy, Debug)]
+pub struct RowLogprobs<'a> {
+    /// The sum, and the token's own logit.
+    pub sum: LogprobsSum,
+    /// The most likely tokens, as many as were wanted, or as there are.
+    pub likely: &'a [LikelyToken],
 }
 
 impl Outcome<'_> {
     /// How many rows there are.
     pub const fn len(&self) -> usize {
-        self.runner.wanted.len()
+        self.runner.slots[self.flight.slot].wanted.len()
     }
 
     /// Whether no row was asked for.
     pub const fn is_empty(&self) -> bool {
-        self.runner.wanted.is_empty()
+        self.len() == 0
     }
 
     /// Takes all rows, in the order of the batch and of positions, once the device is done.
@@ -51,41 +65,49 @@ impl Outcome<'_> {
     /// # Errors
     ///
     /// What the device says; it is of no use any more.
-    pub fn for_each(self, mut take: impl FnMut(OutcomeRow<'_>)) -> Result<(), CudaError> {
-        let Self { runner, is_chosen } = self;
-        let wanted = runner.wanted.len();
-        if wanted == 0 {
-            // K and V are there when the step is said to be over.
-            runner.inputs.have_arrived();
-            return runner.driver.synchronize();
-        }
-        if runner.choices.iter().all(Option::is_some) {
-            runner.receive_tokens(wanted)?;
-            runner.take(0..wanted, &mut take);
-            return Ok(());
-        }
-        let at_once = buffers::logits_rows(runner.limits);
-        for first in (0..wanted).step_by(at_once) {
-            let rows = at_once.min(wanted - first);
-            let has_tokens = runner.choices[first..first + rows].iter().any(Option::is_some);
-            if !is_chosen {
-                runner.compute_logits(first, rows)?;
-                if has_tokens {
-                    runner.choose(first, rows)?;
-                    runner.start_download_of_tokens(first, rows)?;
-                }
-            }
-            if has_tokens {
-                runner.receive_tokens(rows)?;
-            }
-            runner.download_logits(first, rows)?;
-            runner.take(first..first + rows, &mut take);
-        }
-        Ok(())
+    pub fn for_each(self, take: impl FnMut(OutcomeRow<'_>)) -> Result<(), CudaError> {
+        self.runner.receive(self.flight, take)
     }
 }
 
 impl CudaRunner {
+    /// Takes all rows of a step, in the order of the batch and of positions, once the device is done with it. What was asked for after
+    /// it goes on.
+    ///
+    /// # Errors
+    ///
+    /// What the device says; it is of no use any more.
+    pub fn receive(&mut self, flight: Flight, mut take: impl FnMut(OutcomeRow<'_>)) -> Result<(), CudaError> {
+        let index = flight.slot;
+        let slot = &mut self.slots[index];
+        let wanted = slot.wanted.len();
+        // K and V are there when the step is said to be over.
+        let done = slot.done.take().expect("a step is received once");
+        if wanted == 0 || slot.is_all_on_device() {
+            self.driver.wait(done)?;
+            if 0 < wanted {
+                self.read_results(index, 0..wanted);
+                self.take(index, 0..wanted, &mut take);
+            }
+            return Ok(());
+        }
+        let at_once = buffers::logits_rows(self.limits);
+        for first in (0..wanted).step_by(at_once) {
+            let rows = first..wanted.min(first + at_once);
+            let Slot { is_chosen, results, .. } = self.slots[index];
+            if !is_chosen {
+                self.compute_logits(first, rows.len())?;
+                self.make(first, rows.len(), results)?;
+                self.start_download(index, rows.clone())?;
+            }
+            self.driver.wait(self.driver.ticket(Queue::Compute)?)?;
+            self.read_results(index, rows.clone());
+            self.download_logits(index, rows.clone())?;
+            self.take(index, rows, &mut take);
+        }
+        Ok(())
+    }
+
     /// Normalises the rows that are wanted, and no others.
     pub(super) fn normalise_wanted(&self, wanted: usize) -> Result<(), CudaError> {
         if wanted == 0 {
@@ -96,13 +118,13 @@ impl CudaRunner {
         self.norm(normed, normed, &self.model.weights.final_norm, hidden, wanted)
     }
 
-    /// Chooses tokens behind the first so many wanted rows.
-    pub(super) fn choose_all(&self, wanted: usize) -> Result<(), CudaError> {
+    /// Makes of all wanted rows what is wanted of them.
+    pub(super) fn make_all(&self, results: Results) -> Result<(), CudaError> {
         let at_once = buffers::logits_rows(self.limits);
-        for first in (0..wanted).step_by(at_once) {
-            let rows = at_once.min(wanted - first);
+        for first in (0..results.rows).step_by(at_once) {
+            let rows = at_once.min(results.rows - first);
             self.compute_logits(first, rows)?;
-            self.choose(first, rows)?;
+            self.make(first, rows, results)?;
         }
         Ok(())
     }
@@ -114,37 +136,60 @@ impl CudaRunner {
         self.multiply_by_head(Rows { x, rows, inputs }, self.buffers.logits.address())
     }
 
-    /// Chooses tokens by logits.
-    fn choose(&self, first: usize, rows: usize) -> Result<(), CudaError> {
+    /// Chooses tokens by logits, and finds log-probabilities where they are wanted.
+    fn make(&self, first: usize, rows: usize, results: Results) -> Result<(), CudaError> {
+        let place = |bytes| self.buffers.results.address().offset(bytes);
+        let chosen = place(first * size_of::<u32>());
+        let (logits, weights) = (self.buffers.logits.address(), self.buffers.weights.address());
+        let vocabulary = narrow(self.model.spec.vocab_size);
         let sample = Sample {
-            tokens: self.buffers.tokens.address().offset(first * size_of::<u32>()),
-            logits: self.buffers.logits.address(),
-            weights: self.buffers.weights.address(),
+            tokens: chosen,
+            logits,
+            weights,
             rows: self.inputs.choices().offset(first * size_of::<SampleRow>()),
-            vocabulary: narrow(self.model.spec.vocab_size),
+            vocabulary,
             reserved: 0,
         };
-        self.launch(launches::sample(narrow(rows), &sample))
+        self.launch(launches::sample(narrow(rows), &sample))?;
+        let Some(places) = results.places else { return Ok(()) };
+        let logprobs = LogprobsOfRows {
+            sums: place(results.sum(first)),
+            likely: place(results.likely(first)),
+            logits,
+            weights,
+            rows: self.inputs.logprobs().offset(first * size_of::<LogprobsRow>()),
+            chosen,
+            vocabulary,
+            places: narrow(places),
+        };
+        self.launch(launches::logprobs(narrow(rows), &logprobs))
     }
 
-    pub(super) fn start_download_of_tokens(&self, first: usize, rows: usize) -> Result<(), CudaError> {
-        let from = self.buffers.tokens.address().offset(first * size_of::<u32>());
-        self.driver.start_download(Queue::Compute, self.ids.address(), from, rows * size_of::<u32>())
-    }
-
-    /// Waits for tokens that come down.
-    fn receive_tokens(&mut self, rows: usize) -> Result<(), CudaError> {
-        self.driver.wait(self.driver.ticket(Queue::Compute)?)?;
-        self.inputs.have_arrived();
-        self.tokens.resize(rows, 0);
-        self.driver.read_pinned(bytemuck::cast_slice_mut(&mut self.tokens), self.ids.address());
+    /// Has results of some wanted rows come down.
+    pub(super) fn start_download(&self, slot: usize, rows: Range<usize>) -> Result<(), CudaError> {
+        let Slot { inbox, results, .. } = &self.slots[slot];
+        for part in results.parts(rows) {
+            let (to, from) =
+                (inbox.address().offset(part.start), self.buffers.results.address().offset(part.start));
+            self.driver.start_download(Queue::Compute, to, from, part.len())?;
+        }
         Ok(())
     }
 
+    /// Takes results that have come down.
+    fn read_results(&mut self, slot: usize, rows: Range<usize>) {
+        let Slot { inbox, results, .. } = &self.slots[slot];
+        for part in results.parts(rows) {
+            let to = &mut bytemuck::cast_slice_mut(&mut self.results)[part.clone()];
+            self.driver.read_pinned(to, inbox.address().offset(part.start));
+        }
+    }
+
     /// Takes those rows of logits to the host that are wanted there.
-    fn download_logits(&mut self, first: usize, rows: usize) -> Result<(), CudaError> {
+    fn download_logits(&mut self, slot: usize, rows: Range<usize>) -> Result<(), CudaError> {
         let vocab_size = self.model.spec.vocab_size;
-        for row in (0..rows).filter(|row| self.choices[first + row].is_none()) {
+        let tasks = &self.slots[slot].tasks[rows];
+        for (row, _) in tasks.iter().enumerate().filter(|(_, task)| task.is_none()) {
             let logits = &mut self.logits[row * vocab_size..(row + 1) * vocab_size];
             let address = self.buffers.logits.address().offset(row * vocab_size * size_of::<f32>());
             self.driver.download(bytemuck::cast_slice_mut(logits), address)?;
@@ -152,18 +197,26 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// Tells of wanted rows whose tokens, or logits, are the first on the host.
-    fn take(&self, rows: Range<usize>, take: &mut dyn FnMut(OutcomeRow<'_>)) {
+    /// Tells of wanted rows; those that are logits are on the host, from the first of the rows on.
+    fn take(&self, slot: usize, rows: Range<usize>, take: &mut dyn FnMut(OutcomeRow<'_>)) {
         let vocab_size = self.model.spec.vocab_size;
+        let Slot { wanted, tasks, results, .. } = &self.slots[slot];
+        let bytes: &[u8] = bytemuck::cast_slice(&self.results);
         for (place, index) in rows.enumerate() {
-            let WantedRow { sequence, position, .. } = self.wanted[index];
-            take(match self.choices[index] {
-                Some(_) => OutcomeRow::Token { sequence, position, token: self.tokens[place] },
-                None => {
-                    let logits = &self.logits[place * vocab_size..(place + 1) * vocab_size];
-                    OutcomeRow::Logits(LogitsRow { sequence, position, logits })
-                }
+            let WantedRow { sequence, position, .. } = wanted[index];
+            let Some(task) = tasks[index] else {
+                let logits = &self.logits[place * vocab_size..(place + 1) * vocab_size];
+                take(OutcomeRow::Logits(LogitsRow { sequence, position, logits }));
+                continue;
+            };
+            let logprobs = task.logprobs.map(|LogprobsRow { count, .. }| {
+                let likely = &bytes[results.likely(index)..]
+                    [..vocab_size.min(count as usize) * size_of::<LikelyToken>()];
+                let sum = &bytes[results.sum(index)..][..size_of::<LogprobsSum>()];
+                RowLogprobs { sum: *bytemuck::from_bytes(sum), likely: bytemuck::cast_slice(likely) }
             });
+            let token = bytemuck::cast_slice(bytes)[index];
+            take(OutcomeRow::Made { sequence, position, token, logprobs });
         }
     }
 }

@@ -7,7 +7,7 @@ use anyhow::Context;
 use tidemill_engine::memory::{Arena, DevicePool, block_shape};
 use tidemill_engine::models::{Model, ModelSpec};
 use tidemill_engine::runner::{
-    Batch, BatchSequence, CudaRunner, LogitsWanted, OutcomeRow, Runner, RunnerLimits,
+    Batch, BatchSequence, CudaRunner, LogitsWanted, OutcomeRow, RowTask, Runner, RunnerLimits,
 };
 use tidemill_engine::weights::{DeviceWeights, Weights};
 use tidemill_kernels::cpu::{Arithmetic, Cpu};
@@ -166,11 +166,11 @@ impl Engine {
             Self::Gpu { runner, blocks, .. } => {
                 let sequences = sequences(parts, blocks);
                 let batch = Batch { sequences: &sequences };
-                let greedy = |_, _| Some(SampleRow::default());
+                let greedy = |_, _| Some(RowTask { sample: Some(SampleRow::default()), logprobs: None });
                 let outcome = runner.step(&batch, &greedy, &mut |_| {})?;
                 let asking = start.elapsed();
                 outcome.for_each(|row| {
-                    if let OutcomeRow::Token { sequence, token, .. } = row {
+                    if let OutcomeRow::Made { sequence, token, .. } = row {
                         next[sequence] = token;
                     }
                 })?;
