@@ -7,6 +7,7 @@ static const emulator::Kernel* kernel_list = nullptr;
 #include "../activation.cu"
 #include "../attention.cu"
 #include "../convert.cu"
+#include "../digest.cu"
 #include "../embedding.cu"
 #include "../hopper_attention.cu"
 #include "../hopper_product.cu"

@@ -1,9 +1,9 @@
 //! Which kernel runs for an operation, on how many blocks of how many threads.
 
 use super::{
-    Attention, ConvertBlocks, Embed, Launch, LogprobsOfRows, LogprobsRow, Parameters, Product,
-    PromptAttention, PromptTile, QuantizeRows, QuantizedProduct, RmsNorm, RopeAndWrite, Sample, SiluMul,
-    ZeroTail, launch::WARP,
+    Attention, ConvertBlocks, DigestGranules, Embed, Launch, LogprobsOfRows, LogprobsRow, Parameters,
+    Product, PromptAttention, PromptTile, QuantizeRows, QuantizedProduct, RmsNorm, RopeAndWrite, Sample,
+    SiluMul, ZeroTail, launch::WARP,
 };
 use crate::matrix::{Quantization, WeightDtype};
 
@@ -207,6 +207,17 @@ pub fn logprobs(rows: u32, parameters: &LogprobsOfRows) -> Launch {
     assert!(vocabulary <= 1 << 19, "logprobs: {vocabulary} logits");
     assert!(places <= LogprobsRow::MOST, "logprobs: {places} of the most likely tokens");
     Launch::new("sampling", "logprobs", [rows, 1, 1], 512, parameters)
+}
+
+/// Digests of `count` granules.
+///
+/// # Panics
+///
+/// When granules have fewer bytes than [`DigestGranules::LEAST`], or no multiple of eight.
+pub fn digest_granules(count: u32, parameters: &DigestGranules) -> Launch {
+    let bytes = parameters.bytes;
+    assert!(DigestGranules::LEAST <= bytes && bytes.is_multiple_of(8), "digest_granules: {bytes} bytes");
+    Launch::new("digest", "digest_granules", [count, 1, 1], THREADS, parameters)
 }
 
 /// All tokens, layers and heads of a conversion.

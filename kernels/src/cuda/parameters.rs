@@ -395,6 +395,36 @@ pub struct ConvertBlocks {
     pub heads: u32,
 }
 
+/// A part of a block whose bytes are hashed.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct GranuleOfBlock {
+    /// The first byte, at a multiple of eight.
+    pub bytes: DeviceAddress,
+    /// What the hash begins with.
+    pub seed: u64,
+    /// Which of the sums the digest is added to.
+    pub sum: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Adds the digests of granules up, each the 64 bits of XXH3 with a seed.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct DigestGranules {
+    /// u64
+    pub sums: DeviceAddress,
+    /// [`GranuleOfBlock`], one for each digest.
+    pub granules: DeviceAddress,
+    /// [`SECRET`](Self::SECRET)
+    pub secret: [u64; 24],
+    /// Bytes of each granule: [more than 240](Self::LEAST), a multiple of eight.
+    pub bytes: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
 /// Zeroes the ends of blocks: K, V and scales of all layers.
 #[derive(Clone, Copy, Debug, NoUninit)]
 #[repr(C)]
@@ -421,6 +451,7 @@ impl Parameters for Product {}
 impl Parameters for QuantizeRows {}
 impl Parameters for QuantizedProduct {}
 impl Parameters for Sample {}
+impl Parameters for DigestGranules {}
 impl Parameters for LogprobsOfRows {}
 impl Parameters for ConvertBlocks {}
 impl Parameters for ZeroTail {}
@@ -460,6 +491,38 @@ impl From<WeightDtype> for ElementType {
             WeightDtype::Bf16 => 2,
         })
     }
+}
+
+impl DigestGranules {
+    /// The fewest bytes that are hashed in this way.
+    pub const LEAST: u32 = 248;
+    /// What XXH3 mixes with, by its specification.
+    pub const SECRET: [u64; 24] = [
+        0xbe4b_a423_396c_feb8,
+        0x1cad_21f7_2c81_017c,
+        0xdb97_9083_e96d_d4de,
+        0x1f67_b3b7_a4a4_4072,
+        0x78e5_c0cc_4ee6_79cb,
+        0x2172_ffcc_7dd0_5a82,
+        0x8e24_43f7_7446_08b8,
+        0x4c26_3a81_e690_35e0,
+        0xcb00_c391_bb52_283c,
+        0xa32e_531b_8b65_d088,
+        0x4ef9_0da2_9748_6471,
+        0xd8ac_dea9_46ef_1938,
+        0x3f34_9ce3_3f76_faa8,
+        0x1d4f_0bc7_c7bb_dcf9,
+        0x3159_b4cd_4be0_518a,
+        0x6473_78d9_c97e_9fc8,
+        0xc3eb_d334_83ac_c5ea,
+        0xeb63_13fa_ffa0_81c5,
+        0x49da_f0b7_51dd_0d17,
+        0x9e68_d429_2655_16d3,
+        0xfca1_477d_58be_162b,
+        0xce31_d07a_d1b8_f88f,
+        0x2804_1695_8f3a_cb45,
+        0x7e40_4bbb_cafb_d7af,
+    ];
 }
 
 impl Embed {

@@ -37,6 +37,7 @@ modules!(
     "activation",
     "attention",
     "convert",
+    "digest",
     "embedding",
     "hopper_attention",
     "hopper_product",

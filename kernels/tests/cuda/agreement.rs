@@ -10,6 +10,8 @@ use tidemill_kernels::cuda::{
 mod attention;
 #[path = "convert.rs"]
 mod convert;
+#[path = "digest.rs"]
+mod digest;
 #[path = "exchange.rs"]
 mod exchange;
 #[path = "hopper.rs"]

@@ -6,7 +6,7 @@ use anyhow::Context;
 use tidemill_engine::memory::{DeviceBuffer, block_shape};
 use tidemill_kernels::cuda::hopper::BlockRange;
 use tidemill_kernels::cuda::{
-    Attention, ConvertBlocks, DeviceAddress, Driver, KvShape, Launch, MatrixProduct, Product,
+    Attention, ConvertBlocks, DeviceAddress, DigestGranules, Driver, KvShape, Launch, MatrixProduct, Product,
     PromptAttention, PromptTile, hopper, launches,
 };
 use tidemill_kernels::kv::KvBlockShape;
@@ -28,6 +28,8 @@ pub(super) enum Operation {
     Product { rows: u32, by: By },
     /// Blocks of bf16, token by token, into blocks of another kind.
     Convert { tokens: u32, layers: u32, to: KvDtype },
+    /// Digests of blocks of bf16 with every byte of them, a layer each.
+    Digest { tokens: u32, layers: u32 },
 }
 
 /// Whose kernel it is.
@@ -110,6 +112,7 @@ impl Operation {
             Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Bf16 },
             Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Int8 },
             Self::Convert { tokens: 32_768, layers: 8, to: KvDtype::Fp8 },
+            Self::Digest { tokens: 32_768, layers: 8 },
         ]
     }
 
@@ -126,6 +129,7 @@ impl Operation {
             Self::Convert { to, .. } => {
                 format!("handoff convert, bf16 to {}", format!("{to:?}").to_lowercase())
             }
+            Self::Digest { .. } => "handoff digest, every byte".to_owned(),
         }
     }
 
@@ -159,6 +163,10 @@ impl Operation {
             }
             Self::Convert { tokens, layers, to } => {
                 let (launch, bytes) = operands.convert(tokens, layers, to)?;
+                (launched(vec![launch]), bytes, BYTES, "copied bytes")
+            }
+            Self::Digest { tokens, layers } => {
+                let (launch, bytes) = operands.digest(tokens, layers)?;
                 (launched(vec![launch]), bytes, BYTES, "copied bytes")
             }
         };
@@ -370,6 +378,29 @@ impl Operands<'_> {
         let bytes = 2 * tokens as usize * layers as usize * KV_HEADS * head;
         Ok((launches::convert_blocks(&parameters), bytes as f64))
     }
+
+    /// The digests of one sequence's blocks, and its bytes.
+    fn digest(&mut self, tokens: u32, layers: u32) -> anyhow::Result<(Launch, f64)> {
+        let shape = shape_of(layers, KvDtype::Bf16, AxisOrder::TokenHead);
+        let (blocks, layers) = (tokens.div_ceil(BLOCK as u32), u64::from(layers));
+        let first = self.numbers(blocks as usize * shape.block_bytes())?;
+        let count = blocks * layers as u32;
+        // `GranuleOfBlock`, whose last two words are the number of the sum.
+        let granule = |number: u64| {
+            let (block, layer) = (number / layers, number % layers);
+            let bytes = first.offset(number as usize * shape.layer_stride).0;
+            [bytes, (block << 32) | layer, block]
+        };
+        let parameters = DigestGranules {
+            sums: self.empty(blocks as usize * size_of::<u64>())?,
+            granules: self.holding((0..u64::from(count)).flat_map(granule), size_of::<u64>())?,
+            secret: DigestGranules::SECRET,
+            bytes: shape.layer_stride as u32,
+            reserved: 0,
+        };
+        let bytes = blocks as usize * shape.block_bytes();
+        Ok((launches::digest_granules(count, &parameters), bytes as f64))
+    }
 }
 
 fn shape_of(layers: u32, dtype: KvDtype, order: AxisOrder) -> KvBlockShape {
@@ -419,6 +450,7 @@ mod tests {
                 Operation::Convert { tokens: 40, layers: 2, to: KvDtype::Bf16 },
                 Operation::Convert { tokens: 33, layers: 1, to: KvDtype::Int8 },
                 Operation::Convert { tokens: 33, layers: 1, to: KvDtype::Fp8 },
+                Operation::Digest { tokens: 40, layers: 2 },
             ];
             let rows = measure(&driver, &operations, 1).expect("it has the memory");
             assert_eq!(rows.len(), operations.len());
