@@ -38,7 +38,7 @@ Exit status: 0 all is well; 1 a part failed; 2 wrong use; 3 no GPU that is of us
 EOF
 }
 
-parts=(machine kernels torch models parity split sanitizer limits speed peers start)
+parts=(machine kernels torch models parity split overlap sanitizer limits speed peers start)
 declare -A what=(
   [machine]="what GPU, driver and libraries there are"
   [kernels]="each kernel beside its reference, on the GPU"
@@ -46,6 +46,7 @@ declare -A what=(
   [models]="small models beside goldens of transformers, engines and handoffs, on the GPU"
   [parity]="models with random weights, made here, beside transformers"
   [split]="two processes, GPU and CPU in every combination, answer as one does"
+  [overlap]="the next step asked for while one computes, beside steps that are waited for"
   [sanitizer]="kernels under compute-sanitizer, where it is installed"
   [limits]="by torch: bandwidth of memory, rate of a product of 8192³, attention"
   [speed]="decode and prefill at the shape of Llama 3 8B, single kernels, graphs beside launches"
@@ -53,7 +54,7 @@ declare -A what=(
   [start]="from the start to the first token, without compiled kernels on disk"
 )
 declare -A limit=(
-  [machine]=30 [kernels]=60 [torch]=60 [models]=60 [parity]=90 [split]=60 [sanitizer]=60 [limits]=40 [speed]=150 [peers]=230 [start]=40
+  [machine]=30 [kernels]=60 [torch]=60 [models]=60 [parity]=90 [split]=60 [overlap]=40 [sanitizer]=60 [limits]=40 [speed]=150 [peers]=230 [start]=40
 )
 
 die() { # STATUS TEXT
@@ -232,6 +233,11 @@ part_split() {
   "$python" "$programs/split.py" --tidemill "${program[tidemill]}" --device "$device" --models "$root/tests/fixtures/models" ${dry:+--quick}
 }
 
+part_overlap() {
+  "$python" "$programs/overlap.py" --tidemill "${program[tidemill]}" --device "$device" --model "$root/tests/fixtures/models/llama3" \
+    --out "$results/overlap.json"
+}
+
 part_sanitizer() {
   local sanitizer=""
   sanitizer=$(command -v compute-sanitizer) || sanitizer=$(ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
@@ -241,7 +247,7 @@ part_sanitizer() {
   for tool in memcheck racecheck; do
     # The smaller tests of each kind: a sanitizer is some hundred times slower.
     "${on_gpu[@]}" "$sanitizer" --tool "$tool" --error-exitcode 9 "${program[kernels-cuda]}" --test-threads 1 \
-      rows:: rotary:: convert::zero_tail attention::splits_and_windows sampling:: || return 1
+      rows:: rotary:: convert::zero_tail attention::splits_and_windows sampling:: digest:: || return 1
   done
 }
 

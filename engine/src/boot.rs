@@ -148,6 +148,8 @@ impl Boot<'_> {
             speculation,
             draft_model,
             sampler: Sampler::new(model.spec.vocab_size),
+            overlaps: config.async_scheduling && matches!(device, Device::Cuda(_)),
+            under_way: None,
             device,
             cpu,
             arena,

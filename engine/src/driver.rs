@@ -1,6 +1,7 @@
 //! The engine thread: receive, plan, run, apply, reply.
 //!
-//! It owns the device and everything that changes. Decisions are the scheduler's; this file carries them out and turns
+//! It owns the device and everything that changes. On a GPU the next step is planned and asked for before the outcome of one is waited
+//! for (`overlap.rs`). Decisions are the scheduler's; this file carries them out and turns
 //! what comes back into events. News that arrive while a step computes wait for its end, with one exception: a peer's
 //! reservation, since from then on finished layers can leave while later ones are still computed.
 
@@ -24,10 +25,12 @@ use crate::draft_model::DraftModel;
 use crate::engine::{Command, Shared};
 use crate::handle::{Counters, EngineEvent, EngineStatus, EventSink, Fault, Recovery};
 use crate::memory::{Arena, DevicePool};
+use crate::overlap::UnderWay;
 use crate::roles::FirstToken;
 use crate::roles::decode::Incoming;
 use crate::roles::prefill::Outgoings;
 use crate::sampler::{Sampled, Sampler};
+use crate::verification::StepResult;
 
 /// The state of the engine thread.
 pub(crate) struct Driver {
@@ -37,6 +40,10 @@ pub(crate) struct Driver {
     /// Who makes them, where a smaller model does.
     pub(crate) draft_model: Option<DraftModel>,
     pub(crate) device: Device,
+    /// Whether steps are planned and asked for while the ones before compute.
+    pub(crate) overlaps: bool,
+    /// The step that computes, where nobody waits for it.
+    pub(crate) under_way: Option<UnderWay>,
     /// Converts what goes to peers, whatever the device.
     pub(crate) cpu: Arc<Cpu>,
     pub(crate) sampler: Sampler,
@@ -99,9 +106,15 @@ impl Driver {
                 tracing::error!(%error, "the device failed: this worker ends");
                 return self.fail_all(&format!("the device failed: {error}"));
             }
-            let mut plan = self.plan();
+            if let Some(step) = self.under_way.take() {
+                let went_on = self.go_on(step);
+                self.failure = self.failure.take().or(went_on.err());
+                self.publish();
+                continue;
+            }
+            let plan = self.plan();
             if !plan.is_empty() {
-                let turned = self.turn(&mut plan);
+                let turned = self.turn(plan);
                 self.failure = self.failure.take().or(turned.err());
                 self.publish();
                 continue;
@@ -222,10 +235,27 @@ impl Driver {
         }
     }
 
-    /// One forward pass with all that belongs to it.
-    fn turn(&mut self, plan: &mut StepPlan) -> Result<(), CudaError> {
-        self.scheduler.begin(plan);
+    /// One forward pass with all that belongs to it, or its beginning, where the host need not wait for its end.
+    fn turn(&mut self, mut plan: StepPlan) -> Result<(), CudaError> {
+        self.scheduler.begin(&plan);
         self.announce_reservations();
+        self.tell_begun(&plan);
+        if self.goes_ahead(&plan) {
+            self.under_way = Some(self.start(plan, None)?);
+            return Ok(());
+        }
+        let began = Instant::now();
+        self.guess(&mut plan);
+        let results = if plan.work.is_empty() { Vec::new() } else { self.compute(&plan)? };
+        let took = began.elapsed();
+        self.push_computed(&plan);
+        self.apply(&plan, results, Some(took));
+        self.catch_up(&plan);
+        Ok(())
+    }
+
+    /// Tells routers of requests that compute for the first time.
+    pub(crate) fn tell_begun(&mut self, plan: &StepPlan) {
         for work in &plan.work {
             if let Some(active) = self.requests.get_mut(&work.request)
                 && !std::mem::replace(&mut active.has_begun, true)
@@ -233,13 +263,15 @@ impl Driver {
                 (active.events)(EngineEvent::Begun);
             }
         }
-        let began = Instant::now();
-        self.guess(plan);
-        let results = if plan.work.is_empty() { Vec::new() } else { self.compute(plan)? };
-        let took = began.elapsed();
-        self.push_computed(plan);
+    }
+
+    /// Takes what a step came to. Who learns how long steps take is told, of those that were waited for.
+    pub(crate) fn apply(&mut self, plan: &StepPlan, results: Vec<StepResult>, took: Option<Duration>) {
         let mut sampled: BTreeMap<RequestId, VecDeque<Sampled>> = BTreeMap::new();
         for result in results {
+            if !self.scheduler.is_computed(result.request) {
+                continue;
+            }
             let Some(active) = self.requests.get_mut(&result.request) else { continue };
             active.prompt_logprobs.extend(result.prompt_logprobs);
             match result.failure {
@@ -250,7 +282,7 @@ impl Driver {
         let tokens = sampled.iter().flat_map(|(id, list)| list.iter().map(|it| (*id, it.token)));
         let tokens: Vec<(RequestId, TokenId)> = tokens.collect();
         let outcomes = self.scheduler.finish(plan, &tokens);
-        if let Some(speculation) = &mut self.speculation {
+        if let Some((speculation, took)) = self.speculation.as_mut().zip(took) {
             speculation.learn(&self.scheduler, plan, &outcomes, took);
         }
         for outcome in outcomes {
@@ -264,8 +296,6 @@ impl Driver {
                 }
             }
         }
-        self.catch_up(plan);
-        Ok(())
     }
 
     /// Reports a token and, when it is the last, the end.

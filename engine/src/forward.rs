@@ -20,15 +20,15 @@ use crate::handle::{Fault, FaultStage};
 use crate::memory::{Arena, DevicePool};
 use crate::roles::prefill::{Announced, Origin, Outgoings, Piece};
 use crate::runner::{Batch, BatchSequence, LogitsWanted, OutcomeRow, RowTask};
-use crate::sampler::{logprobs_on_device, on_device};
+use crate::sampler::{Sampler, logprobs_on_device, on_device};
 use crate::verification::{Share, StepResult};
 
 /// What is computed, and for whom.
 #[derive(Clone, Copy)]
-struct Pass<'a> {
-    plan: &'a StepPlan,
-    scheduler: &'a Scheduler,
-    requests: &'a BTreeMap<RequestId, Active>,
+pub(crate) struct Pass<'a> {
+    pub(crate) plan: &'a StepPlan,
+    pub(crate) scheduler: &'a Scheduler,
+    pub(crate) requests: &'a BTreeMap<RequestId, Active>,
 }
 
 /// Pushes layers to peers while later ones are computed.
@@ -47,7 +47,7 @@ struct Pusher<'a> {
 }
 
 /// The blocks of each work's sequence, by the device's names.
-enum Tables {
+pub(crate) enum Tables {
     Host(Vec<Vec<BlockAddress>>),
     Device(Vec<Vec<DeviceAddress>>),
 }
@@ -59,7 +59,6 @@ impl Driver {
         let pass = Pass { plan, scheduler, requests };
         let tables = pass.tables(outgoing, arena, pool.as_ref());
         let tokens = pass.tokens();
-        self.counters.steps += 1;
         let mut pusher = Pusher {
             pass,
             inbox: &mut self.inbox,
@@ -91,33 +90,28 @@ impl Driver {
                 let outcome = runner.step(&batch, &tasks, &mut |layers| pusher.push(layers))?;
                 pusher.land_all()?;
                 pass.prompts_computed(endpoint, pusher.outgoing);
-                outcome.for_each(|row| match row {
-                    OutcomeRow::Logits(row) => {
-                        if let Some(share) = pass.share(row.sequence) {
-                            results[row.sequence].take(&row, share, sampler);
-                        }
-                    }
-                    OutcomeRow::Made { sequence, position, token, logprobs } => {
-                        if let Some(share) = pass.share(sequence) {
-                            results[sequence].take_made(position, token, logprobs, share);
-                        }
-                    }
-                })?;
+                outcome.for_each(|row| pass.take_row(row, &mut results, sampler))?;
             }
             (Device::Cpu(_), Tables::Device(_)) | (Device::Cuda(_), Tables::Host(_)) => {
                 unreachable!("a GPU has a pool, and a CPU has none")
             }
         }
+        self.count(plan);
+        Ok(results)
+    }
+
+    /// Counts a forward pass.
+    pub(crate) fn count(&mut self, plan: &StepPlan) {
         let decoding = |work: &&Work| work.samples && work.count == TokenCount(1);
         let generated = plan.work.iter().filter(decoding).count() as u64;
         let known: u64 = plan.work.iter().map(|work| u64::from(work.count.0)).sum();
+        self.counters.steps += 1;
         self.counters.prompt_tokens += known - generated;
-        Ok(results)
     }
 }
 
 impl<'a> Pass<'a> {
-    fn tables(self, outgoing: &Outgoings, arena: &Arena, pool: Option<&DevicePool>) -> Tables {
+    pub(crate) fn tables(self, outgoing: &Outgoings, arena: &Arena, pool: Option<&DevicePool>) -> Tables {
         match pool {
             None => Tables::Host(
                 self.plan.work.iter().map(|work| self.host_blocks(work, outgoing, arena)).collect(),
@@ -142,12 +136,12 @@ impl<'a> Pass<'a> {
         table.iter().map(|reference| arena.address(reference.block)).collect()
     }
 
-    fn tokens(self) -> Vec<Cow<'a, [TokenId]>> {
+    pub(crate) fn tokens(self) -> Vec<Cow<'a, [TokenId]>> {
         self.plan.work.iter().map(|work| self.scheduler.work_tokens(self.plan, work)).collect()
     }
 
     /// The work as a device takes it.
-    fn sequences<'b, A>(
+    pub(crate) fn sequences<'b, A>(
         self,
         tokens: &'b [Cow<'_, [TokenId]>],
         tables: &'b [Vec<A>],
@@ -174,7 +168,7 @@ impl<'a> Pass<'a> {
     }
 
     /// What the device makes of the row at a position; `None` where the host looks at its logits.
-    fn task(self, sequence: usize, position: u32) -> Option<RowTask> {
+    pub(crate) fn task(self, sequence: usize, position: u32) -> Option<RowTask> {
         let work = &self.plan.work[sequence];
         let next = position + 1;
         let known = work.first.0 + work.count.0;
@@ -194,6 +188,34 @@ impl<'a> Pass<'a> {
         }
     }
 
+    /// Whether a device does everything with a work's rows that is wanted of them.
+    pub(crate) fn is_for_device_alone(self, work: &Work) -> bool {
+        let Some(Active { request: parts, .. }) = self.requests.get(&work.request) else { return false };
+        let (known, prompt_len) = ((work.first.0 + work.count.0) as usize, parts.prompt_len);
+        let samples = || {
+            let index = u32::try_from(known - prompt_len).expect("bounded by max_model_len");
+            on_device(&parts.sampling, &parts.stop, index).is_some()
+        };
+        parts.sampling.prompt_logprobs.is_none_or(|count| logprobs_on_device(0, count).is_some())
+            && (!work.samples || samples())
+    }
+
+    /// Takes what a row came to.
+    pub(crate) fn take_row(self, row: OutcomeRow<'_>, results: &mut [StepResult], sampler: &mut Sampler) {
+        match row {
+            OutcomeRow::Logits(row) => {
+                if let Some(share) = self.share(row.sequence) {
+                    results[row.sequence].take(&row, share, sampler);
+                }
+            }
+            OutcomeRow::Made { sequence, position, token, logprobs } => {
+                if let Some(share) = self.share(sequence) {
+                    results[sequence].take_made(position, token, logprobs, share);
+                }
+            }
+        }
+    }
+
     /// Tells peers up to where prompts are computed in place, and which are computed whole, before anybody is told of a first token.
     fn prompts_computed(self, endpoint: &Endpoint, outgoing: &Outgoings) {
         for work in &self.plan.work {
@@ -209,7 +231,8 @@ impl<'a> Pass<'a> {
 
     fn share(self, sequence: usize) -> Option<Share<'a>> {
         let work = &self.plan.work[sequence];
-        let active = self.requests.get(&work.request)?;
+        // Another request may have the name of one that was cancelled meanwhile.
+        let active = self.requests.get(&work.request).filter(|_| self.scheduler.is_computed(work.request))?;
         let (tokens, draft) = (self.scheduler.tokens(work.request), self.plan.draft(work));
         Some(Share { work, tokens, draft, active })
     }

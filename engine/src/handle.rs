@@ -106,6 +106,8 @@ pub struct EngineConfig {
     pub tensor_parallel: u32,
     /// Which decode steps of a GPU are recorded, to be asked for in one call.
     pub cuda_graphs: CudaGraphs,
+    /// Whether the next step of a GPU is planned and asked for while one computes.
+    pub async_scheduling: bool,
     /// Whether a GPU multiplies by kernels alone that give a row the same bits whatever else is computed: slower.
     pub batch_invariant: bool,
     /// How its weights come to be.
@@ -174,6 +176,7 @@ impl EngineConfig {
             device: DeviceChoice::Cpu,
             tensor_parallel: 1,
             cuda_graphs: CudaGraphs::Usual,
+            async_scheduling: true,
             batch_invariant: false,
             load_format: LoadFormat::Safetensors,
             quantization: None,
@@ -305,6 +308,8 @@ pub type EventSink = Box<dyn FnMut(EngineEvent) + Send>;
 pub struct Counters {
     /// Forward passes.
     pub steps: u64,
+    /// Those that were asked for while the one before computed.
+    pub overlapped_steps: u64,
     /// Prompt tokens computed.
     pub prompt_tokens: u64,
     /// Output tokens.

@@ -19,6 +19,7 @@ pub mod handle;
 pub mod memory;
 pub mod models;
 pub mod network;
+mod overlap;
 mod requirements;
 mod roles;
 pub mod runner;

@@ -51,7 +51,7 @@ class Table:
 
 
 def rows(folder):
-    limits, peers, start = (read(folder, name) for name in ("limits", "peers", "start"))
+    limits, peers, start, overlap = (read(folder, name) for name in ("limits", "peers", "start", "overlap"))
     graph, eager, kernels = (read(folder, name) for name in ("graph", "eager", "kernels"))
     bandwidth, product = limits.get("copy_bytes_per_s"), limits.get("product_flop_per_s")
     table = Table()
@@ -100,8 +100,12 @@ def rows(folder):
     kernel("handoff gather, token by token to head by head", bandwidth, "copy bandwidth", 0.80)
     kernel("handoff convert, bf16 to int8", bandwidth, "copy bandwidth", 0.80)
     kernel("handoff convert, bf16 to fp8", bandwidth, "copy bandwidth", 0.80)
+    kernel("handoff digest, every byte", bandwidth, "copy bandwidth", 0.80)
     table.add("decode, batch 1: graph beside launches", tokens(one), "tokens/s", tokens(pass_of(eager, "decode", 1)), "launch by launch", None)
     table.add_most("decode, batch 1: the host's part of a step", one and one.get("asking_s") and one["asking_s"] * 1e3, "ms", 0.3)
+    ahead, one_by_one = (overlap[name]["ms_per_token"] if name in overlap else None for name in ("ahead", "one_by_one"))
+    rates = [1000 / ms if ms else None for ms in (ahead, one_by_one)]
+    table.add("a small model served, batch 1, steps overlap", rates[0], "tokens/s", rates[1], "each step waited for", None)
     table.add_most("start to first token, nothing compiled", start.get("cold"), "s", 3.0)
     table.add_most("start to first token, kernels on disk", start.get("warm"), "s", 3.0)
     return table, limits, graph

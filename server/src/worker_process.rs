@@ -126,6 +126,7 @@ fn engine_config(flags: &WorkerFlags, model: &ResolvedModel, device: DeviceChoic
         device,
         tensor_parallel: engine.tensor_parallel_size,
         cuda_graphs: engine.cuda_graphs(),
+        async_scheduling: !engine.no_async_scheduling,
         batch_invariant: engine.batch_invariant,
         load_format: match engine.load_format {
             LoadFormatName::Safetensors => LoadFormat::Safetensors,

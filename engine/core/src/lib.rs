@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod ahead;
 pub mod blocks;
 pub mod events;
 pub mod handoff;

@@ -174,7 +174,8 @@ impl<'a> Planner<'a> {
         let block_len = self.scheduler.limits.block_len;
         let total = self.scheduler.pool.ledger().total;
         for sequence in self.batch() {
-            if sequence.remaining() != TokenCount(1) || self.is_preempted(sequence) {
+            let ends = sequence.ends_with_awaited(self.scheduler.limits.max_model_len);
+            if sequence.remaining() != TokenCount(1) || ends || self.is_preempted(sequence) {
                 continue;
             }
             if sequence.place == Place::OwnBlocks && total < sequence.blocks_to_hold(block_len) {
@@ -208,7 +209,7 @@ impl<'a> Planner<'a> {
 
     /// Plans as many tokens of the sequence from `first` on as the limits leave.
     pub(crate) fn work_on(&mut self, sequence: &Sequence, first: TokenCount) {
-        let remaining = sequence.known().0 - first.0;
+        let remaining = sequence.expected().0 - first.0;
         let threshold = self.scheduler.limits.long_prefill_threshold.map_or(u32::MAX, |tokens| tokens.0);
         let count = remaining.min(self.tokens_left).min(threshold);
         assert!(0 < count, "work is planned while there is room for it");

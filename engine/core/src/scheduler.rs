@@ -6,10 +6,11 @@
 //! also while the device computes, since blocks are given out in `begin` alone.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen, BlockRef, HandoffId, TokenCount};
 
+use crate::ahead::Flight;
 use crate::blocks::{BlockPool, Census, Ledger};
 use crate::plan::{StepPlan, Work};
 use crate::prefix_tree::CacheChanges;
@@ -114,7 +115,10 @@ pub struct Scheduler {
     pub(crate) unannounced: Vec<RequestId>,
     pub(crate) quarantines: BTreeMap<HandoffId, Quarantine>,
     pub(crate) counters: Counters,
-    pub(crate) in_step: bool,
+    /// Steps that compute, in their order: one, and one more that was planned ahead.
+    pub(crate) flights: VecDeque<Flight>,
+    /// Sequences that ended or were cancelled while a step computes them.
+    pub(crate) leaving: Vec<Sequence>,
 }
 
 /// Blocks of a handoff that failed, until its peer is quiet.
@@ -143,7 +147,8 @@ impl Scheduler {
             unannounced: Vec::new(),
             quarantines: BTreeMap::new(),
             counters: Counters::default(),
-            in_step: false,
+            flights: VecDeque::new(),
+            leaving: Vec::new(),
         }
     }
 
@@ -198,9 +203,12 @@ impl Scheduler {
         self.roster.get(id).map_or(&[], Sequence::tokens)
     }
 
-    /// The tokens that a work of `plan` computes, guesses included.
+    /// The tokens that a work of `plan` computes, guesses included; zero for one that it [awaits](Self::awaits_token).
     pub fn work_tokens(&self, plan: &StepPlan, work: &Work) -> Cow<'_, [TokenId]> {
         let first = work.first.0 as usize;
+        if self.awaits_token(work) {
+            return Cow::Owned([&self.tokens(work.request)[first..], &[0]].concat());
+        }
         let known = &self.tokens(work.request)[first..first + work.count.0 as usize];
         match plan.draft(work) {
             [] => Cow::Borrowed(known),
@@ -267,7 +275,7 @@ impl Scheduler {
     ///
     /// While a step computes: it may still write to the blocks of a request that was cancelled meanwhile.
     pub fn withdraw_blocks(&mut self, count: BlockCount) -> Vec<BlockId> {
-        assert!(!self.in_step, "blocks are withdrawn between steps");
+        assert!(self.flights.is_empty(), "blocks are withdrawn between steps");
         self.pool.withdraw(count)
     }
 
@@ -281,8 +289,8 @@ impl Scheduler {
         self.roster.check();
         let mut held: BTreeMap<BlockRef, u32> = BTreeMap::new();
         let mut exclusive: BTreeMap<BlockRef, Census> = BTreeMap::new();
-        for sequence in self.roster.all() {
-            sequence_checks(sequence, &self.limits);
+        self.roster.all().for_each(|sequence| sequence_checks(sequence, &self.limits));
+        for sequence in self.roster.all().chain(&self.leaving) {
             let shared =
                 if sequence.stage == Stage::Reserved { sequence.pinned } else { sequence.blocks.len() };
             for block in &sequence.blocks[..shared] {
@@ -347,7 +355,7 @@ impl Scheduler {
 /// What must hold of a single sequence.
 fn sequence_checks(sequence: &Sequence, limits: &Limits) {
     let id = sequence.id();
-    assert!(sequence.computed < sequence.known(), "{id:?} has something to compute");
+    assert!(sequence.computed < sequence.expected(), "{id:?} has something to compute");
     assert!(sequence.known() <= limits.max_model_len, "{id:?} outgrew the model");
     let full = sequence.known().blocks_filled(limits.block_len).0 as usize;
     assert_eq!(sequence.hashes.len(), full, "{id:?} has a hash for each full block");

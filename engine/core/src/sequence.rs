@@ -49,6 +49,9 @@ pub struct Sequence {
     pub(crate) hashes: Vec<u64>,
     /// Tokens found in the prefix cache at the first admission.
     pub(crate) cached: Option<TokenCount>,
+    /// Whether a step computes that chooses the next token behind those that are known, and was
+    /// [taken for granted](crate::scheduler::Scheduler::assume).
+    pub(crate) awaits_token: bool,
 }
 
 impl Sequence {
@@ -64,6 +67,7 @@ impl Sequence {
             pinned: 0,
             hashes: Vec::new(),
             cached: None,
+            awaits_token: false,
         };
         sequence.extend_hashes(block_len);
         sequence
@@ -99,9 +103,10 @@ impl Sequence {
         self.computed
     }
 
-    /// Tokens that must be computed before the next one can be sampled. One for a sequence that decodes.
+    /// Tokens that must be computed before the next one can be sampled, with one that the step before chooses. One for a sequence
+    /// that decodes.
     pub fn remaining(&self) -> TokenCount {
-        TokenCount(self.known().0 - self.computed.0)
+        TokenCount(self.expected().0 - self.computed.0)
     }
 
     /// Where it is in its life.
@@ -140,7 +145,7 @@ impl Sequence {
 
     /// Blocks to hold all its tokens.
     pub(crate) fn blocks_to_hold(&self, block_len: BlockLen) -> BlockCount {
-        self.known().blocks_to_hold(block_len)
+        self.expected().blocks_to_hold(block_len)
     }
 
     /// Blocks it lacks to compute `more` tokens.

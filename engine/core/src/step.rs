@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use tidemill_kvtransfer_proto::units::TokenCount;
 
+use crate::ahead::Flight;
 use crate::blocks::Chain;
-use crate::plan::{Admission, Purpose, StepPlan};
+use crate::plan::{Admission, Purpose, StepPlan, Work};
 use crate::request::{FinishReason, Part, RequestId, TokenId};
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Place, Stage, count_blocks};
@@ -40,10 +41,17 @@ impl Scheduler {
     ///
     /// # Panics
     ///
-    /// When the plan was not made for exactly this state, or the step before has not finished.
+    /// When the plan was not made for exactly this state, or the step before has neither finished nor been
+    /// [taken for granted](Self::assume).
     pub fn begin(&mut self, plan: &StepPlan) {
-        assert!(!self.in_step, "a step finishes before the next begins");
-        self.in_step = true;
+        match self.flights.make_contiguous() {
+            [] => {}
+            [before] => {
+                assert!(before.is_assumed, "a step finishes before the next begins");
+                assert!(plan.preemptions.is_empty(), "nobody loses blocks while they are computed");
+            }
+            _ => panic!("at most one step is planned ahead"),
+        }
         for id in &plan.preemptions {
             self.preempt(*id);
         }
@@ -60,6 +68,9 @@ impl Scheduler {
             let more = sequence.blocks_to_grow(work.rows(), self.limits.block_len);
             sequence.blocks.extend(self.pool.hold(more));
         }
+        let arrival = |work: &Work| self.roster.get(work.request).expect("planned from this state").arrival;
+        let members = plan.work.iter().map(arrival).collect();
+        self.flights.push_back(Flight { members, is_assumed: false });
     }
 
     /// Takes the result of the step: `sampled` has the token of each work that samples, and after it, in order, one more
@@ -70,8 +81,8 @@ impl Scheduler {
     ///
     /// When the step has not begun, a token is missing, or one follows a wrong guess.
     pub fn finish(&mut self, plan: &StepPlan, sampled: &[(RequestId, TokenId)]) -> Vec<Outcome> {
-        assert!(self.in_step, "a step begins before it finishes");
-        self.in_step = false;
+        let Flight { members, is_assumed } =
+            self.flights.pop_front().expect("a step begins before it finishes");
         let mut by_request: BTreeMap<RequestId, Vec<TokenId>> = BTreeMap::new();
         for (request, token) in sampled {
             by_request.entry(*request).or_default().push(*token);
@@ -85,16 +96,19 @@ impl Scheduler {
         }
         for work in &plan.work {
             let Some(sequence) = self.roster.get_mut(work.request) else { continue };
-            if sequence.stage != Stage::Running {
+            if sequence.stage != Stage::Running || !members.contains(&sequence.arrival) {
                 continue;
             }
-            sequence.computed = TokenCount(work.first.0 + work.count.0);
+            let computed = TokenCount(work.first.0 + work.count.0);
+            assert!(!is_assumed || sequence.computed == computed, "as it was taken for granted");
+            sequence.computed = computed;
             self.index_full_blocks(work.request, work.count);
             if work.samples {
                 let tokens = by_request.get(&work.request).expect("each work that samples has a token");
                 self.append_verified(work.request, tokens, plan.draft(work), &mut outcomes);
             }
         }
+        self.retire_left();
         outcomes
     }
 
@@ -165,7 +179,7 @@ impl Scheduler {
 
     fn preempt(&mut self, id: RequestId) {
         let sequence = self.roster.get_mut(id).expect("planned from this state");
-        assert!(sequence.grows(), "only a sequence that decodes here is preempted");
+        assert!(sequence.grows() && !sequence.awaits_token, "only a sequence that decodes here is preempted");
         self.pool.retire(sequence.chain(self.limits.block_len));
         sequence.start_over();
         self.roster.move_to(id, Stage::Waiting);
@@ -189,6 +203,7 @@ impl Scheduler {
         let sequence = self.roster.get_mut(id).expect("the caller has just seen it");
         let index = sequence.known().0 - sequence.request.prompt_len.0;
         sequence.request.tokens.push(token);
+        sequence.awaits_token = false;
         sequence.extend_hashes(block_len);
         let full = (max_model_len <= sequence.known()).then_some(FinishReason::Length);
         let finish = sequence.request.stop.reason(token, index).or(full);
@@ -201,10 +216,11 @@ impl Scheduler {
         Outcome::Token { request: id, token, index, finish, cached }
     }
 
-    /// Ends a sequence; its full blocks stay in the prefix cache.
+    /// Ends a sequence; its full blocks stay in the prefix cache. A step that computes it keeps them until it is over.
     pub(crate) fn let_go(&mut self, id: RequestId) {
         if let Some(sequence) = self.roster.remove(id) {
-            self.pool.retire(sequence.chain(self.limits.block_len));
+            self.leaving.push(sequence);
+            self.retire_left();
         }
     }
 }

@@ -12,7 +12,7 @@ use tidemill_engine::handle::{LoadFormat, ModelSource, Quantization};
 use tidemill_engine::memory::{DevicePool, block_shape};
 use tidemill_engine::models::{LoadOptions, Model};
 use tidemill_engine::runner::{
-    Batch, BatchSequence, CudaRunner, LogitsWanted, OutcomeRow, RowTask, RunnerLimits,
+    Batch, BatchSequence, CudaRunner, Flight, LogitsWanted, OutcomeRow, RowTask, RunnerLimits,
 };
 use tidemill_engine::sampler::{History, Sampled, Sampler, chosen, logprobs_of, on_device};
 use tidemill_engine_core::request::{Logprobs, SamplingParams, StopConditions};
@@ -264,6 +264,69 @@ fn a_graph_gives_the_bits_of_its_launches() {
     }
     assert!(found[0] == found[1]);
     device.assert_nothing_left();
+}
+
+/// Two sequences go on greedily, each step with what the one before chose: told by the host, or taken on the device before the host knows.
+#[test]
+fn a_step_goes_on_with_tokens_that_the_host_does_not_know() {
+    for sizes in [&[][..], &[1, 4]] {
+        let fake = Arc::new(Fake::new(Order::Random(9)));
+        let mut gpu = Gpu::new(Arc::clone(&fake) as _, "llama3", Storage::PLAIN, sizes);
+        let first = [5, 60];
+        let task = RowTask { sample: Some(SampleRow::default()), logprobs: None };
+        let mut expected: Vec<Vec<u32>> = Vec::new();
+        let mut places = [gpu.place(40), gpu.place(40)];
+        for _ in 0..20 {
+            let tokens = expected.last().map_or(first.to_vec(), Vec::clone);
+            let work: Vec<_> = places.iter().zip(tokens.chunks(1)).collect();
+            let rows = gpu.step(&work, LogitsWanted::Last, &|_| Some(task));
+            expected.push(rows.iter().map(|rows| sampled(&rows[0]).token).collect());
+            places.iter_mut().for_each(|place| place.len += 1);
+        }
+        gpu.blocks_given = 0;
+        let places = [gpu.place(40), gpu.place(40)];
+        let mut under_way: Option<Flight> = None;
+        let mut found: Vec<Vec<u32>> = Vec::new();
+        for step in 0..20_u32 {
+            // The second sequence comes first, and back again: a token is found by its row.
+            let order = if step % 3 == 2 { [1, 0] } else { [0, 1] };
+            let before = if step % 3 == 0 && 0 < step { [1, 0] } else { [0, 1] };
+            let zero = [0];
+            let tokens = |sequence: usize| if step == 0 { &first[sequence..=sequence] } else { &zero[..] };
+            let sequences = order.map(|sequence| BatchSequence {
+                tokens: tokens(sequence),
+                first_position: step,
+                blocks: &places[sequence].blocks,
+                logits: LogitsWanted::Last,
+            });
+            let row_before = |index: usize| before.iter().position(|it| *it == order[index]);
+            let carried = |index| if step == 0 { None } else { row_before(index) };
+            let batch = Batch { sequences: &sequences };
+            let flight = gpu.runner.submit(&batch, &|_, _| Some(task), &carried, &mut |_| {}).expect("it runs");
+            let mut take = |gpu: &mut Gpu, flight, order: [usize; 2]| {
+                let mut tokens = vec![0; 2];
+                let row = |row: OutcomeRow<'_>| match row {
+                    OutcomeRow::Made { sequence, token, .. } => tokens[order[sequence]] = token,
+                    OutcomeRow::Logits(_) => panic!("nobody asked for logits"),
+                };
+                gpu.runner.receive(flight, row).expect("it runs");
+                found.push(tokens);
+            };
+            if let Some(before_it) = under_way.replace(flight) {
+                take(&mut gpu, before_it, before);
+            }
+            if step == 19
+                && let Some(last) = under_way.take()
+            {
+                take(&mut gpu, last, order);
+            }
+        }
+        assert_eq!(found, expected, "{sizes:?}");
+        let waits = fake.waits();
+        assert!(waits[20..39].iter().all(|behind| 0 < *behind), "{waits:?}");
+        drop(gpu);
+        fake.assert_nothing_left();
+    }
 }
 
 /// K and V in fewer bits than the weights, in blocks of either order: as close to transformers as on the CPU.

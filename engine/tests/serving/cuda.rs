@@ -87,14 +87,16 @@ fn expected() -> Vec<Vec<TokenId>> {
 fn a_gpu_answers_as_the_cpu_does_whatever_else_runs() {
     let expected = expected();
     #[rustfmt::skip]
-    let rows: [(&str, Change); 4] = [
-        ("all at once",     |_| {}),
-        ("in chunks of 7",  |it| it.max_num_batched_tokens = 7),
-        ("launch by launch", |it| it.cuda_graphs = CudaGraphs::Off),
-        ("with guesses", |it| *it = speculation::guessing(it.clone())),
+    let rows: [(&str, Change, bool); 5] = [
+        // name                     change                                              steps overlap
+        ("all at once",             |_| {},                                             true),
+        ("in chunks of 7",          |it| it.max_num_batched_tokens = 7,                 true),
+        ("launch by launch",        |it| it.cuda_graphs = CudaGraphs::Off,              true),
+        ("step after step",         |it| it.async_scheduling = false,                   false),
+        ("with guesses",            |it| *it = speculation::guessing(it.clone()),       false),
     ];
     let mut gpus = Gpus::default();
-    for (row, change) in rows {
+    for (row, change, overlap) in rows {
         let mut config = small_config(Role::Hybrid);
         change(&mut config);
         let engine = gpus.start(config);
@@ -105,9 +107,104 @@ fn a_gpu_answers_as_the_cpu_does_whatever_else_runs() {
         }
         // From the prefix cache.
         assert_eq!(&ids(&output(submit_one(3))), &expected[3], "{row}, warm");
-        assert!(0 < engine.status().counters.prefix_hits, "{row}: {:?}", engine.status());
+        let counters = engine.status().counters;
+        assert!(0 < counters.prefix_hits, "{row}: {counters:?}");
+        assert_eq!(0 < counters.overlapped_steps, overlap, "{row}: {counters:?}");
     }
     gpus.end();
+}
+
+/// An engine on a fake device, which is looked at while it serves.
+fn watched(config: EngineConfig) -> (Arc<Fake>, EngineHandle) {
+    let fake = Arc::new(Fake::new(Order::Forwards));
+    let device = DeviceChoice::Cuda(Arc::clone(&fake) as _);
+    (fake, start(EngineConfig { device, ..config }))
+}
+
+#[test]
+fn the_next_step_is_asked_for_before_one_is_waited_for_once() {
+    for graphs in [CudaGraphs::Usual, CudaGraphs::Off] {
+        for prompt_logprobs in [None, Some(3)] {
+            let row = format!("{graphs:?}, {prompt_logprobs:?}");
+            let (fake, engine) =
+                watched(EngineConfig { cuda_graphs: graphs.clone(), ..small_config(Role::Hybrid) });
+            let mut request = small_request(1, Part::Whole);
+            request.stop = StopConditions::after(12);
+            request.sampling.logprobs = prompt_logprobs;
+            request.sampling.prompt_logprobs = prompt_logprobs;
+            let before = fake.calls().waits;
+            let (_, stream) = submit(&engine, request, None);
+            let is_end = |event: &EngineEvent| matches!(event, EngineEvent::Finished { .. });
+            while !is_end(&stream.recv_timeout(LIMIT).expect("an event in time")) {}
+            closes(&engine);
+            let counters = engine.status().counters;
+            assert_eq!((counters.steps, counters.overlapped_steps), (12, 11), "{row}");
+            assert_eq!(fake.calls().waits - before, 12, "{row}: once for each step");
+            let waits = fake.waits();
+            let (last, others) = waits.split_last().expect("it waits");
+            // That the last token is the last is known before.
+            assert_eq!((others.len(), *last), (11, 0), "{row}");
+            assert!(others.iter().all(|behind| 0 < *behind), "{row}: {waits:?}");
+            engine.clone().shutdown();
+            ends(&engine);
+            fake.assert_nothing_left();
+        }
+    }
+}
+
+#[test]
+fn who_ends_by_surprise_ends_with_the_same_token() {
+    let alone = start(small_config(Role::Hybrid));
+    let long = |which| Request { stop: StopConditions::after(12), ..small_request(which, Part::Whole) };
+    let requests: Vec<Request> = [0, 1, 3]
+        .map(|which| {
+            let tokens = ids(&output(submit(&alone, long(which), None)));
+            let stop = StopConditions { stop_token_ids: vec![tokens[4]], ..StopConditions::after(12) };
+            Request { stop, ..long(which) }
+        })
+        .into();
+    let all = |engine: &EngineHandle| -> Vec<Output> {
+        let fresh = |request: &Request| Request {
+            id: RequestId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            ..request.clone()
+        };
+        let streams: Vec<_> = requests.iter().map(|it| submit(engine, fresh(it), None)).collect();
+        streams.into_iter().map(output).collect()
+    };
+    let expected = all(&alone);
+    assert!(expected.iter().all(|output| output.len() <= 5), "{expected:?}");
+    let (fake, engine) = watched(small_config(Role::Hybrid));
+    for round in ["cold", "warm"] {
+        assert_eq!(all(&engine), expected, "{round}");
+        closes(&engine);
+    }
+    let counters = engine.status().counters;
+    assert_eq!(counters.generation_tokens, 2 * expected.iter().map(|it| it.len() as u64).sum::<u64>());
+    engine.clone().shutdown();
+    ends(&engine);
+    fake.assert_nothing_left();
+}
+
+#[test]
+fn a_name_that_is_used_again_at_once_is_another_request() {
+    let expected = expected();
+    let (fake, engine) = watched(small_config(Role::Hybrid));
+    for round in 0..12 {
+        let request = Request { stop: StopConditions::after(20), ..small_request(1, Part::Whole) };
+        let id = request.id;
+        let (_, stream) = submit(&engine, request, None);
+        for _ in 0..round % 4 {
+            // At another step each round.
+            drop(stream.recv_timeout(LIMIT).expect("an event in time"));
+        }
+        engine.cancel(id);
+        let again = Request { id, ..small_request(3, Part::Whole) };
+        assert_eq!(&ids(&output(submit(&engine, again, None))), &expected[3], "{round}");
+    }
+    closes(&engine);
+    engine.clone().shutdown();
+    ends(&engine);
+    fake.assert_nothing_left();
 }
 
 #[test]

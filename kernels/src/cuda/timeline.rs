@@ -65,6 +65,12 @@ impl Timeline {
         self.queues[queue as usize]
     }
 
+    /// How many operations were asked of a queue behind a moment.
+    #[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
+    pub(super) fn beyond(&self, queue: Queue, moment: Moment) -> u64 {
+        self.queues[queue as usize].0[queue as usize] - moment.0[queue as usize]
+    }
+
     /// The computation goes on after a moment.
     pub(super) fn compute_after(&mut self, moment: Moment) {
         self.queues[Queue::Compute as usize].join(moment);

@@ -32,6 +32,7 @@ pub(super) fn credit_from_wire(wire: proto::Credit) -> CreditLoad {
 pub(super) fn counters_to_wire(counters: &Counters) -> proto::Counters {
     proto::Counters {
         steps: counters.steps,
+        overlapped_steps: counters.overlapped_steps,
         prompt_tokens: counters.prompt_tokens,
         generation_tokens: counters.generation_tokens,
         prefix_queries: counters.prefix_queries,
@@ -52,6 +53,7 @@ pub(super) fn counters_to_wire(counters: &Counters) -> proto::Counters {
 pub(super) fn counters_from_wire(wire: proto::Counters) -> Counters {
     Counters {
         steps: wire.steps,
+        overlapped_steps: wire.overlapped_steps,
         prompt_tokens: wire.prompt_tokens,
         generation_tokens: wire.generation_tokens,
         prefix_queries: wire.prefix_queries,

@@ -129,6 +129,12 @@ pub(crate) struct EngineFlags {
     /// Launch each step of a GPU kernel by kernel, without graphs
     #[arg(long, env = "TIDEMILL_ENFORCE_EAGER")]
     pub(crate) enforce_eager: bool,
+    /// Plan the next step of a GPU, and ask for it, while one computes: the default
+    #[arg(long, conflicts_with = "no_async_scheduling")]
+    async_scheduling: bool,
+    /// Wait for each step of a GPU before the next one is planned
+    #[arg(long, env = "TIDEMILL_NO_ASYNC_SCHEDULING")]
+    pub(crate) no_async_scheduling: bool,
     /// Multiply on a GPU by kernels alone that give a token the same bits whatever else is computed, as a CPU does: without
     /// cuBLASLt, and slower
     #[arg(long, env = "TIDEMILL_BATCH_INVARIANT")]
@@ -326,6 +332,7 @@ impl EngineFlags {
             ("--no-in-place", self.no_in_place),
             ("--huge-pages", self.huge_pages),
             ("--enforce-eager", self.enforce_eager),
+            ("--no-async-scheduling", self.no_async_scheduling),
             ("--batch-invariant", self.batch_invariant),
         ];
         arguments.extend(switches.iter().filter(|(_, on)| *on).map(|(flag, _)| (*flag).to_owned()));

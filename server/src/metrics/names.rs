@@ -48,6 +48,8 @@ metric_names! {
     describe_counter WORKER_RESTARTS = "tidemill_worker_restarts_total", "Starts of a worker after its death.";
     describe_gauge BLOCKS = "tidemill_blocks", "KV blocks by state; the sum over states never changes.";
     describe_counter STEPS = "tidemill_steps_total", "Forward passes.";
+    describe_counter OVERLAPPED_STEPS = "tidemill_overlapped_steps_total",
+        "Forward passes that a GPU was asked for while it computed the one before.";
     describe_counter COMPUTED_PROMPT_TOKENS = "tidemill_computed_prompt_tokens_total", "Prompt tokens computed by a worker.";
     describe_counter HANDOFFS = "tidemill_handoff_total", "Handoffs completed, by sender.";
     describe_counter HANDOFF_BYTES = "tidemill_handoff_bytes_total", "Bytes written to peers.";

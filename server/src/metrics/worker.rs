@@ -60,7 +60,7 @@ const BLOCK_STATES: [BlocksRow; 5] = [
     ("quarantined", |it| it.quarantined),
 ];
 
-const COUNTERS: [CounterRow; 15] = [
+const COUNTERS: [CounterRow; 16] = [
     (names::PREFIX_QUERIES, Labels::Engine, |it| it.prefix_queries),
     (names::PREFIX_HITS, Labels::Engine, |it| it.prefix_hits),
     (names::PREEMPTIONS, Labels::Engine, |it| it.preemptions),
@@ -69,6 +69,7 @@ const COUNTERS: [CounterRow; 15] = [
     (names::SPECULATION_ACCEPTED, Labels::Engine, |it| it.speculation.accepted),
     (names::SPECULATION_HELD_BACK, Labels::Worker, |it| it.speculation.held_back),
     (names::STEPS, Labels::Worker, |it| it.steps),
+    (names::OVERLAPPED_STEPS, Labels::Worker, |it| it.overlapped_steps),
     (names::COMPUTED_PROMPT_TOKENS, Labels::Worker, |it| it.prompt_tokens),
     (names::HANDOFFS, Labels::Worker, |it| it.handoffs),
     (names::HANDOFF_BYTES, Labels::Worker, |it| it.handoff_bytes),

@@ -225,10 +225,12 @@ impl CudaRunner {
                 let padding = graphs.padding(key.rows - batch.sequences.len());
                 let sequences: Vec<_> = batch.sequences.iter().copied().chain(padding).collect();
                 let padded = Batch { sequences: &sequences };
+                let count = batch.sequences.len();
+                let carried = |index| if index < count { carried(index) } else { None };
                 padded.fill_wanted(&mut slot.wanted);
                 // Of several choices behind a sequence there is one, that behind its token.
                 slot.tasks.resize(key.rows, Some(RowTask::default()));
-                inputs.send(&driver, &slot.outbox, &padded, carried, &slot.wanted, &slot.tasks)?;
+                inputs.send(&driver, &slot.outbox, &padded, &carried, &slot.wanted, &slot.tasks)?;
                 slot.wanted.truncate(rows_wanted);
                 slot.tasks.truncate(rows_wanted);
                 slot.results = key.results();

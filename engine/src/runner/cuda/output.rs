@@ -77,8 +77,11 @@ impl CudaRunner {
     /// # Errors
     ///
     /// What the device says; it is of no use any more.
-    pub fn receive(&mut self, flight: Flight, mut take: impl FnMut(OutcomeRow<'_>)) -> Result<(), CudaError> {
-        let index = flight.slot;
+    pub fn receive(
+        &mut self,
+        Flight { slot: index }: Flight,
+        mut take: impl FnMut(OutcomeRow<'_>),
+    ) -> Result<(), CudaError> {
         let slot = &mut self.slots[index];
         let wanted = slot.wanted.len();
         // K and V are there when the step is said to be over.
@@ -106,6 +109,11 @@ impl CudaRunner {
             self.take(index, rows, &mut take);
         }
         Ok(())
+    }
+
+    /// Which of the wanted rows is the last of a sequence, if one is.
+    pub fn last_row(&self, flight: &Flight, sequence: usize) -> Option<usize> {
+        self.slots[flight.slot].wanted.iter().rposition(|row| row.sequence == sequence)
     }
 
     /// Normalises the rows that are wanted, and no others.

@@ -109,6 +109,12 @@ impl Fake {
         self.state().calls
     }
 
+    /// For each time that the host waited for a ticket: how many operations [`Queue::Compute`] had been asked for behind it, which the device
+    /// goes on with meanwhile.
+    pub fn waits(&self) -> Vec<u64> {
+        self.state().waits.clone()
+    }
+
     /// Panics when memory, a graph or a place in a group was not given back.
     pub fn assert_nothing_left(&self) {
         let state = self.state();

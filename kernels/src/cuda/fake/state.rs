@@ -29,6 +29,8 @@ pub(super) struct State {
     pub(super) pinned: Memory,
     pub(super) launches: Vec<Launch>,
     pub(super) calls: Calls,
+    /// What the computation had to do beyond each ticket that was waited for.
+    pub(super) waits: Vec<u64>,
     /// Calls that still succeed, and how the next one fails.
     pub(super) failure: Option<(usize, CudaError)>,
     pub(super) recording: Option<Recording>,
@@ -63,6 +65,7 @@ impl State {
             pinned: Memory::new("pinned memory"),
             launches: Vec::new(),
             calls: Calls::default(),
+            waits: Vec::new(),
             failure: None,
             recording: None,
             graphs: BTreeMap::new(),
@@ -303,6 +306,7 @@ impl State {
         self.check_not_recording("waiting");
         self.count_down()?;
         self.calls.waits += 1;
+        self.waits.push(self.timeline.beyond(Queue::Compute, ticket.moment));
         self.see(ticket.moment);
         Ok(())
     }
