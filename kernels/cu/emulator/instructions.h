@@ -3,6 +3,8 @@
 
 #include "cuda.h"
 
+#include "../e4m3.cuh"
+
 inline float f16_to_f32(uint16_t x) {
   uint32_t magnitude = uint32_t(x & 0x7fff) << 13;
   // The exponent's bias is 15 there and 127 here; the product is exact for subnormal numbers too.
