@@ -9,6 +9,7 @@ mod conversion;
 mod copied;
 mod digests;
 mod direct_worker;
+mod exposed;
 mod owner_change;
 mod posting;
 mod ranks;
@@ -83,7 +84,7 @@ const HANDOFF: [Group; 9] = [
     ("posting", posting::measure),
     ("conversion", conversion::measure),
     ("digest", digests::measure),
-    ("exposed", whole_system::exposed),
+    ("exposed", exposed::measure),
     ("router", whole_system::router),
     ("killed", whole_system::killed),
 ];

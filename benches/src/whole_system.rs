@@ -1,4 +1,4 @@
-//! Real processes: what a split costs the second token, what the front end costs, and how long a dead worker hurts.
+//! Real processes: what the front end costs, and how long a dead worker hurts.
 
 use std::time::{Duration, Instant};
 
@@ -12,10 +12,6 @@ use crate::direct_worker::DirectWorker;
 use crate::report::{Row, Target};
 use crate::timing::{median, quantile};
 
-pub(crate) fn exposed(rounds: usize) -> anyhow::Result<Vec<Row>> {
-    Ok(vec![runtime()?.block_on(exposed_transfer(rounds))?])
-}
-
 pub(crate) fn router(rounds: usize) -> anyhow::Result<Vec<Row>> {
     Ok(vec![runtime()?.block_on(front_end(rounds))?])
 }
@@ -25,7 +21,7 @@ pub(crate) fn killed(_rounds: usize) -> anyhow::Result<Vec<Row>> {
 }
 
 /// How long before its first token the prompt of the demo model is computed, as its workers tell: of the models that there
-/// are it has the smallest head, so any other leaves more time.
+/// are it has the smallest head.
 pub(crate) fn head_start() -> anyhow::Result<Duration> {
     runtime()?.block_on(async {
         let options = ["--no-enable-prefix-caching", "--transport", "shm"];
@@ -53,79 +49,15 @@ pub(crate) fn head_start() -> anyhow::Result<Duration> {
     })
 }
 
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+pub(crate) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 /// Every worker has one core, so that a split deployment computes no faster than a colocated one.
 const ONE_CORE: [&str; 4] = ["--cores", "0", "--max-num-batched-tokens", "512"];
 
-/// A process keeps the pages that it was given, near or far apart, and with them its speed: so several starts of both
-/// deployments are compared.
-async fn exposed_transfer(rounds: usize) -> anyhow::Result<Row> {
-    let mut all = Vec::new();
-    let mut starts = Vec::new();
-    for start in 0..STARTS {
-        let pairs = exposed_in_one_start(start * 1000, rounds.div_ceil(STARTS as usize)).await?;
-        starts.push(format!("{:.1}", median_difference(&pairs) * 1e3));
-        all.extend(pairs);
-    }
-    let of = |pick: fn(&FirstTwo) -> Duration| {
-        median(&all.iter().map(pick).collect::<Vec<_>>()).as_secs_f64() * 1e3
-    };
-    let (exposed, ttft) = (median_difference(&all), of(|it| it.whole.0) / 1e3);
-    Ok(Row {
-        measure: "exposed transfer: second token, split − colocated, 2k tokens, shm".to_owned(),
-        value: exposed * 1e3,
-        unit: "ms",
-        limit: Some((ttft * 1e3, "TTFT, colocated")),
-        target: Some(Target::Share { measured: exposed / ttft, at_most: 0.01 }),
-        note: format!(
-            "demo model, one core a worker; first → second token: split {:.1} → {:.1} ms, colocated {:.1} → {:.1} ms; \
-             medians of {STARTS} starts: {} ms",
-            of(|it| it.split.0),
-            of(|it| it.split.1),
-            of(|it| it.whole.0),
-            of(|it| it.whole.1),
-            starts.join(", ")
-        ),
-    })
-}
-
-/// When the first and the second token came of the same prompt, split and colocated.
-struct FirstTwo {
-    split: (Duration, Duration),
-    whole: (Duration, Duration),
-}
-
-async fn exposed_in_one_start(first: u32, rounds: usize) -> anyhow::Result<Vec<FirstTwo>> {
-    let options = ["--no-enable-prefix-caching", "--max-num-batched-tokens", "512"];
-    let split = ["--transport", "shm", "--prefill-cores", "0", "--decode-cores", "1"];
-    let split = Deployment::start(&[&options[..], &split].concat());
-    let whole = Deployment::start(&[&options[..], &["--colocated", "--cores", "0"]].concat());
-    let mut pairs = Vec::new();
-    for round in 0..rounds as u32 + 1 {
-        let split = first_two(&split.client, first + round).await?;
-        let whole = first_two(&whole.client, first + round).await?;
-        if 0 < round {
-            pairs.push(FirstTwo { split, whole });
-        }
-    }
-    let handed_over = split.client.metric("tidemill_handoff_total", "").await;
-    ensure!(rounds as f64 <= handed_over, "the split deployment handed {handed_over} prompts over");
-    Ok(pairs)
-}
-
-/// By how many seconds the second token of a split answer is later.
-fn median_difference(pairs: &[FirstTwo]) -> f64 {
-    let difference = |it: &FirstTwo| it.split.1.as_secs_f64() - it.whole.1.as_secs_f64();
-    let mut differences: Vec<f64> = pairs.iter().map(difference).collect();
-    differences.sort_by(f64::total_cmp);
-    differences[differences.len() / 2]
-}
-
 /// When the first and the second token of an answer arrive.
-async fn first_two(client: &Client, which: u32) -> anyhow::Result<(Duration, Duration)> {
+pub(crate) async fn first_two(client: &Client, which: u32) -> anyhow::Result<(Duration, Duration)> {
     let start = Instant::now();
     let (status, mut events) = client.stream("/v1/completions", &prompt(which)).await;
     ensure!(status == 200, "status {status}");
@@ -267,8 +199,6 @@ async fn wait_for(client: &Client, wanted: impl Fn(f64) -> bool) -> Option<()> {
     None
 }
 
-/// Starts of two deployments whose first tokens are compared.
-const STARTS: u32 = 4;
 const KILLS: u32 = 5;
 /// Prompts whose mean head start counts.
 const PROMPTS: u32 = 12;

@@ -29,7 +29,7 @@ use tidemill_kvtransfer_proto::units::Moment;
 use self::lobby::{MemoryVisitor, Visitor};
 use self::peers::Peer;
 use self::rdma::Rdma;
-use self::vigil::Vigil;
+use self::vigil::{Vigil, Watch};
 use crate::endpoint::{Command, EndpointConfig, EventSink, HandoffMode, LinkTable, TransportChoice};
 use crate::error::EndpointError;
 use crate::event::{HandoffEvent, Reserve};
@@ -51,6 +51,7 @@ pub(crate) struct Driver {
     /// What was taken out of the inbox while this side stayed awake for it.
     awaited: Option<Command>,
     vigil: Vigil,
+    watch: Watch,
     wake: Arc<OwnedFd>,
     links: Arc<LinkTable>,
     address: SocketAddr,
@@ -125,6 +126,7 @@ impl Driver {
             inbox,
             awaited: None,
             vigil: Vigil::default(),
+            watch: Watch::default(),
             wake,
             links,
             address,
@@ -182,8 +184,13 @@ impl Driver {
         self.say_goodbye();
     }
 
-    /// Stays awake for the next order, if that should come now.
+    /// Stays awake for the next order, if that should come now, and has the peer do the same.
     fn keep_vigil(&mut self) {
+        if let Some(handoff) = self.vigil.opened(Instant::now()) {
+            self.core.rouse(handoff);
+            self.act();
+            self.flush_links();
+        }
         let Self { inbox, awaited, vigil, .. } = self;
         *awaited = vigil.keep(Instant::now, || inbox.try_recv().ok());
     }
@@ -197,6 +204,7 @@ impl Driver {
             self.until_next_clock().min(alarm.unwrap_or(LONGEST_SLEEP))
         };
         let timespec = Timespec::try_from(timeout).unwrap_or_default();
+        let mut watch = std::mem::take(&mut self.watch);
         let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
         let mut interest = |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags));
         self.visitor_interests(&mut interest);
@@ -207,9 +215,14 @@ impl Driver {
             rdma.interests(&mut interest);
         }
         // A signal or a lack of memory ends the wait early, which is harmless.
-        let _ = rustix::event::poll(&mut fds, Some(&timespec));
+        let mut poll = |timeout: &Timespec| rustix::event::poll(&mut fds, Some(timeout)).unwrap_or_default();
+        let has_come = !timeout.is_zero() && watch.keep(Instant::now, || 0 < poll(&Timespec::default()));
+        if !has_come {
+            poll(&timespec);
+        }
         let ready = fds.iter().filter(|fd| !fd.revents().is_empty());
         self.ready = ready.map(|fd| fd.as_fd().as_raw_fd()).collect();
+        self.watch = watch;
         timeout
     }
 
@@ -240,13 +253,13 @@ impl Driver {
                 }
                 Command::Push(handoff, writes) => self.take_writes(handoff, writes),
                 Command::Filled(handoff, tokens) => self.core.filled(handoff, tokens),
-                Command::Computed(handoff) => {
-                    self.vigil.begin(Instant::now());
-                    self.core.computed(handoff, now);
+                Command::Computed(handoff, said) => {
+                    self.vigil.begin(handoff, said);
+                    self.core.computed(handoff, self.moment_of(said));
                 }
-                Command::Finish(handoff, payload) => {
-                    self.vigil.end(Instant::now());
-                    self.core.finish(handoff, payload, now);
+                Command::Finish(handoff, payload, said) => {
+                    self.vigil.end(said);
+                    self.core.finish(handoff, payload, self.moment_of(said));
                 }
                 Command::Abandon(handoff, reason) => self.core.abandon(handoff, reason, now),
                 Command::Stop => {
@@ -265,6 +278,10 @@ impl Driver {
     /// The present, as the core counts it.
     fn moment(&self) -> Moment {
         Moment(self.origin.elapsed())
+    }
+
+    fn moment_of(&self, instant: Instant) -> Moment {
+        Moment(instant.saturating_duration_since(self.origin))
     }
 
     /// Whether there is something to do that no descriptor announces.

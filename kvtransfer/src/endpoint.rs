@@ -115,16 +115,25 @@ pub type EventSink = Box<dyn FnMut(HandoffEvent) + Send>;
 /// Orders to the endpoint's thread. There are at most a few for each handoff that the engine has under way, and
 /// the engine bounds those.
 pub(crate) enum Command {
-    Meet { peers: Vec<PeerAddress>, reply: Sender<Met> },
+    Meet {
+        peers: Vec<PeerAddress>,
+        reply: Sender<Met>,
+    },
     Reserve(Reserve),
     Adopt(HandoffId),
     Refuse(HandoffId, String),
     Cancel(HandoffId),
-    Expect { handoff: HandoffId, peer_instance: u64, patience: Duration },
+    Expect {
+        handoff: HandoffId,
+        peer_instance: u64,
+        patience: Duration,
+    },
     Push(HandoffId, Vec<PushWrite>),
     Filled(HandoffId, TokenCount),
-    Computed(HandoffId),
-    Finish(HandoffId, Vec<u8>),
+    /// And when it was said: the thread may have been asleep.
+    Computed(HandoffId, Instant),
+    /// Likewise.
+    Finish(HandoffId, Vec<u8>, Instant),
     Abandon(HandoffId, String),
     Stop,
 }
@@ -250,13 +259,13 @@ impl Endpoint {
     /// Prefill side: the whole prompt is computed, and [`finish`](Self::finish) follows as soon as the first token is known: the
     /// thread stays awake for a moment. To say it is a favour, no duty.
     pub fn computed(&self, handoff: HandoffId) {
-        self.order(Command::Computed(handoff));
+        self.order(Command::Computed(handoff, Instant::now()));
     }
 
     /// Prefill side: the prompt is computed and everything was pushed. When all writes have completed, the peer
     /// gets the commit with this payload.
     pub fn finish(&self, handoff: HandoffId, payload: Vec<u8>) {
-        self.order(Command::Finish(handoff, payload));
+        self.order(Command::Finish(handoff, payload, Instant::now()));
     }
 
     /// Prefill side: the engine gave up, or stopped because it was asked to. It touches neither the source nor

@@ -41,8 +41,21 @@ impl Deployment {
 
     /// The same with environment variables.
     pub fn start_with(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::run("serve", arguments, environment)
+    }
+
+    /// Runs `tidemill route --port 0 …`: another front end, over some of the workers of a deployment that lives longer.
+    ///
+    /// # Panics
+    ///
+    /// As [`start`](Self::start).
+    pub fn route(workers: &[String]) -> Self {
+        Self::run("route", &["--workers", &workers.join(",")], &[])
+    }
+
+    fn run(command: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut process = Command::new(binary())
-            .args(["serve", "--port", "0"])
+            .args([command, "--port", "0"])
             .args(arguments)
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
@@ -68,7 +81,7 @@ impl Deployment {
         let Some(address) = address else {
             let _ = process.kill();
             let _ = process.wait();
-            panic!("no address from `tidemill serve {}`:\n{}", arguments.join(" "), text(&log));
+            panic!("no address from `tidemill {command} {}`:\n{}", arguments.join(" "), text(&log));
         };
         Self { process, log, client: Client::new(&address) }
     }
@@ -76,6 +89,17 @@ impl Deployment {
     /// Everything it has printed so far.
     pub fn log(&self) -> String {
         text(&self.log)
+    }
+
+    /// Where routers reach its workers whose names begin with `role`, as its log tells.
+    pub fn addresses(&self, role: &str) -> Vec<String> {
+        let log = self.log();
+        let serves = log.lines().filter(|line| line.contains("worker serves"));
+        let words = |line: &str, key: &str| {
+            line.split_whitespace().find_map(|word| word.strip_prefix(key)).map(str::to_owned)
+        };
+        let ours = serves.filter(|line| words(line, "worker=").is_some_and(|name| name.starts_with(role)));
+        ours.filter_map(|line| words(line, "address=")).collect()
     }
 
     /// When it last printed a line with `words` in it.

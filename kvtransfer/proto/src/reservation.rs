@@ -187,6 +187,12 @@ impl Reservation {
         self.tokens
     }
 
+    /// Whether the peer has named every block ahead, so that its commit is all that is left to come.
+    pub fn awaits_commit_alone(&self) -> bool {
+        let is_awaited = self.state == State::Filling && self.commit == CommitProgress::Awaited;
+        is_awaited && self.proof.named() == self.targets.len()
+    }
+
     /// Pieces that this side is reading into the blocks.
     pub fn reads(&self) -> u64 {
         self.reads

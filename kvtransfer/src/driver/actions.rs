@@ -37,7 +37,11 @@ impl Driver {
     fn send(&mut self, instance: u64, message: &Message) {
         let Some(link) = self.link_mut(instance) else { return };
         let id = link.id;
-        if let Err(loss) = link.connection.send(message) {
+        // Whoever hears of it can go on while this turn comes to its end.
+        let is_awaited = matches!(message, Message::Commit(_));
+        let sent = link.connection.send(message);
+        let sent = sent.and_then(|()| if is_awaited { link.connection.flush() } else { Ok(()) });
+        if let Err(loss) = sent {
             self.doomed.push((instance, id, loss));
         }
     }

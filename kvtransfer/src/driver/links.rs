@@ -127,8 +127,15 @@ impl Driver {
                     Message::PathUp { path } => self.hear_path_up(instance, *path),
                     _ => {}
                 }
+                let is_sign = matches!(message, Message::Filled(_) | Message::Heartbeat { .. });
+                if let Message::Commit(_) = message {
+                    self.watch.end();
+                }
                 self.core.hear(instance, message, self.moment());
                 self.act();
+                if is_sign && self.core.awaits_commit(instance) {
+                    self.watch.begin(Instant::now());
+                }
             }
             if let Err(loss) = outcome {
                 self.lose(instance, &loss);

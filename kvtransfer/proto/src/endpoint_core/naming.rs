@@ -72,6 +72,20 @@ impl<S: WriteSource> EndpointCore<S> {
         }
     }
 
+    /// The first token of a prompt that was [`computed`](Self::computed) is about to be known: says something to the peer, which
+    /// then listens for the commit ([`awaits_commit`](Self::awaits_commit)).
+    pub fn rouse(&mut self, handoff: HandoffId) {
+        let is_named = |it: &&Outgoing<S>| it.computes_in_place() && it.naming.named == it.targets.len();
+        if let Some(outgoing) = self.outgoing.get(&handoff).filter(is_named) {
+            self.beat(outgoing.peer);
+        }
+    }
+
+    /// Whether all that is left to come of some handoff is its commit: a word of that peer then says that it comes now.
+    pub fn awaits_commit(&self, peer: u64) -> bool {
+        self.incoming.values().any(|it| it.peer == peer && it.reservation.awaits_commit_alone())
+    }
+
     /// Every byte is there: says so, once the digests are.
     pub(super) fn commit(&mut self, handoff: HandoffId, payload: Vec<u8>) {
         let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return };

@@ -159,7 +159,8 @@ fn when_what_was_computed_in_place_is_named() {
         ("… nor when that was while digests were taken",   Process,    "4 cancelled hashed",                   "hash:0+1 stop"),
         ("nothing is written where it was computed",       Process,    "4 hashed push",                        "hash:0+1 filled:0+1 stop"),
         ("a peer that turns it down has the engine stop",  Process,    "4 hashed refused",                     "hash:0+1 filled:0+1 stop"),
-        ("not if the peer's memory is out of reach",       Admission,  "4 8 finish",                           "commit:0+2"),
+        ("the peer is roused for the commit alone",        Process,    "4 hashed rouse 8 rouse hashed rouse",  "hash:0+1 filled:0+1 hash:1+1 filled:1+1 beat"),
+        ("not if the peer's memory is out of reach",       Admission,  "4 8 rouse finish",                     "commit:0+2"),
     ];
     for (name, proof, happenings, expected) in rows {
         let mut scene = Scene::new(proof);
@@ -170,6 +171,7 @@ fn when_what_was_computed_in_place_is_named() {
             let (core, now) = (&mut scene.core, scene.now);
             match word {
                 "finish" => core.finish(OTHER, vec![1], now),
+                "rouse" => core.rouse(OTHER),
                 "cancelled" => core.hear(PEER, Message::Cancel { handoff: OTHER }, now),
                 "refused" => {
                     core.hear(PEER, Message::Refused { handoff: OTHER, reason: "why".to_owned() }, now);
@@ -214,6 +216,9 @@ fn when_what_was_computed_in_place_is_named() {
                         assert_eq!(commit.seal, seal.value(), "{name}: it stands for all");
                         Some(format!("commit:{first}+{count}"))
                     }
+                    EndpointAction::Send { message: Message::Heartbeat { .. }, .. } => {
+                        Some("beat".to_owned())
+                    }
                     EndpointAction::Tell(EndpointEvent::CancelWanted { .. }) => Some("stop".to_owned()),
                     _ => None,
                 });
@@ -221,6 +226,20 @@ fn when_what_was_computed_in_place_is_named() {
         }
         assert_eq!(seen.join(" "), expected, "{name}");
     }
+}
+
+/// When a word of the peer may mean that its commit comes now.
+#[test]
+fn when_a_commit_is_all_that_is_awaited() {
+    let mut scene = Scene::new(QuietProof::Process);
+    assert!(!scene.core.awaits_commit(PEER), "nothing was named");
+    let targets = vec![BlockRef { block: BlockId(2), epoch: Epoch(5) }];
+    let filled = crate::message::Filled { handoff: HANDOFF, first: 0, targets, digests: vec![7] };
+    scene.core.hear(PEER, Message::Filled(filled), scene.now);
+    assert!(scene.core.awaits_commit(PEER), "everything was");
+    assert!(!scene.core.awaits_commit(PEER + 1), "by this one");
+    scene.core.cancel(HANDOFF);
+    assert!(!scene.core.awaits_commit(PEER), "it was given up");
 }
 
 fn other_targets() -> Vec<BlockRef> {
