@@ -84,6 +84,7 @@ fn prepared(
         heartbeat: second,
         patience: second,
         stall: second,
+        offers: second,
         credit: u64::MAX,
         pulls: false,
     });

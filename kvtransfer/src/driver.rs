@@ -22,7 +22,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use tidemill_kvtransfer_proto::digest::BlockShape;
-use tidemill_kvtransfer_proto::endpoint_core::{EndpointCore, EndpointRules, LinkId, ReserveOrder, STALL};
+use tidemill_kvtransfer_proto::endpoint_core::{
+    EndpointCore, EndpointRules, LinkId, OFFERS, ReserveOrder, STALL,
+};
 use tidemill_kvtransfer_proto::message::{Hello, Offer, OnFailure, PROTOCOL};
 use tidemill_kvtransfer_proto::units::Moment;
 
@@ -319,6 +321,7 @@ fn rules(config: &EndpointConfig) -> EndpointRules {
         heartbeat: config.timing.heartbeat,
         patience: config.timing.patience,
         stall: STALL,
+        offers: OFFERS,
         credit: config.credit,
         pulls: config.handoff == HandoffMode::Pull,
     }

@@ -60,6 +60,8 @@ pub enum Fault {
     Cancel,
     /// A worker stands still for longer than its lease, and then goes on as if nothing had happened.
     StalePeer,
+    /// A worker that reads leaves what it is offered, for as long as it likes, and says that all is well.
+    Hoard,
 }
 
 /// Which faults there are.
@@ -94,6 +96,8 @@ pub enum Mischief {
     NameEarly,
     /// The device stores into blocks of a peer that were called final.
     StoreAgain,
+    /// What a peer was offered waits for it as long as the peer likes.
+    KeepOffers,
 }
 
 /// What a schedule is made of, beside its seed.
@@ -173,7 +177,7 @@ pub fn run(seed: u64, options: Options, trace: &mut Trace) -> Summary {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Loss,
         Self::Duplication,
         Self::Delay,
@@ -185,6 +189,7 @@ impl Fault {
         Self::FullQueue,
         Self::Cancel,
         Self::StalePeer,
+        Self::Hoard,
     ];
 
     /// As it is named on a command line.
@@ -201,6 +206,7 @@ impl Fault {
             Self::FullQueue => "full-queue",
             Self::Cancel => "cancel",
             Self::StalePeer => "stale-peer",
+            Self::Hoard => "hoard",
         }
     }
 }

@@ -100,6 +100,7 @@ fn planted_bugs_are_found() {
         ("copies make room that a peer still reads",             Mischief::ReuseStaging,    &["a copy of worker", "commits what it has not written"]),
         ("blocks are called final before they are computed",     Mischief::NameEarly,       &["a final block finds a foreign byte", "commits what it has not written"]),
         ("blocks are stored into that were called final",        Mischief::StoreAgain,      &["foreign byte"]),
+        ("a reader may take for ever",                           Mischief::KeepOffers,      &["though nobody reads it"]),
     ];
     for (name, mischief, checks) in rows {
         let options = Options { faults: Faults::all(), mischief: Some(mischief) };

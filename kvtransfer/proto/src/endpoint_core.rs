@@ -86,6 +86,9 @@ pub struct EndpointRules {
     /// How long no write may complete on a link that has some under way, before it counts as broken: the way for data
     /// can fail in silence while messages still come through.
     pub stall: Duration,
+    /// How long what a peer was offered may wait to be read, before its link counts as broken: as long as it may be read, this
+    /// side can use it for nothing else.
+    pub offers: Duration,
     /// Bytes that peers may have on their way to this side at a time, over ways that take credit.
     pub credit: u64,
     /// Whether no device of a peer may write here: as decode side this side reads instead.
@@ -444,3 +447,6 @@ fn check_shape(
 
 /// The usual [`EndpointRules::stall`]. A write is a MiB at most: a line that takes longer for it is of no use.
 pub const STALL: Duration = Duration::from_secs(10);
+/// The usual [`EndpointRules::offers`]. A correct reader ends a way that stands still after one stall, and one that keeps others
+/// waiting after two.
+pub const OFFERS: Duration = Duration::from_secs(30);

@@ -84,6 +84,7 @@ fn core(blocks: u64, credit: u64) -> EndpointCore<Zeros> {
         heartbeat: Duration::from_millis(100),
         patience: Duration::from_secs(30),
         stall: Duration::from_secs(2),
+        offers: Duration::from_secs(6),
         credit,
         pulls: false,
     })

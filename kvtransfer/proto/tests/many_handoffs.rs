@@ -8,8 +8,8 @@ use std::time::Duration;
 use support::Zeros;
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::endpoint_core::{
-    EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkUp, QuietProof, ReserveOrder, STALL,
-    TargetWrite,
+    EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkUp, OFFERS, QuietProof, ReserveOrder,
+    STALL, TargetWrite,
 };
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{Hello, Offer, OnFailure, PROTOCOL};
@@ -172,6 +172,7 @@ fn rules() -> EndpointRules {
         heartbeat: Duration::from_millis(100),
         patience: Duration::from_secs(3),
         stall: STALL,
+        offers: OFFERS,
         credit: 1 << 20,
         pulls: false,
     }

@@ -13,7 +13,7 @@ use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, Moment, TokenCount};
 use super::Mischief;
 use super::engine::EngineInput;
 use super::model::Piece;
-use super::process::LEASE;
+use super::process::{LEASE, OFFERS};
 use super::wire::ConnId;
 use super::world::{Event, Process, World};
 
@@ -95,6 +95,7 @@ impl World<'_> {
         life.core.tick(now);
         self.act(process);
         self.check_leases(process);
+        self.check_copies(process);
         self.tend_peers(process);
         self.plan_endpoint_turn(process);
     }
@@ -109,6 +110,20 @@ impl World<'_> {
                 silence <= LEASE + LEASE / 2,
                 "{link:?} of worker {} outlives its lease: {silence} µs of silence",
                 process.place
+            );
+        }
+    }
+
+    /// No copy waits for its reader for longer than it may, on a clock that may be slow, and until that reader's access has ended.
+    fn check_copies(&mut self, process: Process) {
+        let (now, most) = (self.now, OFFERS.as_micros() as u64 * 5 / 3);
+        let Some(life) = self.life(process) else { return };
+        if let Some((handoff, since)) = life.memory.longest_staged() {
+            assert!(
+                now - since <= most,
+                "worker {} holds a copy for {handoff} for {} µs, though nobody reads it",
+                process.place,
+                now - since
             );
         }
     }

@@ -250,7 +250,7 @@ impl World<'_> {
 
     /// Pushes what waits for room to be converted in, as far as there is some.
     fn push_staged(&mut self, process: Process) {
-        let forsakes = self.plants(Mischief::ReuseStaging);
+        let (forsakes, now) = (self.plants(Mischief::ReuseStaging), self.now);
         let mut finished = Vec::new();
         while let Some((handoff, pieces)) = self.take_waiting(process) {
             let life = self.life(process).expect("it runs");
@@ -261,7 +261,7 @@ impl World<'_> {
             let write = |(layers, target): Piece| {
                 let offset = layers.start * shape.layer_bytes();
                 let copy = life.memory.converted(*shape, &table, layers, pushes.tokens_of(target));
-                let copy = life.memory.staged(&copy, handoff);
+                let copy = life.memory.staged(&copy, handoff, now);
                 let source = Some(if forsakes { copy.forsaken() } else { copy });
                 TargetWrite { target_index: target, offset, source }
             };

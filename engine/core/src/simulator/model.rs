@@ -130,8 +130,8 @@ pub(super) struct Memory {
 #[derive(Debug)]
 struct Staging {
     extents: Extents,
-    /// By where they begin in the memory, how long they are and for which handoff.
-    taken: BTreeMap<usize, (usize, HandoffId)>,
+    /// By where they begin in the memory, how long they are, for which handoff and since when.
+    taken: BTreeMap<usize, (usize, HandoffId, u64)>,
 }
 
 /// Some of that room, for as long as somebody keeps it.
@@ -145,7 +145,7 @@ struct Staged {
 impl Drop for Staged {
     fn drop(&mut self) {
         let mut staging = self.staging.borrow_mut();
-        let (len, _) = staging.taken.remove(&self.offset).expect("it was taken");
+        let (len, _, _) = staging.taken.remove(&self.offset).expect("it was taken");
         staging.extents.give_back(self.offset - self.blocks_end, len);
     }
 }
@@ -184,12 +184,19 @@ impl Memory {
         self.staging.borrow().extents.is_whole()
     }
 
+    /// The handoff for which some of them are held longest, and since when.
+    pub(super) fn longest_staged(&self) -> Option<(HandoffId, u64)> {
+        let staging = self.staging.borrow();
+        let held = staging.taken.values().map(|(_, handoff, since)| (*handoff, *since));
+        held.min_by_key(|(_, since)| *since)
+    }
+
     /// Whether that range lies behind the blocks; if so, which handoff has all of it.
     pub(super) fn staged_for(&self, offset: usize, len: usize) -> Option<Option<HandoffId>> {
         let is_behind = self.blocks_end <= offset;
         is_behind.then(|| {
             let staging = self.staging.borrow();
-            let (&start, &(taken, handoff)) = staging.taken.range(..=offset).next_back()?;
+            let (&start, &(taken, handoff, _)) = staging.taken.range(..=offset).next_back()?;
             (offset + len <= start + taken).then_some(handoff)
         })
     }
@@ -245,11 +252,11 @@ impl Memory {
     }
 
     /// The same in the room behind the blocks, for a peer that reads it there.
-    pub(super) fn staged(&self, piece: &Piece, handoff: HandoffId) -> Piece {
+    pub(super) fn staged(&self, piece: &Piece, handoff: HandoffId, now: u64) -> Piece {
         let len = piece.len;
         let mut staging = self.staging.borrow_mut();
         let offset = self.blocks_end + staging.extents.take(len).expect("there was room for it");
-        staging.taken.insert(offset, (len, handoff));
+        staging.taken.insert(offset, (len, handoff, now));
         drop(staging);
         let mut bytes = vec![0; len];
         piece.read(0, &mut bytes);

@@ -7,14 +7,14 @@ use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::endpoint_core::{EndpointCore, EndpointRules, LinkId};
 use tidemill_kvtransfer_proto::units::{BlockId, HandoffId};
 
-use super::Fault;
 use super::endpoint::Order;
 use super::engine::{ActiveRequest, EngineInput, OutgoingHandoff, Step};
 use super::front::ToFront;
 use super::handshake::Peer;
-use super::model::{Memory, Piece, Shape};
+use super::model::{Memory, Piece};
 use super::wire::ConnId;
-use super::world::{Event, Node, Process, World};
+use super::world::{Event, Node, Process, Worker, World};
+use super::{Fault, Mischief};
 use crate::request::RequestId;
 use crate::scheduler::Scheduler;
 use crate::staging::StagingQueue;
@@ -55,15 +55,9 @@ pub(super) struct Life {
 }
 
 impl Life {
-    pub(super) fn new(
-        instance: u64,
-        scheduler: Scheduler,
-        shape: Shape,
-        in_place: bool,
-        credit: u64,
-        pulls: bool,
-        staging: usize,
-    ) -> Self {
+    pub(super) fn new(instance: u64, worker: &Worker, in_place: bool, credit: u64, offers: Duration) -> Self {
+        let Worker { shape, pulls, staging, .. } = *worker;
+        let scheduler = Scheduler::new(worker.limits, worker.blocks);
         let blocks = scheduler.ledger().total.0;
         let rules = EndpointRules {
             layout: shape.layout(),
@@ -74,7 +68,9 @@ impl Life {
             lease: Duration::from_micros(LEASE),
             heartbeat: Duration::from_micros(LEASE / 5),
             patience: Duration::from_secs(3),
-            stall: Duration::from_secs(2),
+            // Who leaves what it is offered does not end its link for that by itself.
+            stall: if worker.leaves_offers_until == 0 { Duration::from_secs(2) } else { FOR_EVER },
+            offers,
             credit,
             pulls,
         };
@@ -131,17 +127,9 @@ impl World<'_> {
     /// A process comes up in a worker's place.
     pub(super) fn start_worker(&mut self, place: usize) {
         let instance = self.number();
+        let offers = if self.plants(Mischief::KeepOffers) { FOR_EVER } else { OFFERS };
         let worker = &mut self.workers[place];
-        let scheduler = Scheduler::new(worker.limits, worker.blocks);
-        worker.life = Some(Life::new(
-            instance,
-            scheduler,
-            worker.shape,
-            self.in_place,
-            self.credit,
-            worker.pulls,
-            worker.staging,
-        ));
+        worker.life = Some(Life::new(instance, worker, self.in_place, self.credit, offers));
         let process = Process { place, instance };
         self.note(|| format!("worker {place} starts as {instance:x}"));
         self.after(1, Event::Status(process));
@@ -167,3 +155,7 @@ impl World<'_> {
 
 /// As in production, in microseconds.
 pub(super) const LEASE: u64 = 500_000;
+/// How long what a peer was offered may wait for it. Longer in production; a schedule has not the patience.
+pub(super) const OFFERS: Duration = Duration::from_secs(6);
+/// Longer than any schedule.
+const FOR_EVER: Duration = Duration::from_secs(3600);

@@ -37,6 +37,12 @@ impl World<'_> {
     /// Posts the reads that the core has for a peer.
     pub(super) fn fetch(&mut self, process: Process, peer: u64) {
         let Some((id, side, _)) = self.link_of(process, peer) else { return };
+        if self.now < self.workers[process.place].leaves_offers_until {
+            if self.life(process).expect("it has a link").core.has_reads_from(peer) {
+                self.count(Fault::Hoard);
+            }
+            return;
+        }
         let end = &self.conns[&id].ends[side];
         let mut room = self.queue_depth.saturating_sub(end.flights.len() + end.reads.len());
         let (mut posted, mut was_full) = (Vec::new(), false);

@@ -85,6 +85,8 @@ pub(super) struct Worker {
     pub(super) clock_offset: u64,
     /// Steps take so many times as long.
     pub(super) slowness: u64,
+    /// It reads nothing until then.
+    pub(super) leaves_offers_until: u64,
 }
 
 /// Everything there is.
@@ -124,16 +126,19 @@ impl<'a> World<'a> {
         // Drawn aside, so that schedules from before there were reads stay as they were.
         let mut aside = Chance::new(seed ^ 0x71de_3111_9011_0001);
         let mut room = Chance::new(seed ^ 0x71de_3111_57a9_0001);
+        let mut lazy = Chance::new(seed ^ 0x71de_3111_1a2e_0001);
         let workers: Vec<Worker> = roles
             .into_iter()
             .zip(shapes)
             .map(|(role, shape)| {
                 let tokens = TokenCount(MAX_MODEL_LEN.0 + 4 * below(&mut chance, 15));
+                let pulls = aside.happens(500);
+                let is_lazy = options.faults.contains(Fault::Hoard) && lazy.happens(250) && pulls;
                 Worker {
                     role,
                     limits: limits(&mut chance, shape, short_queues),
                     shape,
-                    pulls: aside.happens(500),
+                    pulls,
                     staging: STAGING[room.below(STAGING.len())],
                     blocks: tokens.blocks_to_hold(shape.block_len),
                     life: None,
@@ -141,6 +146,7 @@ impl<'a> World<'a> {
                     clock_rate: 1000,
                     clock_offset: u64::from(below(&mut chance, 1_000_000)),
                     slowness: 1,
+                    leaves_offers_until: if is_lazy { LAZY_UNTIL } else { 0 },
                 }
             })
             .collect();
@@ -445,6 +451,8 @@ fn limits(chance: &mut Chance, shape: Shape, short_queues: bool) -> Limits {
 const STAGING: [usize; 3] = [256, 768, 1 << 20];
 /// What each pool has room for at least.
 pub(super) const MAX_MODEL_LEN: TokenCount = TokenCount(40);
+/// Until when who leaves what it is offered does so: long enough for that to be noticed.
+const LAZY_UNTIL: u64 = 14_000_000;
 /// How long everything may take once nothing goes wrong any more.
 const PATIENCE: u64 = 60_000_000;
 /// Far more than the longest schedule needs.

@@ -16,6 +16,7 @@
 //! are held here keep their places from being used for others; the engine hears when some have become free.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use super::writing::WriteSource;
 use super::{Direction, EndpointCore, EndpointEvent, LinkId, PostedWrite};
@@ -32,8 +33,8 @@ pub(super) struct Offers<S> {
     /// The link over which it reads.
     link: LinkId,
     offered: u64,
-    /// The last of them, which it may be reading.
-    open: VecDeque<S>,
+    /// The last of them, which it may be reading, and since when.
+    open: VecDeque<(S, Moment)>,
     /// Whether they are copies that were made for it.
     is_staged: bool,
 }
@@ -78,7 +79,12 @@ impl<S: WriteSource> Offers<S> {
     }
 
     /// Offers ranges of the peer's memory with what is to be read for each; `None` when a source is not in the region.
-    pub(super) fn take(&mut self, handoff: HandoffId, ranges: &[(S, RemoteRange)]) -> Option<Offered> {
+    pub(super) fn take(
+        &mut self,
+        handoff: HandoffId,
+        ranges: &[(S, RemoteRange)],
+        now: Moment,
+    ) -> Option<Offered> {
         let piece = |(source, range): &(S, RemoteRange)| {
             let RemoteRange { offset: target, len, stamp, .. } = *range;
             Some(Piece { source: source.in_region()?, target, len, stamp })
@@ -86,7 +92,7 @@ impl<S: WriteSource> Offers<S> {
         let pieces: Vec<Piece> = ranges.iter().map(piece).collect::<Option<_>>()?;
         let before = self.offered;
         self.offered += pieces.len() as u64;
-        self.open.extend(ranges.iter().map(|(source, _)| source.clone()));
+        self.open.extend(ranges.iter().map(|(source, _)| (source.clone(), now)));
         Some(Offered { handoff, before, pieces })
     }
 }
@@ -111,6 +117,22 @@ impl Fetched {
 
 /// Prefill side.
 impl<S: WriteSource> EndpointCore<S> {
+    /// Whether that peer has left something that it was offered for longer than it may.
+    pub(super) fn leaves_offers(&self, peer: u64, now: Moment) -> bool {
+        let Some(link) = self.link(peer).filter(|link| link.is_read_by_peer) else { return false };
+        let offers = self.outgoing.values().filter(|it| it.peer == peer).filter_map(|it| it.offers.as_ref());
+        let oldest = offers.filter(|it| it.link == link.id).filter_map(|it| it.open.front());
+        oldest.into_iter().any(|(_, since)| self.rules.offers < now.since(*since))
+    }
+
+    /// This side did not run for that long, and could not hear that something was read.
+    pub(super) fn offers_stood_still(&mut self, lateness: Duration, now: Moment) {
+        let offers = self.outgoing.values_mut().filter_map(|it| it.offers.as_mut());
+        for (_, since) in offers.flat_map(|it| it.open.iter_mut()) {
+            *since = since.plus(lateness).min(now);
+        }
+    }
+
     /// Says it, in frames of bounded length.
     pub(super) fn send_offer(&mut self, handoff: HandoffId, offer: &Offered) {
         let Some(peer) = self.outgoing.get(&handoff).map(|it| it.peer) else { return };

@@ -188,6 +188,9 @@ impl<S: WriteSource> EndpointCore<S> {
         for link in self.peers.values_mut().filter_map(|it| it.link.as_mut()) {
             link.last_heard = link.last_heard.plus(lateness).min(now);
         }
+        if !lateness.is_zero() {
+            self.offers_stood_still(lateness, now);
+        }
     }
 
     /// A message came over the peer's link.
@@ -273,7 +276,7 @@ impl<S: WriteSource> EndpointCore<S> {
         let peers: Vec<u64> = self.peers.keys().copied().collect();
         for peer in peers {
             let (lease, stall) = (self.rules.lease, self.rules.stall);
-            let is_idle = self.is_hoarding(peer, now);
+            let (is_idle, leaves_offers) = (self.is_hoarding(peer, now), self.leaves_offers(peer, now));
             let Some(link) = self.link_mut(peer) else { continue };
             let silence = now.since(link.last_heard);
             let standstill = now.since(link.progress);
@@ -283,6 +286,8 @@ impl<S: WriteSource> EndpointCore<S> {
                 self.link_lost(peer, &format!("no transfer has completed for {standstill:?}"), now);
             } else if is_idle {
                 self.link_lost(peer, "the peer has leave to write and writes nothing", now);
+            } else if leaves_offers {
+                self.link_lost(peer, "the peer does not read what it was offered", now);
             } else if link.next_beat <= now {
                 link.next_beat = now.plus(link.beat_every);
                 self.beat(peer);

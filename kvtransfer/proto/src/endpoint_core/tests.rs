@@ -267,6 +267,7 @@ impl Scene {
             heartbeat: Duration::from_millis(100),
             patience: Duration::from_secs(3),
             stall: STALL,
+            offers: OFFERS,
             credit: 1 << 20,
             pulls: false,
         };

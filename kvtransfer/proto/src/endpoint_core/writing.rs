@@ -66,7 +66,7 @@ impl<S: WriteSource> EndpointCore<S> {
         };
         let offer = match &mut outgoing.offers {
             None => None,
-            Some(offers) => match offers.take(handoff, &ranges) {
+            Some(offers) => match offers.take(handoff, &ranges, now) {
                 Some(offer) => Some(offer),
                 None => {
                     self.log(0, handoff, "it offered what the peer cannot read");

@@ -22,6 +22,7 @@ pub(crate) fn rules(config: &Config) -> EndpointRules {
         heartbeat: never,
         patience: never,
         stall: never,
+        offers: never,
         credit: 1 << 20,
         pulls: config.wire == Wire::Read,
     }

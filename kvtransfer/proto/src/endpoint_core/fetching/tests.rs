@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::digest::{BlockShape, Coverage, granule_digest};
 use crate::endpoint_core::{
-    DigestOrder, EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp, QuietProof,
-    ReserveOrder, STALL, TargetWrite, WriteSource,
+    DigestOrder, EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp, OFFERS,
+    QuietProof, ReserveOrder, STALL, TargetWrite, WriteSource,
 };
 use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{Commit, Hello, Message, Offer, Offered, OnFailure, PROTOCOL, Piece};
@@ -108,6 +108,11 @@ fn when_copies_are_free() {
         ("… which it does when its reads have ended",        "push cancel read",                 0, "p:stop d:released p:fetched"),
         ("what came too late for it is free at once",        "hold cancel push release",         0, "d:released p:stop p:fetched"),
         ("a word of more than was offered frees none",       "push d-says-more",                 1, "p:odd"),
+        ("a reader may take its time",                       "push p-30s",                       1, ""),
+        ("… but no longer than that: its link is broken",    "push p-31s",                       1, "p:stop"),
+        ("… and with its access it has lost the copy",       "push p-31s p-access",              0, "p:stop p:fetched"),
+        ("… though it reads others meanwhile",               "push push p-20s read p-31s",       2, "p:stop"),
+        ("time in which this side did not run is not its",   "push p-late p-31s",                1, ""),
     ];
     let staging = BlockShape::of(&layout()).granule as u64;
     for (name, happenings, copies, expected) in rows {
@@ -174,6 +179,7 @@ impl Pair {
                 heartbeat: Duration::from_secs(10),
                 patience: Duration::from_secs(60),
                 stall: STALL,
+                offers: OFFERS,
                 credit,
                 pulls,
             })
@@ -255,6 +261,15 @@ impl Pair {
             "fail" => self.end_read(0, Err(WriteFault::Severed)),
             "turned-down" => self.end_read(0, Err(WriteFault::Outside)),
             "p-lost" => self.prefill.link_lost(DECODE, "why", NOW),
+            "p-late" => {
+                self.prefill.stood_still(Duration::from_secs(5), Moment(NOW.0 + Duration::from_secs(5)))
+            }
+            "p-20s" | "p-30s" | "p-31s" => {
+                let seconds = word[2..4].parse().expect("two digits");
+                let now = Moment(NOW.0 + Duration::from_secs(seconds));
+                self.prefill.heard(DECODE, now);
+                self.prefill.tick(now);
+            }
             "p-up" => drop(self.prefill.link_up(DECODE, up(DECODE, layout(), 0, true), NOW)),
             "p-gone" => self.prefill.process_gone(DECODE, NOW),
             "p-access" => self.prefill.access_ended(DECODE, LinkId(0), NOW),
