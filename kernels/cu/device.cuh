@@ -42,6 +42,9 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct e4m3 {
+  uint8_t bits;
+};
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }

@@ -28,6 +28,18 @@ __device__ __forceinline__ uint16_t f32_to_bf16(float x) {
   return narrow;
 }
 
+#if __CUDA_ARCH__ < 890
+// Two codes of E4M3 to half precision, which has all of their numbers.
+__device__ __forceinline__ uint32_t e4m3_to_f16(uint16_t codes) {
+  uint32_t spread = (codes & 0xff) | uint32_t(codes & 0xff00) << 8, magnitude = spread & 0x007f007f, wide = magnitude << 7;
+  // The exponent's bias is 7 there and 15 here: times 2^8.
+  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(wide) : "r"(0x5c005c00));
+  // 0x7f is no number; one more carries into the eighth bit.
+  wide |= ((magnitude + 0x00010001) & 0x00800080) * 0xfe;
+  return wide | (spread & 0x00800080) << 8;
+}
+#endif
+
 // Two codes of E4M3 to f32, the low byte first. What is no number becomes one.
 __device__ __forceinline__ void e4m3_to_f32(float (&wide)[2], uint16_t codes) {
 #if 890 <= __CUDA_ARCH__
@@ -114,6 +126,25 @@ __device__ __forceinline__ void add_product_int8(int32_t (&sum)[4], const uint32
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of E4M3, with sums of f32. GPUs without an instruction for it widen both sides to half precision, which has all of their
+// numbers: of a lane's four bytes the first two are what it has of one matrix of 16 columns, the other two of its other half. That is another
+// order of columns, for both sides.
+__device__ __forceinline__ void add_product_e4m3(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if 890 <= __CUDA_ARCH__
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+#pragma unroll
+  for (unsigned half = 0; half < 2; half++) {
+    uint32_t b = half == 0 ? b0 : b1;
+    uint32_t wide[4] = {e4m3_to_f16(uint16_t(a[2 * half])), e4m3_to_f16(uint16_t(a[2 * half + 1])), e4m3_to_f16(uint16_t(a[2 * half] >> 16)),
+                        e4m3_to_f16(uint16_t(a[2 * half + 1] >> 16))};
+    add_product_f16(sum, wide, e4m3_to_f16(uint16_t(b)), e4m3_to_f16(uint16_t(b >> 16)));
+  }
+#endif
 }
 
 #endif

@@ -1,39 +1,49 @@
-// Matrix products with rows of int8 and weights of int8 or int4, on tensor cores: whole numbers are added without rounding, and scaled once
-// for each group of inputs that share a scale. What comes out is what `src/reference/quantized.rs` says.
+// Matrix products with rows of int8 and weights of int8 or int4, and with rows and weights of E4M3, on tensor cores. Whole numbers are added
+// without rounding, and scaled once for each group of inputs that share a scale. What comes out is what `src/reference/quantized.rs` says.
 #include "kv.cuh"
 #include "matrix_tiles.cuh"
 
 struct QuantizeRows {
-  int8_t* steps;   // [rows][padded]
+  uint8_t* steps;  // [rows][padded]: int8, or codes of E4M3
   float* scales;   // [rows]
   const void* x;   // [rows][width]
   uint32_t width;
   uint32_t padded;  // what is beyond `width` becomes zero
 };
 
+__device__ __forceinline__ float scale_of(int8_t, float greatest) { return greatest / 127.0f; }
+__device__ __forceinline__ float scale_of(e4m3, float greatest) { return e4m3_scale(greatest); }
+__device__ __forceinline__ uint8_t step_of(int8_t, float value, float scale) { return uint8_t(quantize(value, scale)); }
+__device__ __forceinline__ uint8_t step_of(e4m3, float value, float scale) {
+  return uint8_t(f32_to_e4m3(value * inverse_power(scale), 0.0f));
+}
+
 // One block per row.
-template <class T>
+template <class T, class Step>
 __device__ void quantize_rows(const QuantizeRows& params) {
   SHARED(PerWarp, partials);
   const T* x = (const T*)params.x + size_t(blockIdx.x) * params.width;
-  int8_t* steps = params.steps + size_t(blockIdx.x) * params.padded;
+  uint8_t* steps = params.steps + size_t(blockIdx.x) * params.padded;
   float greatest = 0.0f;
   for (unsigned i = threadIdx.x; i < params.width; i += blockDim.x) greatest = fmaxf(greatest, fabsf(widen(x[i])));
-  float scale = block_max(greatest, partials) / 127.0f;
+  float scale = scale_of(Step{}, block_max(greatest, partials));
   if (threadIdx.x == 0) params.scales[blockIdx.x] = scale;
-  for (unsigned i = threadIdx.x; i < params.padded; i += blockDim.x) steps[i] = i < params.width ? quantize(widen(x[i]), scale) : 0;
+  for (unsigned i = threadIdx.x; i < params.padded; i += blockDim.x) steps[i] = i < params.width ? step_of(Step{}, widen(x[i]), scale) : 0;
 }
 
-KERNEL(quantize_rows_f32, 256, QuantizeRows) { quantize_rows<float>(params); }
-KERNEL(quantize_rows_f16, 256, QuantizeRows) { quantize_rows<f16>(params); }
-KERNEL(quantize_rows_bf16, 256, QuantizeRows) { quantize_rows<bf16>(params); }
+KERNEL(quantize_rows_f32, 256, QuantizeRows) { quantize_rows<float, int8_t>(params); }
+KERNEL(quantize_rows_f16, 256, QuantizeRows) { quantize_rows<f16, int8_t>(params); }
+KERNEL(quantize_rows_bf16, 256, QuantizeRows) { quantize_rows<bf16, int8_t>(params); }
+KERNEL(quantize_rows_f32_to_e4m3, 256, QuantizeRows) { quantize_rows<float, e4m3>(params); }
+KERNEL(quantize_rows_f16_to_e4m3, 256, QuantizeRows) { quantize_rows<f16, e4m3>(params); }
+KERNEL(quantize_rows_bf16_to_e4m3, 256, QuantizeRows) { quantize_rows<bf16, e4m3>(params); }
 
 struct QuantizedProduct {
   void* out;              // [rows][outputs], of the type `out_dtype`
-  const int8_t* x;        // [rows][inputs]
+  const void* x;          // [rows][inputs]: int8, or codes of E4M3
   const float* x_scales;  // [rows]
-  const void* w;          // [outputs][inputs]: int8, or int4 as `add_int4_stage` says
-  const void* w_scales;   // int8: f32, [outputs]; int4: bf16, [inputs / group][scale_stride]
+  const void* w;          // [outputs][inputs]: int8, codes of E4M3, or int4 as `add_int4_stage` says
+  const void* w_scales;   // int8 and E4M3: f32, [outputs]; int4: bf16, [inputs / group][scale_stride]
   const void* bias;       // [outputs] of the type `bias_dtype`, or null
   uint32_t rows;
   uint32_t inputs;        // a multiple of 128
@@ -54,24 +64,25 @@ __device__ __forceinline__ void write_scaled(const QuantizedProduct& params, uns
 }
 
 template <class Shape>
-struct __align__(16) Int8Stage {
+struct __align__(16) BytesStage {
   uint8_t x[Shape::kRows][Shape::kBytes + 16];
   uint8_t w[Shape::kOutputs][Shape::kBytes + 16];
 };
 
-template <class Shape>
-__device__ void multiply_int8(const QuantizedProduct& params) {
-  DYNAMIC_SHARED(Int8Stage<Shape>, stages);
+// Rows and weights of one byte: `Step` is int8_t, whose sums are whole numbers, or e4m3.
+template <class Shape, class Step, class Sum>
+__device__ void multiply_bytes(const QuantizedProduct& params) {
+  DYNAMIC_SHARED(BytesStage<Shape>, stages);
   Operand x{params.x, params.rows, params.inputs}, w{params.w, params.outputs, params.inputs};
-  Sums<Shape, int32_t> sums = {};
+  Sums<Shape, Sum> sums = {};
   stream_stages<Shape::kStages>(
       params.inputs / Shape::kBytes,
       [&](unsigned stage, unsigned step) {
         load_rows<Shape::kThreads>(stages[stage].x, x, Shape::first_row(), step * Shape::kBytes);
         load_rows<Shape::kThreads>(stages[stage].w, w, Shape::first_output(), step * Shape::kBytes);
       },
-      [&](unsigned stage, unsigned) { add_stage<Shape, int8_t>(sums, stages[stage].x, stages[stage].w); });
-  write_sums<Shape>(sums, params.rows, params.outputs, [&](unsigned row, unsigned output, int32_t sum) {
+      [&](unsigned stage, unsigned) { add_stage<Shape, Step>(sums, stages[stage].x, stages[stage].w); });
+  write_sums<Shape>(sums, params.rows, params.outputs, [&](unsigned row, unsigned output, Sum sum) {
     write_scaled(params, row, output, float(sum) * ((const float*)params.w_scales)[output]);
   });
 }
@@ -139,17 +150,20 @@ __device__ void multiply_int4(const QuantizedProduct& params) {
                     [&](unsigned row, unsigned output, float sum) { write_scaled(params, row, output, sum); });
 }
 
-using FewRowsInt8 = TileShape<1, 4, 1, 1, 128, 6>;
-using SomeRowsInt8 = TileShape<2, 2, 2, 4, 128, 4>;
-using ManyRowsInt8 = TileShape<2, 4, 4, 4, 64, 4>;
+using FewRowsOfBytes = TileShape<1, 4, 1, 1, 128, 6>;
+using SomeRowsOfBytes = TileShape<2, 2, 2, 4, 128, 4>;
+using ManyRowsOfBytes = TileShape<2, 4, 4, 4, 64, 4>;
 // Fewer bytes of weights in a stage, so more stages are needed to have as much in flight.
 using FewRowsInt4 = TileShape<1, 4, 1, 1, kInt4Inputs, 10>;
 using SomeRowsInt4 = TileShape<2, 2, 2, 4, kInt4Inputs, 4>;
 using ManyRowsInt4 = TileShape<2, 4, 4, 4, kInt4Inputs, 3>;
 
-KERNEL(multiply_few_int8, FewRowsInt8::kThreads, QuantizedProduct) { multiply_int8<FewRowsInt8>(params); }
-KERNEL(multiply_some_int8, SomeRowsInt8::kThreads, QuantizedProduct) { multiply_int8<SomeRowsInt8>(params); }
-KERNEL(multiply_many_int8, ManyRowsInt8::kThreads, QuantizedProduct) { multiply_int8<ManyRowsInt8>(params); }
+KERNEL(multiply_few_int8, FewRowsOfBytes::kThreads, QuantizedProduct) { multiply_bytes<FewRowsOfBytes, int8_t, int32_t>(params); }
+KERNEL(multiply_some_int8, SomeRowsOfBytes::kThreads, QuantizedProduct) { multiply_bytes<SomeRowsOfBytes, int8_t, int32_t>(params); }
+KERNEL(multiply_many_int8, ManyRowsOfBytes::kThreads, QuantizedProduct) { multiply_bytes<ManyRowsOfBytes, int8_t, int32_t>(params); }
+KERNEL(multiply_few_e4m3, FewRowsOfBytes::kThreads, QuantizedProduct) { multiply_bytes<FewRowsOfBytes, e4m3, float>(params); }
+KERNEL(multiply_some_e4m3, SomeRowsOfBytes::kThreads, QuantizedProduct) { multiply_bytes<SomeRowsOfBytes, e4m3, float>(params); }
+KERNEL(multiply_many_e4m3, ManyRowsOfBytes::kThreads, QuantizedProduct) { multiply_bytes<ManyRowsOfBytes, e4m3, float>(params); }
 KERNEL(multiply_few_int4, FewRowsInt4::kThreads, QuantizedProduct) { multiply_int4<FewRowsInt4>(params); }
 KERNEL(multiply_some_int4, SomeRowsInt4::kThreads, QuantizedProduct) { multiply_int4<SomeRowsInt4>(params); }
 KERNEL(multiply_many_int4, ManyRowsInt4::kThreads, QuantizedProduct) { multiply_int4<ManyRowsInt4>(params); }

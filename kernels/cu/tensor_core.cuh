@@ -19,6 +19,11 @@ __device__ __forceinline__ void add_product(int8_t, int32_t (&sum)[4], const uin
   add_product_int8(sum, a, b0, b1);
 }
 
+// As `add_product_e4m3`.
+__device__ __forceinline__ void add_product(e4m3, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  add_product_e4m3(sum, a, b0, b1);
+}
+
 // Two numbers as a register has them.
 template <class T>
 __device__ __forceinline__ uint32_t pair(float low, float high) {

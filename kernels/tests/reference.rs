@@ -45,6 +45,18 @@ fn quantized_steps_and_their_products() {
 }
 
 #[test]
+fn products_of_eight_bits_of_floating_point() {
+    let mut codes = [0; 4];
+    let scale = reference::quantize_e4m3(&[896.0, -34.0, 1.0 / 256.0, 0.0], &mut codes);
+    assert_eq!((scale, codes), (2.0, [0x7e, 0xd8, 1, 0]), "a tie goes to the even neighbour");
+    // One row: 256 and 144, which is nearest to 140, of scale 1/256; weights: 448 and -448 of scale 1/128.
+    let (x, w) = ([1.0, 140.0 / 256.0], [3.5, -3.5]);
+    let mut out = [f32::NAN];
+    reference::matmul_quantized(&mut out, &x, &w, 2, Quantization::Fp8, Some(&[10.0]));
+    assert_eq!(out[0], (256.0 * 448.0 - 144.0 * 448.0) / 128.0 / 256.0 + 10.0);
+}
+
+#[test]
 fn rms_norm_divides_by_the_root_of_the_mean_square() {
     let mut out = [f32::NAN; 4];
     reference::rms_norm(&mut out, &[3.0, -3.0, 6.0, 8.0], &[1.0, 2.0], 0.0);

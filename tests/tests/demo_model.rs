@@ -10,7 +10,7 @@ const ENOUGH: usize = 18;
 #[tokio::test]
 async fn the_demo_model_is_right_split_and_whole_and_in_fewer_bits() {
     #[rustfmt::skip]
-    let rows: [(&str, &[&str]); 10] = [
+    let rows: [(&str, &[&str]); 12] = [
         ("split",                               &[]),
         ("split over tcp",                      &["--transport", "tcp"]),
         ("colocated",                           &["--colocated"]),
@@ -18,6 +18,8 @@ async fn the_demo_model_is_right_split_and_whole_and_in_fewer_bits() {
         ("bf16 prefill, fp8 decode",            &["--decode-kv-cache-dtype", "fp8"]),
         ("fp8 keys and values",                 &["--kv-cache-dtype", "fp8_e4m3"]),
         ("int8 weights",                        &["--quantization", "int8"]),
+        ("fp8 weights",                         &["--quantization", "fp8"]),
+        ("fp8 all over",                        &["--quantization", "fp8", "--kv-cache-dtype", "fp8", "--colocated"]),
         ("int4 weights",                        &["--quantization", "int4", "--colocated"]),
         ("two ranks prefill, one decodes",      &["--prefill-tensor-parallel-size", "2"]),
         ("two ranks of int4 weights",           &["--quantization", "int4", "--colocated", "--tensor-parallel-size", "2"]),

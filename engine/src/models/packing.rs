@@ -2,6 +2,8 @@
 //!
 //! It says how packed tensors are to be read, not which are: that is seen by their names.
 
+use serde_json::Value;
+
 use super::error::ModelError;
 use super::fields::Fields;
 
@@ -16,6 +18,11 @@ pub(crate) enum Packing {
         share: Share,
         /// Whether all zero points are in the middle.
         symmetric: bool,
+    },
+    /// Codes of E4M3, by `compressed-tensors` or `fp8`.
+    Fp8 {
+        /// Outputs and inputs that share a scale; `None`: all inputs, of one output or of all.
+        block: Option<[usize; 2]>,
     },
     /// GPTQ: 4 or 8 bits along the inputs.
     Gptq {
@@ -50,17 +57,18 @@ impl Packing {
         };
         match fields.text("quant_method")? {
             Some("compressed-tensors") => compressed(&fields).map(Some),
+            Some("fp8") => fp8(&fields).map(Some),
             Some("gptq") => gptq(&fields).map(Some),
             Some("awq") => awq(&fields).map(Some),
-            _ => Err(fields.unsupported("quant_method", "compressed-tensors, gptq, awq")),
+            _ => Err(fields.unsupported("quant_method", "compressed-tensors, fp8, gptq, awq")),
         }
     }
 }
 
 fn compressed(fields: &Fields<'_>) -> Result<Packing, ModelError> {
-    let formats = "int-quantized, naive-quantized, pack-quantized";
+    let formats = "int-quantized, float-quantized, naive-quantized, pack-quantized";
     match fields.text("format")? {
-        Some("int-quantized" | "naive-quantized" | "pack-quantized") => {}
+        Some("int-quantized" | "float-quantized" | "naive-quantized" | "pack-quantized") => {}
         _ => return Err(fields.unsupported("format", formats)),
     }
     let groups = fields.required("config_groups", fields.object("config_groups", CONFIG_GROUPS)?)?;
@@ -80,8 +88,10 @@ fn compressed(fields: &Fields<'_>) -> Result<Packing, ModelError> {
 }
 
 fn compressed_weights(weights: &Fields<'_>) -> Result<Packing, ModelError> {
-    if !matches!(weights.text("type")?, None | Some("int")) {
-        return Err(weights.unsupported("type", "int"));
+    match weights.text("type")? {
+        None | Some("int") => {}
+        Some("float") => return compressed_floats(weights),
+        Some(_) => return Err(weights.unsupported("type", "int, float")),
     }
     let bits = bits(weights, "num_bits")?;
     let share = match weights.text("strategy")? {
@@ -91,6 +101,31 @@ fn compressed_weights(weights: &Fields<'_>) -> Result<Packing, ModelError> {
     };
     let symmetric = weights.flag("symmetric")?.unwrap_or(true);
     Ok(Packing::Compressed { bits, share, symmetric })
+}
+
+fn compressed_floats(weights: &Fields<'_>) -> Result<Packing, ModelError> {
+    if weights.count("num_bits")? != Some(8) {
+        return Err(weights.unsupported("num_bits", "8"));
+    }
+    match weights.text("strategy")? {
+        Some("channel" | "tensor") => Ok(Packing::Fp8 { block: None }),
+        _ => Err(weights.unsupported("strategy", "channel, tensor")),
+    }
+}
+
+fn fp8(fields: &Fields<'_>) -> Result<Packing, ModelError> {
+    if !matches!(fields.text("fmt")?, None | Some("e4m3" | "float8_e4m3fn")) {
+        return Err(fields.unsupported("fmt", "e4m3"));
+    }
+    let Some(sizes) = fields.value("weight_block_size") else {
+        return Ok(Packing::Fp8 { block: None });
+    };
+    let size =
+        |size: &Value| size.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|size| 0 < *size);
+    match sizes.as_array().map(|sizes| sizes.iter().map(size).collect::<Vec<_>>()).as_deref() {
+        Some(&[Some(outputs), Some(inputs)]) => Ok(Packing::Fp8 { block: Some([outputs, inputs]) }),
+        _ => Err(fields.unsupported("weight_block_size", "two whole numbers from 1")),
+    }
 }
 
 fn gptq(fields: &Fields<'_>) -> Result<Packing, ModelError> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use tidemill_kernels::matrix::{RowSteps, RowValues};
-use tidemill_kernels::reference::quantize_int8;
+use tidemill_kernels::reference::{quantize_e4m3, quantize_int8};
 
 use super::shard::Part;
 use super::tensor::{QuantizedMatrix, Tensor};
@@ -114,6 +114,17 @@ fn rounded<'a>(
             };
             Ok(FewerBits::Steps(format, Box::new(steps)))
         }
+        Quantization::Fp8 => {
+            let codes = move |row: usize, codes: &mut [i8], scales: &mut [f32]| {
+                let mut all = vec![0; part.shape[1]];
+                scales[0] = quantize_e4m3(&whole(row), &mut all);
+                codes
+                    .iter_mut()
+                    .zip(&all[part.columns.clone()])
+                    .for_each(|(to, code)| *to = code.cast_signed());
+            };
+            Ok(FewerBits::Steps(format, Box::new(codes)))
+        }
         Quantization::Int4 { group } if part.has_groups_of(group) => {
             let values =
                 move |row: usize, out: &mut [f32]| out.copy_from_slice(&whole(row)[part.columns.clone()]);
@@ -123,10 +134,10 @@ fn rounded<'a>(
     }
 }
 
-/// The head has 8 bits where all else has 4: its errors are those of the logits.
+/// The head is int8 whatever all else is: its errors are those of the logits, and int8 has the least.
 pub(super) const fn head_quantization(quantization: Quantization) -> Quantization {
     match quantization {
-        Quantization::Int8 | Quantization::Int4 { .. } => Quantization::Int8,
+        Quantization::Int8 | Quantization::Fp8 | Quantization::Int4 { .. } => Quantization::Int8,
     }
 }
 

@@ -7,7 +7,7 @@ use tidemill_kernels::matrix::WeightDtype;
 use super::TensorSource;
 use super::checkpoint::listed;
 use super::gguf_blocks::{group_of, unpack};
-use super::tensor::{Groups, PlainTensor, QuantizedMatrix, Tensor, exact_format};
+use super::tensor::{Groups, PlainTensor, QuantizedMatrix, Steps, Tensor, exact_format};
 use super::tensors::{
     DOWN, EMBEDDING, FINAL_NORM, GATE, HEAD, INPUT_NORM, KEY, KEY_NORM, MLP_NORM, OUTPUT, QUERY, QUERY_NORM,
     TensorSpec, UP, VALUE, layer_of,
@@ -124,6 +124,7 @@ impl TensorSource for GgufTensors<'_> {
             kind: kind.to_string(),
             inputs,
             groups: Groups::Of(group),
+            steps: Steps::Whole,
             exact: bits.and_then(|bits| exact_format(bits, group, inputs)),
             unpack: Box::new(move |index, out| unpack(kind, row(index), out)),
             parts: vec![(format!("{kind} {order:?}"), bytes)],

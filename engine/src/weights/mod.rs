@@ -203,7 +203,7 @@ pub(crate) fn plain_bytes(spec: &ModelSpec) -> u64 {
 /// The least that weights take, should their matrices be made smaller: half a byte or a byte for each element, and no scales.
 pub(crate) fn least_bytes(spec: &ModelSpec, quantization: Option<Quantization>) -> u64 {
     let bytes = |tensor: &TensorSpec| match quantization {
-        Some(Quantization::Int8) if is_smaller(tensor) => tensor.elements(),
+        Some(Quantization::Int8 | Quantization::Fp8) if is_smaller(tensor) => tensor.elements(),
         Some(Quantization::Int4 { .. }) if is_smaller(tensor) => tensor.elements() / 2,
         _ => tensor.elements() * spec.dtype.bytes() as u64,
     };

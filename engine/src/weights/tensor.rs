@@ -1,7 +1,7 @@
 //! A tensor as it comes: an array of numbers, or rows of steps that are unpacked one at a time.
 //!
 //! Every format of few bits is the same thing in another wrapping: `step * scale + offset`, scale and offset shared by a
-//! group of inputs. So each says how a row of it is unpacked, and nothing more.
+//! group of inputs, where a step is a whole number or the number that a code of E4M3 stands for. So each says how a row of it is unpacked, and nothing more.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use half::bf16;
 use tidemill_kernels::matrix::{Embedding, MatrixSource, Quantization, WeightDtype};
+use tidemill_kernels::reference::e4m3_to_f32;
 
 use super::shard::Part;
 use crate::models::ModelError;
@@ -35,6 +36,7 @@ pub(super) struct QuantizedMatrix<'a> {
     pub(super) kind: String,
     pub(super) inputs: usize,
     pub(super) groups: Groups,
+    pub(super) steps: Steps,
     /// The format of the kernels that holds its steps as they are, if there is one.
     pub(super) exact: Option<Quantization>,
     /// Unpacks the row of that number.
@@ -45,6 +47,15 @@ pub(super) struct QuantizedMatrix<'a> {
 
 /// Unpacks the row of a number.
 pub(super) type Unpack<'a> = Box<dyn Fn(usize, &mut UnpackedRow) + Sync + 'a>;
+
+/// What the bytes of an unpacked row are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Steps {
+    /// Whole numbers.
+    Whole,
+    /// Codes of E4M3.
+    E4m3,
+}
 
 /// Which inputs share a scale.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +123,15 @@ impl PlainTensor<'_> {
     }
 }
 
+impl Steps {
+    fn number(self, step: i8) -> f32 {
+        match self {
+            Self::Whole => f32::from(step),
+            Self::E4m3 => e4m3_to_f32(step.cast_unsigned()),
+        }
+    }
+}
+
 impl Groups {
     /// The group of an input.
     fn of_input(&self, input: usize) -> usize {
@@ -139,14 +159,14 @@ impl QuantizedMatrix<'_> {
                 let groups = out.chunks_mut(*size).zip(steps.chunks(*size)).zip(scales.iter().zip(&offsets));
                 for ((out, steps), (scale, offset)) in groups {
                     for (out, step) in out.iter_mut().zip(steps) {
-                        *out = f32::from(*step) * scale + offset;
+                        *out = self.steps.number(*step) * scale + offset;
                     }
                 }
             }
             Groups::Named { of, .. } => {
                 for ((out, step), group) in out.iter_mut().zip(&steps).zip(of) {
                     let group = *group as usize;
-                    *out = f32::from(*step) * scales[group] + offsets[group];
+                    *out = self.steps.number(*step) * scales[group] + offsets[group];
                 }
             }
         }
@@ -165,7 +185,7 @@ impl QuantizedMatrix<'_> {
         steps.copy_from_slice(&unpacked.steps[columns.clone()]);
         // A group of ours may be a part of one of theirs.
         let group = match format {
-            Quantization::Int8 => columns.len(),
+            Quantization::Int8 | Quantization::Fp8 => columns.len(),
             Quantization::Int4 { group } => group,
         };
         for (scale, input) in scales.iter_mut().zip(columns.clone().step_by(group)) {

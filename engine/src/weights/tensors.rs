@@ -50,7 +50,9 @@ pub(super) fn tensors(spec: &ModelSpec) -> Vec<TensorSpec> {
 pub(super) fn is_ignored(spec: &ModelSpec, name: &str) -> bool {
     // Frequencies follow from the configuration; early Llama checkpoints store them all the same.
     let stored_frequencies = name.ends_with("rotary_emb.inv_freq");
-    stored_frequencies || (spec.tied_embeddings && name == HEAD)
+    // Scales of keys and values: each token has its own here.
+    let kv_scales = name.ends_with(".k_scale") || name.ends_with(".v_scale");
+    stored_frequencies || kv_scales || (spec.tied_embeddings && name == HEAD)
 }
 
 /// Name of a projection's weights.

@@ -419,6 +419,7 @@ fn in_fewer_bits_logits_are_those_of_the_cpu() {
     let checkpoint = |name| formats::source(&formats::fixture(name));
     let rows = [
         ("int8", llama(), Some(Quantization::Int8)),
+        ("fp8", llama(), Some(Quantization::Fp8)),
         ("int4 in groups of 32", llama(), int4(32)),
         ("int4 in groups of 64", llama(), int4(64)),
         ("int4 in groups of 128", llama(), int4(128)),

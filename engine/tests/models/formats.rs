@@ -315,11 +315,14 @@ fn broken_gguf_files_are_told_what_is_wrong() {
 fn quantization_configs_that_are_not_read_are_named() {
     #[rustfmt::skip]
     let rows = [
-        ("another method",          "awq",                  r#""quant_method": "awq""#,         r#""quant_method": "fp8""#,         "`quantization_config.quant_method` is \"fp8\", which is not supported; supported: compressed-tensors, gptq, awq"),
+        ("another method",          "awq",                  r#""quant_method": "awq""#,         r#""quant_method": "hqq""#,         "`quantization_config.quant_method` is \"hqq\", which is not supported; supported: compressed-tensors, fp8, gptq, awq"),
         ("another version",         "awq",                  r#""version": "gemm""#,             r#""version": "gemv""#,             "`quantization_config.version` is \"gemv\""),
         ("three bits",              "gptq-int4",            r#""bits": 4"#,                     r#""bits": 3"#,                     "`quantization_config.bits` is 3, which is not supported; supported: 4, 8"),
         ("another format",          "compressed-int4",      r#""format": "pack-quantized""#,    r#""format": "marlin-24""#,         "`quantization_config.format` is \"marlin-24\""),
-        ("numbers of floating type", "compressed-int8",     r#""type": "int""#,                 r#""type": "float""#,               "weights.type` is \"float\""),
+        ("numbers of another type", "compressed-int8",      r#""type": "int""#,                 r#""type": "complex""#,             "weights.type` is \"complex\""),
+        ("four bits of floating type", "compressed-int4",   r#""type": "int""#,                 r#""type": "float""#,               "weights.num_bits` is 4, which is not supported; supported: 8"),
+        ("blocks of nothing",       "awq",                  r#""quant_method": "awq""#,         r#""quant_method": "fp8", "weight_block_size": [128, 0]"#, "`quantization_config.weight_block_size` is"),
+        ("two bits of fraction",    "awq",                  r#""quant_method": "awq""#,         r#""quant_method": "fp8", "fmt": "e5m2""#, "`quantization_config.fmt` is \"e5m2\""),
         ("a group that is none",    "gptq-int4",            r#""group_size": 32"#,              r#""group_size": 12"#,              "`quantization_config.group_size` is 12"),
         ("groups of another size",  "gptq-int4",            r#""group_size": 32"#,              r#""group_size": 64"#,              "_proj.qzeros` cannot be unpacked: its shape is"),
         ("more bits than there are", "gptq-int4",           r#""bits": 4"#,                     r#""bits": 8"#,                     "_proj.qweight` cannot be unpacked: its shape is"),

@@ -177,8 +177,8 @@ fn fingerprints_tell_models_apart_and_copies_not() {
 
 #[test]
 fn fingerprints_tell_quantizations_apart() {
-    let quantizations =
-        ["int8", "int4", "int4-g64", "int4-g128"].map(|name| name.parse::<Quantization>().expect("a name"));
+    let quantizations = ["int8", "fp8", "int4", "int4-g64", "int4-g128"]
+        .map(|name| name.parse::<Quantization>().expect("a name"));
     let mut prints: Vec<String> = quantizations
         .into_iter()
         .map(|quantization| {
@@ -189,7 +189,7 @@ fn fingerprints_tell_quantizations_apart() {
     prints.push(model("llama2").fingerprint.clone());
     prints.sort_unstable();
     prints.dedup();
-    assert_eq!(prints.len(), 5, "{prints:?}");
+    assert_eq!(prints.len(), 6, "{prints:?}");
     let error = "int3".parse::<Quantization>().expect_err("there is none").to_string();
     assert!(error.contains("`int3` is no quantization; there are int8"), "{error}");
 }

@@ -9,6 +9,7 @@ tidemill_kernels::where_emulated! {
     mod test_gpu;
 }
 mod formats;
+mod fp8;
 mod loading;
 mod parity;
 mod quantized;

@@ -220,7 +220,7 @@ fn check_bits(name: &str) {
 
 #[test]
 fn bits_of_quantized_models_do_not_depend_on_cuts_batches_or_blocks() {
-    for quantization in [Quantization::Int8, Quantization::Int4 { group: 32 }] {
+    for quantization in [Quantization::Int8, Quantization::Fp8, Quantization::Int4 { group: 32 }] {
         check_bits_of(&quantized_model("qwen2", quantization), "qwen2");
     }
 }
@@ -287,6 +287,7 @@ fn check_narrow_kv(name: &str) {
             let mut place = bench.place(length);
             let last = bench.extend(&mut place, &golden.prompt);
             let far = distance(&last, golden.logits.last().expect("the last position is always there"));
+            eprintln!("MEASURED {name} {dtype:?} {length} {far:e}");
             assert!((1e-5..bound).contains(&far), "{name}: {dtype:?} KV, {length} tokens: {far:e}");
         }
     }

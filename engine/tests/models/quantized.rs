@@ -11,12 +11,13 @@ use tidemill_engine::models::{LoadOptions, Model};
 use tidemill_engine::runner::LogitsWanted;
 
 const INT8: Quantization = Quantization::Int8;
+const FP8: Quantization = Quantization::Fp8;
 const fn int4(group: usize) -> Quantization {
     Quantization::Int4 { group }
 }
 
 /// Logits of every position of one prompt.
-fn logits(model: &Arc<Model>, prompt: &[u32]) -> Vec<Vec<f32>> {
+pub(crate) fn logits(model: &Arc<Model>, prompt: &[u32]) -> Vec<Vec<f32>> {
     let mut bench = Bench::new(model, Storage::PLAIN);
     let mut place = bench.place(prompt.len());
     bench.step(&mut [Work { place: &mut place, tokens: prompt }], LogitsWanted::All).remove(0)
@@ -45,9 +46,12 @@ fn logits_of_random_models_hardly_turn() {
     let prompt: Vec<u32> = (0..100).map(|index| index * 37 % 1000).collect();
     for seed in 0..3 {
         let expected = logits(&load(seed, None), &prompt);
-        for (quantization, bound) in [(INT8, 0.999), (int4(32), 0.93), (int4(64), 0.92), (int4(128), 0.91)] {
+        for (quantization, bound) in
+            [(INT8, 0.999), (FP8, 0.99), (int4(32), 0.93), (int4(64), 0.92), (int4(128), 0.91)]
+        {
             let found = logits(&load(seed, Some(quantization)), &prompt);
             let cosine = cosine(&found.concat(), &expected.concat());
+            eprintln!("MEASURED seed {seed} {quantization} {cosine}");
             assert!((bound..1.0).contains(&cosine), "seed {seed}: {quantization}: a cosine of {cosine}");
         }
     }

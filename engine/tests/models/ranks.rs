@@ -187,6 +187,7 @@ fn the_parts_of_all_ranks_are_the_whole_model() {
         ("llama2",                  ModelSource::Folder(fixture("llama2")),         None,                       [true, true]),
         ("qwen2",                   ModelSource::Folder(fixture("qwen2")),          None,                       [true, true]),
         ("llama3 in int8",          ModelSource::Folder(fixture("llama3")),         Some(Quantization::Int8),   [true, true]),
+        ("llama3 in fp8",           ModelSource::Folder(fixture("llama3")),         Some(Quantization::Fp8),    [true, true]),
         // Four ranks have 16 inputs of the output projection each.
         ("llama3 in int4",          ModelSource::Folder(fixture("llama3")),         int4,                       [true, false]),
         ("gguf-q4_0",               quantized("gguf-q4_0"),                         None,                       [true, false]),

@@ -90,6 +90,22 @@ UNWATCHED inline void add_product(float (&sum)[4], const uint32_t (&a)[4], uint3
     sum[i] = float(exact);
   }
 }
+UNWATCHED inline float e4m3_of(uint32_t word, unsigned byte) { return by_bits::e4m3_to_f32(uint8_t(word >> (8 * byte))); }
+
+UNWATCHED inline void add_product_of_e4m3(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const Fragment* all = meet_fragments({{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  for (unsigned i = 0; i < 4; i++) {
+    unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    double exact = sum[i];
+    for (unsigned k = 0; k < 32; k++) {
+      const Fragment& left = all[row % 8 * 4 + k % 16 / 4];
+      const Fragment& right = all[column * 4 + k % 16 / 4];
+      exact += double(e4m3_of(left.a[row / 8 + k / 16 * 2], k % 4)) * e4m3_of(right.b[k / 16], k % 4);
+    }
+    sum[i] = float(exact);
+  }
+}
+
 UNWATCHED inline int32_t byte_of(uint32_t word, unsigned byte) { return int8_t(word >> (8 * byte)); }
 
 UNWATCHED inline void add_product(int32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -125,4 +141,7 @@ inline void add_product_f16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0
 }
 inline void add_product_int8(int32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   ::emulator::add_product(sum, a, b0, b1);
+}
+inline void add_product_e4m3(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  ::emulator::add_product_of_e4m3(sum, a, b0, b1);
 }

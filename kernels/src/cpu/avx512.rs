@@ -378,9 +378,9 @@ fn panel_i8(line: &[u8; PANEL]) -> __m512 {
 fn panel_e4m3(line: &[u8; PANEL]) -> __m512 {
     // SAFETY: sixteen bytes are good for reads through the reference.
     let codes = unsafe { _mm_loadu_si128(line.as_ptr().cast()) };
-    let wide = _mm256_cvtepi8_epi16(codes);
-    let numbers = _mm512_castsi512_si256(e4m3_words(_mm512_castsi256_si512(wide)));
-    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(numbers)))
+    // To the uppermost bytes: what is below the upper word stays zero.
+    let words = e4m3_words(_mm512_slli_epi32::<24>(_mm512_cvtepu8_epi32(codes)));
+    _mm512_castsi512_ps(words)
 }
 
 /// E4M3 codes to bf16, which has all of their numbers.
@@ -389,14 +389,14 @@ fn panel_e4m3(line: &[u8; PANEL]) -> __m512 {
 pub(super) fn e4m3_to_bf16(codes: &[u8; 2 * PANEL]) -> __m512i {
     // SAFETY: thirty-two bytes are good for reads through the reference.
     let codes = unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) };
-    e4m3_words(_mm512_cvtepi8_epi16(codes))
+    e4m3_words(_mm512_slli_epi16::<8>(_mm512_cvtepu8_epi16(codes)))
 }
 
-/// The same of codes whose sign is drawn out to words.
+/// The same of codes in the upper bytes of words, whose lower ones are zero.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn e4m3_words(codes: __m512i) -> __m512i {
-    let magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(i16::from(!e4m3::SIGN)));
+pub(super) fn e4m3_words(codes: __m512i) -> __m512i {
+    let magnitude = _mm512_srli_epi16::<8>(_mm512_and_si512(codes, _mm512_set1_epi16(0x7f00)));
     // The exponent's bias is 7 there and 127 here.
     let normal = _mm512_add_epi16(_mm512_slli_epi16::<4>(magnitude), _mm512_set1_epi16(120 << 7));
     // SAFETY: sixty-four bytes are good for reads through the reference.

@@ -40,16 +40,31 @@ pub(crate) fn scale(greatest: u32) -> (f32, f32) {
 /// Values to codes of a scale, which is returned.
 #[inline(always)]
 pub(crate) fn encode(values: &[f32], codes: &mut [u8]) -> f32 {
+    let (scale, inverse) = scale_of(values);
+    for (code, value) in codes.iter_mut().zip(values) {
+        *code = narrow(value * inverse);
+    }
+    scale
+}
+
+/// The same as bits of bf16, which has the numbers of all codes.
+#[inline(always)]
+pub(crate) fn encode_in_bf16(values: &[f32], codes: &mut [u16]) -> f32 {
+    let (scale, inverse) = scale_of(values);
+    for (code, value) in codes.iter_mut().zip(values) {
+        *code = (widen(narrow(value * inverse)).to_bits() >> 16) as u16;
+    }
+    scale
+}
+
+#[inline(always)]
+fn scale_of(values: &[f32]) -> (f32, f32) {
     // As integers the bits of positive numbers have their order. What is no number counts for nothing.
     let greatest = values.iter().fold(0, |max: u32, value| {
         let magnitude = value.to_bits() & !SIGN_F32;
         max.max(if INFINITE < magnitude { 0 } else { magnitude })
     });
-    let (scale, inverse) = scale(greatest);
-    for (code, value) in codes.iter_mut().zip(values) {
-        *code = narrow(value * inverse);
-    }
-    scale
+    scale(greatest)
 }
 
 /// The sign of a code.

@@ -74,7 +74,11 @@ impl Cpu {
             {
                 Arithmetic::Int8
             }
-            (WeightFormat::Stored(WeightDtype::Bf16), level) if has_bf16(level) => Arithmetic::Bf16,
+            (WeightFormat::Stored(WeightDtype::Bf16) | WeightFormat::Quantized(Quantization::Fp8), level)
+                if has_bf16(level) =>
+            {
+                Arithmetic::Bf16
+            }
             _ => Arithmetic::F32,
         }
     }
@@ -352,6 +356,7 @@ mod tests {
                 WeightFormat::Stored(WeightDtype::F32),
                 WeightFormat::Stored(WeightDtype::Bf16),
                 WeightFormat::Quantized(Quantization::Int8),
+                WeightFormat::Quantized(Quantization::Fp8),
                 WeightFormat::Quantized(Quantization::Int4 { group: 32 }),
             ] {
                 let arithmetic = cpu.arithmetic(format);

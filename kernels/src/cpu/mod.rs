@@ -44,6 +44,7 @@ use crate::{
     reference,
     step::{AttentionParams, HeadSpan, RopeTable, SequenceRows, TokenSpan},
 };
+pub(crate) use e4m3::encode as encode_e4m3;
 pub use isa::{Isa, UnknownIsa};
 pub(crate) use kv_codec::encode_int8;
 pub use limits::{Arithmetic, Numbers};

@@ -117,9 +117,22 @@ pub fn multiply_tiles(dtype: WeightDtype, to_f32: bool, parameters: &Product) ->
     Some(launch.with_shared_bytes(stages * (rows + outputs) * (bytes + 16)))
 }
 
-/// Rows in fewer bits.
-pub fn quantize_rows(dtype: WeightDtype, rows: u32, parameters: &QuantizeRows) -> Launch {
-    let kernel = of_type(dtype, ["quantize_rows_f32", "quantize_rows_f16", "quantize_rows_bf16"]);
+/// Rows as weights of this kind are multiplied with: codes for fp8, else int8.
+pub fn quantize_rows(
+    dtype: WeightDtype,
+    quantization: Quantization,
+    rows: u32,
+    parameters: &QuantizeRows,
+) -> Launch {
+    let kernels = match quantization {
+        Quantization::Fp8 => {
+            ["quantize_rows_f32_to_e4m3", "quantize_rows_f16_to_e4m3", "quantize_rows_bf16_to_e4m3"]
+        }
+        Quantization::Int8 | Quantization::Int4 { .. } => {
+            ["quantize_rows_f32", "quantize_rows_f16", "quantize_rows_bf16"]
+        }
+    };
+    let kernel = of_type(dtype, kernels);
     row_by_row("quantized_product", kernel, rows, parameters.padded, 256, parameters)
 }
 
@@ -138,6 +151,11 @@ pub fn multiply_quantized(quantization: Quantization, parameters: &QuantizedProd
             [FEW_ROWS, SOME_ROWS, MANY_ROWS][choice],
             0,
         ),
+        Quantization::Fp8 => (
+            ["multiply_few_e4m3", "multiply_some_e4m3", "multiply_many_e4m3"],
+            [FEW_ROWS, SOME_ROWS, MANY_ROWS][choice],
+            0,
+        ),
         Quantization::Int4 { group: wanted } => {
             assert!(matches!(group, 32 | 64 | 128), "multiply_quantized: groups of {group}");
             assert_eq!(group as usize, wanted, "multiply_quantized: groups are those of the weights");
@@ -150,7 +168,8 @@ pub fn multiply_quantized(quantization: Quantization, parameters: &QuantizedProd
             )
         }
     };
-    let weight_bytes = if quantization == Quantization::Int8 { shape.bytes } else { shape.bytes / 2 };
+    let weight_bytes =
+        if matches!(quantization, Quantization::Int4 { .. }) { shape.bytes / 2 } else { shape.bytes };
     let stage = shape.rows * (shape.bytes + 16) + shape.outputs * (weight_bytes + 16) + scales;
     let grid = [rows.div_ceil(shape.rows), outputs.div_ceil(shape.outputs), 1];
     Launch::new("quantized_product", kernels[choice], grid, shape.threads, parameters)

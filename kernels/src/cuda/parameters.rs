@@ -218,11 +218,12 @@ pub struct Product {
     pub adds: u32,
 }
 
-/// Each row of `x` in int8, with a scale of its own: [`quantize_int8`](crate::reference::quantize_int8).
+/// Each row of `x` in int8 or E4M3, with a scale of its own: [`quantize_int8`](crate::reference::quantize_int8),
+/// [`quantize_e4m3`](crate::reference::quantize_e4m3).
 #[derive(Clone, Copy, Debug, NoUninit)]
 #[repr(C)]
 pub struct QuantizeRows {
-    /// int8, `[rows][padded]`
+    /// int8 or codes of E4M3, `[rows][padded]`
     pub steps: DeviceAddress,
     /// f32, `[rows]`
     pub scales: DeviceAddress,

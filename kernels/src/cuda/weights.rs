@@ -4,16 +4,16 @@ use std::thread;
 
 use half::bf16;
 
-use crate::cpu::encode_int8;
+use crate::cpu::{encode_e4m3, encode_int8};
 use crate::matrix::{Quantization, RowSteps, RowValues, quantize_int4};
 
 /// A matrix of `[outputs][inputs]`, which becomes the same numbers as a [`PackedMatrix`](crate::matrix::PackedMatrix) has.
 #[derive(Debug)]
 pub struct QuantizedRows {
-    /// Int8: one step per byte, `[outputs][padded]`. Int4: two, `[outputs][padded / 2]`: of each 32 inputs in 16 bytes, byte `i` has the
+    /// Int8: one step per byte, `[outputs][padded]`. Fp8: one code, likewise. Int4: two, `[outputs][padded / 2]`: of each 32 inputs in 16 bytes, byte `i` has the
     /// inputs `i` and `i + 16` in its low and its high half.
     pub steps: Vec<u8>,
-    /// Int8: f32, `[outputs]`. Int4: bf16, `[padded / group][scale_stride]`.
+    /// Int8 and fp8: f32, `[outputs]`. Int4: bf16, `[padded / group][scale_stride]`.
     pub scales: Vec<u8>,
 }
 
@@ -45,6 +45,7 @@ impl QuantizedRows {
             values(row, &mut row_values);
             match quantization {
                 Quantization::Int8 => scales[0] = encode_int8(&row_values, bytemuck::cast_slice_mut(steps)),
+                Quantization::Fp8 => scales[0] = encode_e4m3(&row_values, bytemuck::cast_slice_mut(steps)),
                 Quantization::Int4 { group } => {
                     let groups = row_values.chunks(group).zip(steps.chunks_mut(group));
                     for ((values, steps), scale) in groups.zip(scales) {
@@ -55,8 +56,8 @@ impl QuantizedRows {
         })
     }
 
-    /// Takes rows that are quantised already: `steps` makes each row's steps (any of int8; from -8 to 7 of int4) and the scale of each of
-    /// its groups, of which int8 has one. Scales of int4 are rounded to bf16.
+    /// Takes rows that are quantised already: `steps` makes each row's steps (any of int8; codes of fp8; from -8 to 7 of int4) and the
+    /// scale of each of its groups, of which int8 and fp8 have one. Scales of int4 are rounded to bf16.
     ///
     /// # Panics
     ///
@@ -69,11 +70,12 @@ impl QuantizedRows {
         steps: &RowSteps<'_>,
     ) -> Self {
         assert!(0 < inputs, "a matrix has inputs");
-        let (row_bytes, groups) = match quantization {
-            Quantization::Int8 => (padded(inputs), 1),
+        let groups = quantization.groups(inputs);
+        let row_bytes = match quantization {
+            Quantization::Int8 | Quantization::Fp8 => padded(inputs),
             Quantization::Int4 { group } => {
                 assert!(matches!(group, 32 | 64 | 128), "int4 in groups of {group}");
-                (padded(inputs) / 2, inputs.div_ceil(group))
+                padded(inputs) / 2
             }
         };
         let mut bytes = vec![0; outputs * row_bytes];
@@ -95,7 +97,7 @@ impl QuantizedRows {
             }
         });
         let scales = match quantization {
-            Quantization::Int8 => bytemuck::cast_slice(&scales).to_vec(),
+            Quantization::Int8 | Quantization::Fp8 => bytemuck::cast_slice(&scales).to_vec(),
             Quantization::Int4 { group } => int4_scales(&scales, groups, padded(inputs) / group),
         };
         Self { steps: bytes, scales }
@@ -116,7 +118,9 @@ fn int4_scales(scales: &[f32], groups: usize, all_groups: usize) -> Vec<u8> {
 
 fn write_steps(bytes: &mut [u8], steps: &[i8], quantization: Quantization) {
     match quantization {
-        Quantization::Int8 => bytes[..steps.len()].copy_from_slice(bytemuck::cast_slice(steps)),
+        Quantization::Int8 | Quantization::Fp8 => {
+            bytes[..steps.len()].copy_from_slice(bytemuck::cast_slice(steps))
+        }
         Quantization::Int4 { .. } => {
             assert!(steps.iter().all(|step| (-8..8).contains(step)), "steps of int4 are from -8 to 7");
             for (bytes, steps) in bytes.chunks_exact_mut(16).zip(steps.chunks(32)) {

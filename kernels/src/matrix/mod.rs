@@ -10,13 +10,14 @@
 //! every instruction set. The last unit of an output is filled up with zeros, and there are as many units as the widest
 //! instructions take at a time.
 //!
-//! Quantised weights are `step * scale`: int8 with one scale per output, int4 with one per group of inputs.
+//! Quantised weights are `step * scale`: int8 with one scale per output, int4 with one per group of inputs. Fp8 has units of four codes, each
+//! a number that bf16 has, and one scale per output.
 
 mod pack;
 mod rows;
 
-use crate::aligned::AlignedBuffer;
 pub use crate::aligned::{HUGE_PAGE_SETTING, has_huge_pages};
+use crate::{aligned::AlignedBuffer, reference::e4m3_to_f32};
 use bytemuck::AnyBitPattern;
 use half::{bf16, f16};
 pub(crate) use pack::quantize_int4;
@@ -43,6 +44,8 @@ pub enum WeightDtype {
 pub enum Quantization {
     /// 8 bits and one scale per output: `scale = max|row| / 127`.
     Int8,
+    /// 8 bits of floating point ([E4M3](crate::reference::e4m3_to_f32)) and one scale per output, a power of two where it is made here.
+    Fp8,
     /// 4 bits and one scale per so many inputs of an output.
     Int4 {
         /// Inputs that share a scale: 32, 64 or 128.
@@ -53,7 +56,7 @@ pub enum Quantization {
 /// A text that names no [`Quantization`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{name}` is no quantization; there are int8, int4 (that is int4-g32), int4-g32, int4-g64, int4-g128"
+    "`{name}` is no quantization; there are int8, fp8, int4 (that is int4-g32), int4-g32, int4-g64, int4-g128"
 )]
 pub struct UnknownQuantization {
     /// The text.
@@ -85,7 +88,7 @@ pub struct PackedMatrix {
     inputs: usize,
     format: WeightFormat,
     panels: AlignedBuffer,
-    /// Int8: f32 `[panel][output]`. Int4: bf16 `[panel][group][output]`.
+    /// Int8 and fp8: f32 `[panel][output]`. Int4: bf16 `[panel][group][output]`.
     scales: AlignedBuffer,
     /// Int8: `-128 * Σ weights` of each output, for instructions that want inputs from 0 to 255.
     corrections: AlignedBuffer,
@@ -232,8 +235,12 @@ impl PackedMatrix {
                 fill(out, halves.map(|bytes| bf16::from_le_bytes(bytes).to_f32()));
             }
             WeightFormat::Quantized(Quantization::Int8) => {
-                let scale = self.int8_scales(panel)[lane];
+                let scale = self.output_scales(panel)[lane];
                 fill(out, words().flatten().map(|step| scale * f32::from(step.cast_signed())));
+            }
+            WeightFormat::Quantized(Quantization::Fp8) => {
+                let scale = self.output_scales(panel)[lane];
+                fill(out, words().flatten().map(|code| scale * e4m3_to_f32(code)));
             }
             WeightFormat::Quantized(Quantization::Int4 { group }) => {
                 let halves = words().flat_map(|bytes| {
@@ -271,8 +278,8 @@ impl PackedMatrix {
         (self.scales.as_slice(), self.format.panel_sizes(self.inputs).scales)
     }
 
-    /// Scales of one panel of int8.
-    pub(crate) fn int8_scales(&self, panel: usize) -> &[f32; PANEL] {
+    /// Scales of one panel of int8 or fp8.
+    pub(crate) fn output_scales(&self, panel: usize) -> &[f32; PANEL] {
         &self.scales.as_slice().as_chunks().0[panel]
     }
 
@@ -334,7 +341,7 @@ impl WeightFormat {
         match self {
             Self::Stored(WeightDtype::F32 | WeightDtype::F16) => inputs,
             Self::Stored(WeightDtype::Bf16) => inputs.next_multiple_of(32),
-            Self::Quantized(Quantization::Int8) => inputs.next_multiple_of(64),
+            Self::Quantized(Quantization::Int8 | Quantization::Fp8) => inputs.next_multiple_of(64),
             Self::Quantized(Quantization::Int4 { group }) => inputs.next_multiple_of(group),
         }
     }
@@ -343,7 +350,7 @@ impl WeightFormat {
         let inputs = PANEL * self.padded_inputs(inputs);
         match self {
             Self::Stored(dtype) => inputs * dtype.bytes(),
-            Self::Quantized(Quantization::Int8) => inputs,
+            Self::Quantized(Quantization::Int8 | Quantization::Fp8) => inputs,
             Self::Quantized(Quantization::Int4 { .. }) => inputs / 2,
         }
     }
@@ -351,7 +358,7 @@ impl WeightFormat {
     const fn scale_bytes(self, inputs: usize) -> usize {
         match self {
             Self::Stored(_) => 0,
-            Self::Quantized(Quantization::Int8) => PANEL * size_of::<f32>(),
+            Self::Quantized(Quantization::Int8 | Quantization::Fp8) => PANEL * size_of::<f32>(),
             Self::Quantized(Quantization::Int4 { group }) => {
                 PANEL * inputs.div_ceil(group) * size_of::<bf16>()
             }
@@ -371,10 +378,26 @@ impl WeightFormat {
     }
 }
 
+impl Quantization {
+    /// Whether what is multiplied with it becomes E4M3 and not int8.
+    pub const fn takes_e4m3(self) -> bool {
+        matches!(self, Self::Fp8)
+    }
+
+    /// Scales of a row of so many inputs.
+    pub const fn groups(self, inputs: usize) -> usize {
+        match self {
+            Self::Int8 | Self::Fp8 => 1,
+            Self::Int4 { group } => inputs.div_ceil(group),
+        }
+    }
+}
+
 impl fmt::Display for Quantization {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Int8 => formatter.write_str("int8"),
+            Self::Fp8 => formatter.write_str("fp8"),
             Self::Int4 { group } => write!(formatter, "int4-g{group}"),
         }
     }
@@ -386,6 +409,7 @@ impl FromStr for Quantization {
     fn from_str(name: &str) -> Result<Self, UnknownQuantization> {
         match name {
             "int8" => Ok(Self::Int8),
+            "fp8" => Ok(Self::Fp8),
             "int4" | "int4-g32" => Ok(Self::Int4 { group: 32 }),
             "int4-g64" => Ok(Self::Int4 { group: 64 }),
             "int4-g128" => Ok(Self::Int4 { group: 128 }),

@@ -4,7 +4,7 @@
 //! output that the kernels take at a time. Packing therefore is one transposition for all types.
 
 use super::{MatrixSource, PANEL, Quantization, WeightDtype, WeightFormat};
-use crate::cpu::encode_int8;
+use crate::cpu::{encode_e4m3, encode_int8};
 use half::{bf16, f16};
 
 /// What the threads that pack a matrix share out: the same panels of each.
@@ -65,6 +65,19 @@ pub(super) fn pack(to: Panels<'_>, rows: &[u8], inputs: usize, dtype: WeightDtyp
                 transpose::<4>(panel, cells, inputs);
             }
         }
+        WeightFormat::Quantized(Quantization::Fp8) => {
+            let (mut values, mut codes) = (vec![0.0; inputs], vec![0; PANEL * inputs]);
+            let scales = bytemuck::cast_slice_mut::<u8, f32>(scales).chunks_mut(PANEL);
+            for ((panel, rows), scales) in panels.zip(scales) {
+                let rows = rows.chunks_exact(row_bytes);
+                let count = rows.len();
+                for ((row, codes), scale) in rows.zip(codes.chunks_exact_mut(inputs)).zip(scales) {
+                    widen_row(&mut values, row, dtype);
+                    *scale = encode_e4m3(&values, codes);
+                }
+                transpose::<4>(panel, &codes[..count * inputs], inputs);
+            }
+        }
         WeightFormat::Quantized(Quantization::Int4 { group }) => {
             let mut quantizer = Int4Quantizer::new(inputs, group);
             let row_bytes = quantizer.row_bytes();
@@ -93,6 +106,10 @@ pub(super) fn pack_steps(
             for (steps, correction) in steps.chunks_exact(inputs).zip(corrections) {
                 *correction = correction_of(bytemuck::cast_slice(steps));
             }
+            transpose::<4>(panels, bytemuck::cast_slice(steps), inputs);
+        }
+        Quantization::Fp8 => {
+            bytemuck::cast_slice_mut::<u8, f32>(scales)[..row_scales.len()].copy_from_slice(row_scales);
             transpose::<4>(panels, bytemuck::cast_slice(steps), inputs);
         }
         Quantization::Int4 { group } => {

@@ -8,7 +8,7 @@ use super::{INT4_GROUPS, PANEL, PackedMatrix, Quantization, WeightDtype, WeightF
 /// Writes the weights of the row of that number.
 pub type RowValues<'a> = dyn Fn(usize, &mut [f32]) + Sync + 'a;
 
-/// Writes the steps of the row of that number, and the scale of each of its groups.
+/// Writes the steps of the row of that number, of fp8 its codes, and the scale of each of its groups.
 pub type RowSteps<'a> = dyn Fn(usize, &mut [i8], &mut [f32]) + Sync + 'a;
 
 impl PackedMatrix {
@@ -40,8 +40,8 @@ impl PackedMatrix {
         matrix
     }
 
-    /// Packs weights that are quantised already, as they are: `steps` makes each row's steps (any of int8; from -8 to 7
-    /// of int4) and the scale of each of its groups, of which int8 has one. Scales of int4 are rounded to bf16: by one
+    /// Packs weights that are quantised already, as they are: `steps` makes each row's steps (any of int8; codes of fp8;
+    /// from -8 to 7 of int4) and the scale of each of its groups, of which int8 and fp8 have one. Scales of int4 are rounded to bf16: by one
     /// part in 256 at most.
     ///
     /// # Panics
@@ -55,10 +55,7 @@ impl PackedMatrix {
         steps: &RowSteps<'_>,
     ) -> Self {
         let format = checked(inputs, quantization);
-        let groups = match quantization {
-            Quantization::Int8 => 1,
-            Quantization::Int4 { group } => inputs.div_ceil(group),
-        };
+        let groups = quantization.groups(inputs);
         let mut matrix = Self::empty(format, outputs, inputs);
         matrix.fill_on(threads, &|first, panels| {
             let (mut rows, mut scales) = (vec![0; PANEL * inputs], vec![0.0; PANEL * groups]);
@@ -92,8 +89,12 @@ mod tests {
 
     const OUTPUTS: usize = 37;
     const INPUTS: usize = 200;
-    const KINDS: [Quantization; 3] =
-        [Quantization::Int8, Quantization::Int4 { group: 32 }, Quantization::Int4 { group: 128 }];
+    const KINDS: [Quantization; 4] = [
+        Quantization::Int8,
+        Quantization::Fp8,
+        Quantization::Int4 { group: 32 },
+        Quantization::Int4 { group: 128 },
+    ];
 
     fn weight(row: usize, input: usize) -> f32 {
         ((row * 7919 + input * 104_729) % 1009) as f32 / 500.0 - 1.0
@@ -123,11 +124,19 @@ mod tests {
         }
     }
 
+    /// What a step stands for.
+    fn number(kind: Quantization, step: i8) -> f32 {
+        match kind {
+            Quantization::Fp8 => crate::reference::e4m3_to_f32(step.cast_unsigned()),
+            _ => f32::from(step),
+        }
+    }
+
     #[test]
     fn steps_come_back_as_they_were_given() {
         for kind in KINDS {
             let (group, least) = match kind {
-                Quantization::Int8 => (INPUTS, -128),
+                Quantization::Int8 | Quantization::Fp8 => (INPUTS, -128),
                 Quantization::Int4 { group } => (group, -8),
             };
             let step =
@@ -142,9 +151,11 @@ mod tests {
                     });
                 for row in 0..OUTPUTS {
                     let expected: Vec<f32> = (0..INPUTS)
-                        .map(|input| f32::from(step(row, input)) * scale(row, input / group))
+                        .map(|input| number(kind, step(row, input)) * scale(row, input / group))
                         .collect();
-                    assert_eq!(row_of(&matrix, row), expected, "{kind}: row {row}");
+                    let found = row_of(&matrix, row);
+                    let is_same = |(a, b): (&f32, &f32)| a == b || a.is_nan() && b.is_nan();
+                    assert!(found.iter().zip(&expected).all(is_same), "{kind}: row {row}: {found:?}");
                 }
             }
         }

@@ -1,6 +1,9 @@
 //! Matrix products with quantised weights and activations.
 
-use super::kv::quantize;
+use super::{
+    e4m3::{e4m3_scale, e4m3_to_f32, f32_to_e4m3},
+    kv::quantize,
+};
 use crate::matrix::Quantization;
 use half::bf16;
 
@@ -9,7 +12,8 @@ use half::bf16;
 ///
 /// `out = (Σ_group scale[output][group] * Σ_input x_steps * w_steps) * x_scale + bias`
 ///
-/// Groups are summed in their order; int8 weights are one group.
+/// Groups are summed in their order; int8 weights are one group. With fp8 both are [codes](quantize_e4m3), and products of what these stand for
+/// are summed left to right in f32.
 pub fn matmul_quantized(
     out: &mut [f32],
     x: &[f32],
@@ -22,6 +26,7 @@ pub fn matmul_quantized(
     let outputs = w.len() / inputs;
     assert_eq!(x.len() / inputs * outputs, out.len(), "matmul: out is [rows][{outputs}]");
     let group = match quantization {
+        Quantization::Fp8 => return matmul_e4m3(out, x, w, inputs, bias),
         Quantization::Int8 => inputs,
         Quantization::Int4 { group } => group,
     };
@@ -34,7 +39,7 @@ pub fn matmul_quantized(
                 let mut w_steps = vec![0; w.len()];
                 let w_scale = match quantization {
                     Quantization::Int8 => quantize_int8(w, &mut w_steps),
-                    Quantization::Int4 { .. } => quantize_int4(w, &mut w_steps).to_f32(),
+                    _ => quantize_int4(w, &mut w_steps).to_f32(),
                 };
                 let products = x_steps.iter().zip(&w_steps).map(|(&x, &w)| i32::from(x) * i32::from(w));
                 sum += products.sum::<i32>() as f32 * w_scale;
@@ -42,6 +47,31 @@ pub fn matmul_quantized(
             *out = sum * x_scale + bias.map_or(0.0, |bias| bias[output]);
         }
     }
+}
+
+fn matmul_e4m3(out: &mut [f32], x: &[f32], w: &[f32], inputs: usize, bias: Option<&[f32]>) {
+    let coded = |values: &[f32]| {
+        let mut codes = vec![0; inputs];
+        let scale = quantize_e4m3(values, &mut codes);
+        (codes.into_iter().map(e4m3_to_f32).collect::<Vec<f32>>(), scale)
+    };
+    let w: Vec<_> = w.chunks_exact(inputs).map(coded).collect();
+    for (out, x) in out.chunks_exact_mut(w.len()).zip(x.chunks_exact(inputs)) {
+        let (x, x_scale) = coded(x);
+        for (output, (out, (w, w_scale))) in out.iter_mut().zip(&w).enumerate() {
+            let sum = x.iter().zip(w).fold(0.0, |sum, (x, w)| sum + x * w);
+            *out = sum * w_scale * x_scale + bias.map_or(0.0, |bias| bias[output]);
+        }
+    }
+}
+
+/// Values to codes of E4M3 in units of [`e4m3_scale`], which is returned.
+pub fn quantize_e4m3(values: &[f32], codes: &mut [u8]) -> f32 {
+    let scale = e4m3_scale(values.iter().fold(0.0f32, |max, value| max.max(value.abs())));
+    for (code, &value) in codes.iter_mut().zip(values) {
+        *code = f32_to_e4m3(value / scale);
+    }
+    scale
 }
 
 /// Values to steps from -127 to 127 of the scale `max|values| / 127`, which is returned: `value * (1 / scale)` to the

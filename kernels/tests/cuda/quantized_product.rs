@@ -1,4 +1,4 @@
-//! Matrix products in fewer bits: rows of int8, weights of int8 and int4.
+//! Matrix products in fewer bits: rows of int8 and weights of int8 and int4, rows and weights of fp8.
 
 use super::{
     on_devices,
@@ -16,8 +16,9 @@ use tidemill_kernels::{
     reference,
 };
 
-const QUANTIZATIONS: [Quantization; 4] = [
+const QUANTIZATIONS: [Quantization; 5] = [
     Quantization::Int8,
+    Quantization::Fp8,
     Quantization::Int4 { group: 32 },
     Quantization::Int4 { group: 64 },
     Quantization::Int4 { group: 128 },
@@ -35,7 +36,13 @@ struct Case {
     before: Option<Vec<f32>>,
 }
 
-fn quantized(device: &dyn Driver, x: &[f32], width: usize, dtype: WeightDtype) -> (Vec<i8>, Vec<f32>) {
+fn quantized(
+    device: &dyn Driver,
+    x: &[f32],
+    width: usize,
+    dtype: WeightDtype,
+    quantization: Quantization,
+) -> (Vec<u8>, Vec<f32>) {
     let rows = x.len() / width;
     let x = elements(device, x, dtype);
     let steps = Buffer::empty(device, rows * padded(width));
@@ -47,14 +54,16 @@ fn quantized(device: &dyn Driver, x: &[f32], width: usize, dtype: WeightDtype) -
         width: width as u32,
         padded: padded(width) as u32,
     };
-    device.launch(&launches::quantize_rows(dtype, rows as u32, &parameters)).expect("kernels run");
+    device
+        .launch(&launches::quantize_rows(dtype, quantization, rows as u32, &parameters))
+        .expect("kernels run");
     (steps.read(), scales.read())
 }
 
 fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
     let &Case { dtype, out: to, quantization, inputs, .. } = case;
     let (rows, outputs) = (case.x.len() / inputs, case.w.len() / inputs);
-    let (steps, scales) = quantized(device, &case.x, inputs, dtype);
+    let (steps, scales) = quantized(device, &case.x, inputs, dtype, quantization);
     let [x, x_scales] = [Buffer::new(device, &steps), Buffer::new(device, &scales)];
     let weights = QuantizedRows::quantize(2, outputs, inputs, quantization, &|row, values| {
         values.copy_from_slice(&case.w[row * inputs..(row + 1) * inputs]);
@@ -66,7 +75,7 @@ fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
         None => Buffer::empty(device, rows * outputs * to.bytes()),
     };
     let (group, stride) = match quantization {
-        Quantization::Int8 => (0, 0),
+        Quantization::Int8 | Quantization::Fp8 => (0, 0),
         Quantization::Int4 { group } => (group, scale_stride(outputs)),
     };
     let parameters = QuantizedProduct {
@@ -97,13 +106,23 @@ fn rows_become_steps_and_a_scale() {
                 let mut x = rounded(&Numbers::new(75).vector(3 * width), dtype);
                 // A row of nothing.
                 x[width..2 * width].fill(0.0);
-                let (steps, scales) = quantized(device, &x, width, dtype);
-                for (row, x) in x.chunks(width).enumerate() {
-                    let mut expected = vec![0; padded(width)];
-                    let scale = reference::quantize_int8(x, &mut expected[..width]);
-                    let name = format!("row {row} of {width}, {dtype:?}");
-                    assert_eq!(scales[row].to_bits(), scale.to_bits(), "{name}");
-                    assert_eq!(&steps[row * padded(width)..(row + 1) * padded(width)], expected, "{name}");
+                for quantization in [Quantization::Int8, Quantization::Fp8] {
+                    let (steps, scales) = quantized(device, &x, width, dtype, quantization);
+                    for (row, x) in x.chunks(width).enumerate() {
+                        let mut expected = vec![0u8; padded(width)];
+                        let row_steps = &mut expected[..width];
+                        let scale = match quantization {
+                            Quantization::Fp8 => reference::quantize_e4m3(x, row_steps),
+                            _ => reference::quantize_int8(x, bytemuck::cast_slice_mut(row_steps)),
+                        };
+                        let name = format!("row {row} of {width}, {dtype:?}, {quantization}");
+                        assert_eq!(scales[row].to_bits(), scale.to_bits(), "{name}");
+                        assert_eq!(
+                            &steps[row * padded(width)..(row + 1) * padded(width)],
+                            expected,
+                            "{name}"
+                        );
+                    }
                 }
             }
         }
@@ -149,7 +168,7 @@ fn few_rows_and_many() {
 #[test]
 fn a_row_is_the_same_in_any_company() {
     on_devices(|device| {
-        for quantization in [Quantization::Int8, Quantization::Int4 { group: 32 }] {
+        for quantization in [Quantization::Int8, Quantization::Fp8, Quantization::Int4 { group: 32 }] {
             let (dtype, rows, inputs, outputs) = (WeightDtype::Bf16, 131, 256, 5);
             let mut numbers = Numbers::new(77);
             let [x, w] = [rows, outputs].map(|count| rounded(&numbers.vector(count * inputs), dtype));
@@ -179,14 +198,14 @@ fn weights_are_those_of_the_cpu() {
             let source = MatrixSource { bytes: bytemuck::cast_slice(&w), dtype };
             let packed = PackedMatrix::quantize_on(1, outputs, inputs, source, quantization);
             let mut x = vec![0.0; inputs * inputs];
-            x.iter_mut().step_by(inputs + 1).for_each(|one| *one = 127.0);
+            x.iter_mut().step_by(inputs + 1).for_each(|one| *one = 112.0);
             let case = Case { dtype, out: dtype, quantization, inputs, x, w, bias: None, before: None };
             let found = multiply(device, &case);
             let mut row = vec![0.0; inputs];
             for output in 0..outputs {
                 packed.row(output, &mut row);
                 let column: Vec<f32> =
-                    found.iter().skip(output).step_by(outputs).map(|x| x / 127.0).collect();
+                    found.iter().skip(output).step_by(outputs).map(|x| x / 112.0).collect();
                 assert_close(&column, &row, 1e-6, &format!("{quantization}: output {output}"));
             }
         }

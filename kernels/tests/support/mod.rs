@@ -39,8 +39,9 @@ impl Numbers {
 
 pub const ISAS: [Isa; 6] = Isa::ALL;
 pub const KV_DTYPES: [KvDtype; 5] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8];
-pub const QUANTIZATIONS: [Quantization; 4] = [
+pub const QUANTIZATIONS: [Quantization; 5] = [
     Quantization::Int8,
+    Quantization::Fp8,
     Quantization::Int4 { group: 32 },
     Quantization::Int4 { group: 64 },
     Quantization::Int4 { group: 128 },

@@ -42,7 +42,7 @@ pub(crate) struct ModelBenchFlags {
     /// Where weights come from; those of a shape are always dummy
     #[arg(long, env = "TIDEMILL_LOAD_FORMAT", value_enum, default_value_t)]
     load_format: LoadFormatName,
-    /// Make weights smaller and faster while they are loaded: int8, int4 (in groups of 32), int4-g64 or int4-g128
+    /// Make weights smaller and faster while they are loaded: int8, fp8, int4 (in groups of 32), int4-g64 or int4-g128
     #[arg(long, env = "TIDEMILL_QUANTIZATION", value_name = "KIND", value_parser = Quantization::from_str)]
     quantization: Option<Quantization>,
     /// What to compute on: cpu, cuda:N for GPU N, or auto for the first GPU where it is of use, else the CPU

@@ -99,7 +99,7 @@ pub(crate) struct EngineFlags {
     /// Where weights come from
     #[arg(long, env = "TIDEMILL_LOAD_FORMAT", value_enum, default_value_t)]
     pub(crate) load_format: LoadFormatName,
-    /// Make weights smaller and faster while they are loaded: int8, int4 (in groups of 32), int4-g64 or int4-g128
+    /// Make weights smaller and faster while they are loaded: int8, fp8, int4 (in groups of 32), int4-g64 or int4-g128
     #[arg(long, env = "TIDEMILL_QUANTIZATION", value_name = "KIND", value_parser = Quantization::from_str)]
     pub(crate) quantization: Option<Quantization>,
     /// Seed of dummy weights, and of requests that bring none

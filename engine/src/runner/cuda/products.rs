@@ -32,10 +32,15 @@ pub(super) struct Target {
 impl CudaRunner {
     /// Multiplies the same rows by several matrices.
     pub(super) fn project(&self, rows: Rows, products: &[(&Projection, Target)]) -> Result<(), CudaError> {
-        if products.iter().any(|(linear, _)| linear.matrix.is_quantized()) {
-            self.quantize(rows)?;
-        }
+        // Mostly all want the same of the rows.
+        let mut has_e4m3 = None;
         for (Linear { matrix, bias }, target) in products {
+            if let Some(quantization) = matrix.quantization()
+                && has_e4m3 != Some(quantization.takes_e4m3())
+            {
+                self.quantize(rows, quantization)?;
+                has_e4m3 = Some(quantization.takes_e4m3());
+            }
             let bias = bias.as_ref().map_or(DeviceAddress::NULL, DeviceTensor::address);
             self.multiply(rows, matrix, bias, *target, self.model.dtype)?;
         }
@@ -45,8 +50,8 @@ impl CudaRunner {
     /// Computes logits, which are f32.
     pub(super) fn multiply_by_head(&self, rows: Rows, out: DeviceAddress) -> Result<(), CudaError> {
         let head = &self.model.weights.head;
-        if head.is_quantized() {
-            self.quantize(rows)?;
+        if let Some(quantization) = head.quantization() {
+            self.quantize(rows, quantization)?;
         }
         let target = Target { out, outputs: self.model.spec.vocab_size, adds: false };
         self.multiply(rows, head, DeviceAddress::NULL, target, WeightDtype::F32)
@@ -83,8 +88,8 @@ impl CudaRunner {
         self.launch(self.product(rows, matrix, bias, target, to))
     }
 
-    /// Makes steps of rows, once for all products with them.
-    fn quantize(&self, Rows { x, rows, inputs }: Rows) -> Result<(), CudaError> {
+    /// Makes of rows what matrices of a kind are multiplied with, once for all products with them.
+    fn quantize(&self, Rows { x, rows, inputs }: Rows, quantization: Quantization) -> Result<(), CudaError> {
         let parameters = QuantizeRows {
             steps: self.buffers.steps.address(),
             scales: self.buffers.scales.address(),
@@ -92,7 +97,7 @@ impl CudaRunner {
             width: narrow(inputs),
             padded: narrow(padded(inputs)),
         };
-        self.launch(launches::quantize_rows(self.model.dtype, narrow(rows), &parameters))
+        self.launch(launches::quantize_rows(self.model.dtype, quantization, narrow(rows), &parameters))
     }
 
     /// The product by a kernel of ours.
@@ -113,7 +118,7 @@ impl CudaRunner {
                 let (Rows { rows, inputs, .. }, Target { out, outputs, adds }) = (rows, target);
                 let (rows, adds) = (narrow(rows), u32::from(adds));
                 let (group, stride) = match *quantization {
-                    Quantization::Int8 => (0, 0),
+                    Quantization::Int8 | Quantization::Fp8 => (0, 0),
                     Quantization::Int4 { group } => (group, scale_stride(outputs)),
                 };
                 let parameters = QuantizedProduct {

@@ -1,6 +1,6 @@
 //! AWQ for GEMM: words along the outputs, eight of which lie in an order that suits a GPU's registers.
 
-use super::{Groups, PackedParts, QuantizedMatrix, centred, field};
+use super::{Groups, PackedParts, QuantizedMatrix, Steps, centred, field};
 use crate::models::{ModelError, Share};
 use crate::weights::tensor::exact_format;
 
@@ -25,6 +25,7 @@ pub(super) fn open<'a>(
         kind: "AWQ of 4 bits".into(),
         inputs,
         groups: Groups::Of(size),
+        steps: Steps::Whole,
         exact: if symmetric { exact_format(BITS, size, inputs) } else { None },
         unpack: Box::new(move |output, row| {
             let (word, place) = place(output);

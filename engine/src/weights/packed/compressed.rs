@@ -4,7 +4,7 @@
 
 use safetensors::Dtype;
 
-use super::{Groups, PackedParts, QuantizedMatrix, centred, field};
+use super::{Groups, PackedParts, QuantizedMatrix, Steps, centred, field};
 use crate::models::{ModelError, Share};
 use crate::weights::tensor::{UnpackedRow, exact_format};
 
@@ -17,7 +17,7 @@ pub(super) struct Weights {
 }
 
 /// Unpacks the steps of an output.
-type Steps<'a> = Box<dyn Fn(usize, &mut [i8]) + Sync + 'a>;
+type RowSteps<'a> = Box<dyn Fn(usize, &mut [i8]) + Sync + 'a>;
 /// The zero point of a group of an output.
 type Zeros<'a> = Box<dyn Fn(usize, usize) -> i8 + Sync + 'a>;
 
@@ -41,6 +41,7 @@ pub(super) fn open<'a>(
         kind: format!("compressed-tensors of {bits} bits"),
         inputs,
         groups,
+        steps: Steps::Whole,
         exact,
         unpack: Box::new(move |output, row| {
             let UnpackedRow { steps: row, scales: row_scales, offsets } = row;
@@ -58,7 +59,7 @@ fn steps<'a>(
     parts: &PackedParts<'_, 'a>,
     [outputs, inputs]: [usize; 2],
     bits: u32,
-) -> Result<Steps<'a>, ModelError> {
+) -> Result<RowSteps<'a>, ModelError> {
     if parts.get(PACKED).is_none() {
         let bytes = parts.expect(WHOLE, &[Dtype::I8], [outputs, inputs])?.data();
         return Ok(Box::new(move |output, row| {

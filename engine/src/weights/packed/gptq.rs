@@ -1,6 +1,6 @@
 //! GPTQ: words along the inputs, scales and zero points per group, groups perhaps in an order of their own.
 
-use super::{Groups, PackedParts, QuantizedMatrix, centred, field};
+use super::{Groups, PackedParts, QuantizedMatrix, Steps, centred, field};
 use crate::models::{ModelError, Share};
 use crate::weights::tensor::exact_format;
 
@@ -40,6 +40,7 @@ pub(super) fn open<'a>(
         kind: format!("GPTQ of {bits} bits"),
         inputs,
         groups,
+        steps: Steps::Whole,
         exact,
         unpack: Box::new(move |output, row| {
             for (input, step) in row.steps.iter_mut().enumerate() {

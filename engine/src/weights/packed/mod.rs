@@ -5,6 +5,7 @@
 
 mod awq;
 mod compressed;
+mod fp8;
 mod gptq;
 
 use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use tidemill_kernels::matrix::WeightDtype;
 
-use super::tensor::{Groups, QuantizedMatrix};
+use super::tensor::{Groups, QuantizedMatrix, Steps};
 use crate::models::{ModelError, Packing, Share};
 
 /// The tensors that make a matrix.
@@ -53,6 +54,7 @@ pub(super) fn open<'a>(
         Packing::Compressed { bits, share, symmetric } => {
             compressed::open(parts, shape, compressed::Weights { bits, share, symmetric })
         }
+        Packing::Fp8 { block } => fp8::open(parts, shape, block),
         Packing::Gptq { bits, share, less_one } => {
             gptq::open(parts, shape, gptq::Weights { bits, share, less_one })
         }
@@ -79,6 +81,7 @@ impl<'v, 'a> PackedParts<'v, 'a> {
     ) -> Option<Self> {
         let suffixes = match packing {
             Packing::Compressed { .. } => compressed::PARTS,
+            Packing::Fp8 { .. } => fp8::PARTS,
             Packing::Gptq { .. } => gptq::PARTS,
             Packing::Awq { .. } => awq::PARTS,
         };
@@ -88,6 +91,7 @@ impl<'v, 'a> PackedParts<'v, 'a> {
                 let is_whole = |view: &TensorView<'_>| view.dtype() == Dtype::I8;
                 parts.get(compressed::PACKED).is_some() || parts.get(compressed::WHOLE).is_some_and(is_whole)
             }
+            Packing::Fp8 { .. } => parts.get(fp8::CODES).is_some_and(|view| view.dtype() == Dtype::F8_E4M3),
             Packing::Gptq { .. } | Packing::Awq { .. } => parts.get(gptq::STEPS).is_some(),
         };
         is_packed.then_some(parts)

@@ -5,11 +5,12 @@
 //! `x`: 2^-9 of each element, as in every framework that computes in bf16.
 
 use super::{
+    e4m3::E4m3Line,
     lines::{Ahead, Dots, Line, Rows, add_lines, all_values, panels},
     operand::ROOMY_ROWS,
 };
 use crate::{
-    cpu::avx512::{Avx512, Avx512Bf16},
+    cpu::avx512::{Avx512, Avx512Bf16, e4m3_words},
     matrix::{PANEL, PackedMatrix},
 };
 use std::arch::x86_64::*;
@@ -17,6 +18,52 @@ use std::arch::x86_64::*;
 /// The instructions. The field is the proof that the machine has them.
 #[derive(Clone, Copy)]
 pub(super) struct Bf16Pairs(pub(super) Avx512Bf16);
+
+/// The same of weights that are numbers of E4M3, and of `x` likewise: nothing is lost.
+#[derive(Clone, Copy)]
+pub(super) struct E4m3Pairs(pub(super) Avx512Bf16);
+
+impl E4m3Line for E4m3Pairs {
+    type Simd = Avx512;
+    const MAX_ROWS: usize = ROOMY_ROWS;
+
+    #[inline(always)]
+    fn simd(self) -> Avx512 {
+        self.0.avx512()
+    }
+
+    #[inline(always)]
+    fn zeros(self) -> __m512 {
+        // SAFETY: the machine has the features: `self` exists.
+        unsafe { _mm512_setzero_ps() }
+    }
+}
+
+impl Line for E4m3Pairs {
+    type Stored = [u32; PANEL];
+    type Weights = [__m512bh; 2];
+    type Sums = __m512;
+    type Sum = f32;
+    const UNITS: usize = 2;
+    const ASKS_FROM: usize = 5;
+
+    #[inline(always)]
+    fn weights(self, line: &[u32; PANEL]) -> [__m512bh; 2] {
+        // SAFETY: as in `zeros`.
+        unsafe { widen_codes(line) }
+    }
+
+    #[inline(always)]
+    fn add(self, sums: __m512, x: u32, weights: &[__m512bh; 2], unit: usize) -> __m512 {
+        // SAFETY: as in `zeros`.
+        unsafe { add_pairs(sums, x, weights[unit]) }
+    }
+
+    #[inline(always)]
+    fn values(self, sums: __m512) -> [f32; PANEL] {
+        Bf16Pairs(self.0).values(sums)
+    }
+}
 
 impl Dots for Bf16Pairs {
     type Simd = Avx512;
@@ -79,6 +126,20 @@ fn load_pairs(line: &[u32; PANEL]) -> __m512bh {
     // SAFETY: sixty-four bytes are good for reads through the reference.
     let pairs = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
     as_pairs(pairs)
+}
+
+/// Of each output's four codes the first two, and the other two.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn widen_codes(line: &[u32; PANEL]) -> [__m512bh; 2] {
+    // SAFETY: sixty-four bytes are good for reads through the reference.
+    let codes = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+    // To the upper bytes of words.
+    let first =
+        _mm512_shuffle_epi8(codes, _mm512_set4_epi32(0x0d80_0c80, 0x0980_0880, 0x0580_0480, 0x0180_0080));
+    let second =
+        _mm512_shuffle_epi8(codes, _mm512_set4_epi32(0x0f80_0e80, 0x0b80_0a80, 0x0780_0680, 0x0380_0280));
+    [as_pairs(e4m3_words(first)), as_pairs(e4m3_words(second))]
 }
 
 #[inline]

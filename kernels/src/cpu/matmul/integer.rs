@@ -88,7 +88,7 @@ impl<L: IntegerLine> Dots for Int8<L> {
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let mut starts = [self.0.splat(0); PANELS];
         for (panel, start) in starts.iter_mut().enumerate() {
-            ask_after(w.int8_scales(first_panel + panel), PANELS);
+            ask_after(w.output_scales(first_panel + panel), PANELS);
             if L::UNSIGNED_X {
                 let corrections = w.int8_corrections(first_panel + panel);
                 ask_after(corrections, PANELS);
@@ -99,7 +99,7 @@ impl<L: IntegerLine> Dots for Int8<L> {
         let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
         for ((values, sums), x_scale) in values.iter_mut().zip(sums).zip(x.scales) {
             for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
-                *values = self.0.scaled(sums, w.int8_scales(first_panel + panel), *x_scale);
+                *values = self.0.scaled(sums, w.output_scales(first_panel + panel), *x_scale);
             }
         }
         values

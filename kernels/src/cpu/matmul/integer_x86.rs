@@ -37,6 +37,7 @@ pub(super) fn run(chunk: Chunk<'_>, quantization: Quantization, level: Level) {
 fn on_vnni(chunk: Chunk<'_>, quantization: Quantization, set: Avx512Vnni) {
     match quantization {
         Quantization::Int8 => set.dispatch(Multiply { chunk, dots: Int8(VnniInt8(set)) }),
+        Quantization::Fp8 => unreachable!("is multiplied in floating point"),
         Quantization::Int4 { group } => {
             set.dispatch(Multiply { chunk, dots: Int4 { line: VnniInt4(set), group } });
         }
@@ -46,6 +47,7 @@ fn on_vnni(chunk: Chunk<'_>, quantization: Quantization, set: Avx512Vnni) {
 fn on_avx2(chunk: Chunk<'_>, quantization: Quantization, set: Avx2) {
     match quantization {
         Quantization::Int8 => set.dispatch(Multiply { chunk, dots: Int8(Avx2Int8(set)) }),
+        Quantization::Fp8 => unreachable!("is multiplied in floating point"),
         Quantization::Int4 { group } => {
             set.dispatch(Multiply { chunk, dots: Int4 { line: Avx2Int4(set), group } });
         }

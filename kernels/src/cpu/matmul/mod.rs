@@ -10,6 +10,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod bf16_x86;
+mod e4m3;
 mod integer;
 #[cfg(target_arch = "x86_64")]
 mod integer_x86;
@@ -22,6 +23,7 @@ mod tiles;
 mod wide;
 
 use self::{
+    e4m3::{E4m3, WideE4m3},
     integer::{Int4, Int8, PortableInt4, PortableInt8},
     lines::{Ahead, Dots, Rows},
     operand::{Form, Operand},
@@ -191,7 +193,16 @@ impl Chunk<'_> {
             (WeightFormat::Stored(WeightDtype::Bf16), Level::Avx512Bf16(set)) => {
                 set.dispatch(Multiply { chunk: self, dots: bf16_x86::Bf16Pairs(set) });
             }
-            (WeightFormat::Stored(_), _) => level.run(self),
+            #[cfg(target_arch = "x86_64")]
+            (FP8, Level::Avx512Bf16(set)) => {
+                set.dispatch(Multiply { chunk: self, dots: E4m3(bf16_x86::E4m3Pairs(set)) });
+            }
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            (FP8, Level::Amx(set)) => {
+                let set = set.avx512();
+                set.dispatch(Multiply { chunk: self, dots: E4m3(bf16_x86::E4m3Pairs(set)) });
+            }
+            (WeightFormat::Stored(_) | FP8, _) => level.run(self),
             (WeightFormat::Quantized(Quantization::Int8), Level::Portable) => {
                 self.multiply(Int8(PortableInt8))
             }
@@ -347,6 +358,7 @@ impl Kernel for Chunk<'_> {
             WeightFormat::Stored(WeightDtype::F32) => self.multiply(Wide::<S, wide::F32>::new(simd)),
             WeightFormat::Stored(WeightDtype::F16) => self.multiply(Wide::<S, wide::F16>::new(simd)),
             WeightFormat::Stored(WeightDtype::Bf16) => self.multiply(Wide::<S, wide::Bf16>::new(simd)),
+            FP8 => self.multiply(E4m3(WideE4m3(simd))),
             WeightFormat::Quantized(_) => unreachable!("has instructions of its own"),
         }
     }
@@ -381,6 +393,8 @@ impl<D: Dots> Kernel for Multiply<'_, D> {
 /// Formats that tiles are for.
 const TILED_BF16: WeightFormat = WeightFormat::Stored(WeightDtype::Bf16);
 const TILED_INT8: WeightFormat = WeightFormat::Quantized(Quantization::Int8);
+
+const FP8: WeightFormat = WeightFormat::Quantized(Quantization::Fp8);
 
 /// Products that may share an `x`: query, key and value.
 const MOST_PRODUCTS: usize = 3;

@@ -11,6 +11,7 @@ use crate::{
     cpu::{
         Isa,
         amx::{TILE_ROWS, Tile},
+        e4m3::encode_in_bf16,
         encode_int8,
         kv_codec::to_bf16,
         level::Level,
@@ -35,6 +36,8 @@ enum Units {
     F32,
     /// Two bf16.
     Bf16,
+    /// Two bf16 that are numbers of E4M3, each row with a scale.
+    E4m3,
     /// Four int8, each row with a scale; 128 is added to each where the instructions want that.
     Int8 { unsigned: bool },
     /// Four int8, likewise, and sums of each group.
@@ -107,6 +110,9 @@ impl Form {
         match format {
             WeightFormat::Stored(_) => {
                 Self { units: Units::F32, max_rows: if has_avx512 { ROOMY_ROWS } else { NARROW_ROWS } }
+            }
+            WeightFormat::Quantized(Quantization::Fp8) => {
+                Self { units: Units::E4m3, max_rows: if has_avx512 { ROOMY_ROWS } else { NARROW_ROWS } }
             }
             WeightFormat::Quantized(Quantization::Int8) => {
                 Self { units: Units::Int8 { unsigned: has_vnni }, max_rows: integer_rows }
@@ -215,7 +221,7 @@ impl Memory {
         let is_rounded = form.units != Units::F32;
         let rounded = self.rounded.grown::<u32>(if is_rounded { tiling.rows * units_per_row } else { 0 });
         let units = self.units.grown::<u32>(slots * units_per_row);
-        let has_scales = matches!(form.units, Units::Int8 { .. } | Units::Grouped { .. });
+        let has_scales = matches!(form.units, Units::E4m3 | Units::Int8 { .. } | Units::Grouped { .. });
         let scales = self.scales.grown::<f32>(if has_scales { slots } else { 0 });
         let group_sums = self.group_sums.grown::<i32>(slots * groups);
         {
@@ -283,7 +289,7 @@ impl Units {
     const fn inputs(self) -> usize {
         match self {
             Self::F32 => 1,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::E4m3 => 2,
             Self::Int8 { .. } | Self::Grouped { .. } => INPUTS_PER_UNIT,
         }
     }
@@ -324,6 +330,15 @@ impl Kernel for ArrangeTile<'_> {
             return interleave(simd, rounded, units_per_row, units, slots);
         }
         scales[rows..].fill(0.0);
+        if form.units == Units::E4m3 {
+            let lines = x.chunks_exact(inputs).zip(rounded.chunks_exact_mut(units_per_row)).zip(scales);
+            for ((x, line), scale) in lines {
+                let (halves, padding) = bytemuck::cast_slice_mut::<u32, u16>(line).split_at_mut(inputs);
+                *scale = encode_in_bf16(x, halves);
+                padding.fill(0);
+            }
+            return interleave(simd, rounded, units_per_row, units, slots);
+        }
         group_sums.fill(0);
         let lines = x.chunks_exact(inputs).zip(rounded.chunks_exact_mut(units_per_row)).zip(scales);
         for (slot, ((x, line), scale)) in lines.enumerate() {

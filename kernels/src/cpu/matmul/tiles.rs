@@ -89,7 +89,7 @@ impl Chunk<'_> {
         let rows = self.operand.tiling.rows_of(tile);
         match self.product.w.format() {
             WeightFormat::Quantized(_) => {
-                let scales = self.product.w.int8_scales(panel);
+                let scales = self.product.w.output_scales(panel);
                 for ((row, sums), x_scale) in rows.zip(sums).zip(self.operand.scales_of(tile)) {
                     self.store(simd, row, panel, &scaled(sums.map(u32::cast_signed), scales, *x_scale));
                 }

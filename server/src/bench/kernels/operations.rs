@@ -63,7 +63,8 @@ impl Operation {
     /// Everything, in sizes as models have them.
     pub(super) fn all() -> Vec<Self> {
         let stored = [WeightDtype::F32, WeightDtype::F16, WeightDtype::Bf16].map(WeightFormat::Stored);
-        let quantized = [Quantization::Int8, Quantization::Int4 { group: 32 }].map(WeightFormat::Quantized);
+        let quantized = [Quantization::Int8, Quantization::Fp8, Quantization::Int4 { group: 32 }]
+            .map(WeightFormat::Quantized);
         let formats = stored.into_iter().chain(quantized);
         let products = formats.flat_map(|format| [1, 16, 256].map(|rows| Self::Matmul { rows, format }));
         let attention = |sequences, rows, context, dtype| Self::Attention { sequences, rows, context, dtype };
@@ -297,7 +298,7 @@ const fn outputs(rows: usize, format: WeightFormat) -> usize {
     }
     match format {
         WeightFormat::Stored(dtype) => MATRIX_BYTES / INPUTS / dtype.bytes(),
-        WeightFormat::Quantized(Quantization::Int8) => MATRIX_BYTES / INPUTS,
+        WeightFormat::Quantized(Quantization::Int8 | Quantization::Fp8) => MATRIX_BYTES / INPUTS,
         WeightFormat::Quantized(Quantization::Int4 { .. }) => 2 * MATRIX_BYTES / INPUTS,
     }
 }
