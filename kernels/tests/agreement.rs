@@ -40,6 +40,7 @@ fn matmul() {
         (  16,    600,      90),
         ( 100,    256,      48),
         ( 200,     31,     300),
+        ( 270,     31,     130),
     ];
     let mut numbers = Numbers::new(1);
     for (rows, inputs, outputs) in rows {
@@ -91,6 +92,7 @@ fn quantized_matmul() {
         (  16,    600,      90),
         ( 100,    256,      48),
         ( 115,     31,     300),
+        ( 270,     31,     130),
     ];
     let mut numbers = Numbers::new(9);
     for (rows, inputs, outputs) in rows {
