@@ -105,6 +105,7 @@ impl Line for VnniInt4 {
     type Sum = i32;
     const UNITS: usize = 2;
     const ASKS_FROM: usize = 3;
+    const ASKS_ALONE: bool = true;
 
     #[inline(always)]
     fn weights(self, line: &[u32; PANEL]) -> [__m512i; 2] {

@@ -58,6 +58,8 @@ pub(super) trait Line: Copy {
     const WEIGHTS_STAY: bool = false;
     /// Rows from which on a tile asks memory for what comes next.
     const ASKS_FROM: usize = usize::MAX;
+    /// Whether a row alone asks for its own panel's lines ahead of their use, into the first-level cache.
+    const ASKS_ALONE: bool = false;
 
     /// Reads a line.
     fn weights(self, line: &Self::Stored) -> Self::Weights;
@@ -140,10 +142,24 @@ fn ask(at: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
 }
 
+/// Asks for a cache line, into the first-level cache.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn ask_first_level(at: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a hint, which reads nothing and is ignored where there is nothing.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+}
+
 /// Asks for a cache line: not on this processor.
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
 fn ask(_at: *const u8) {}
+
+/// Asks for a cache line: not on this processor.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn ask_first_level(_at: *const u8) {}
 
 /// Some neighbouring panels. A loop and no `from_fn`: its closure would be a function without the instructions.
 #[inline(always)]
@@ -196,6 +212,11 @@ pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
         if ROWS >= L::ASKS_FROM {
             ahead.ask::<PANELS>(index);
         }
+        if ROWS == 1 && L::ASKS_ALONE {
+            for lines in &panels {
+                ask_first_level(lines.as_ptr().wrapping_add(index).cast::<u8>().wrapping_add(ALONE_AHEAD));
+            }
+        }
         if L::WEIGHTS_STAY {
             let mut weights = [line.weights(&panels[0][index]); PANELS];
             for panel in 1..PANELS {
@@ -224,6 +245,10 @@ pub(super) fn add_lines<L: Line, const ROWS: usize, const PANELS: usize>(
 
 /// Bytes of panels that may wait in the second-level cache beside those that are multiplied.
 const MOST_AHEAD: usize = 576 << 10;
+
+/// Bytes between a line that a row alone is multiplied with and the one that it asks for: a page, at whose end memory's
+/// own guesses stop.
+const ALONE_AHEAD: usize = 4096;
 
 /// Bytes of a cache line.
 const CACHE_LINE: usize = 64;
