@@ -130,7 +130,7 @@ pub(crate) struct EngineFlags {
     #[arg(long, env = "TIDEMILL_ENFORCE_EAGER")]
     pub(crate) enforce_eager: bool,
     /// Plan the next step of a GPU, and ask for it, while one computes: the default
-    #[arg(long, conflicts_with = "no_async_scheduling")]
+    #[arg(long, env = "TIDEMILL_ASYNC_SCHEDULING", conflicts_with = "no_async_scheduling")]
     async_scheduling: bool,
     /// Wait for each step of a GPU before the next one is planned
     #[arg(long, env = "TIDEMILL_NO_ASYNC_SCHEDULING")]
