@@ -195,7 +195,6 @@ fn codes_are_computed_with_as_they_come() {
         let plain = load(folder(&plain, None).path()).expect("a plain checkpoint");
         let (found, expected) = (logits(&model, &prompt), logits(&plain, &prompt));
         let cosine = cosine(&found.concat(), &expected.concat());
-        eprintln!("MEASURED {} {cosine}", maker.name);
         assert!((0.98..1.0).contains(&cosine), "{}: a cosine of {cosine}", maker.name);
     }
 }

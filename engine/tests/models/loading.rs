@@ -70,7 +70,7 @@ fn broken_folders_are_told_what_is_wrong() {
         ("heads do not divide", "llama2", |f| set(f, "num_key_value_heads", json!(3)), &["`num_key_value_heads`", "a divisor of num_attention_heads, 4", "found 3"]),
         ("odd head size", "llama2", |f| set(f, "head_dim", json!(15)), &["`head_dim`", "even"]),
         ("unknown activation", "llama2", |f| set(f, "hidden_act", json!("gelu")), &["`hidden_act` is \"gelu\"", "supported: silu"]),
-        ("quantised", "llama2", |f| set(f, "quantization_config", json!({"quant_method": "fp8"})), &["`quantization_config.quant_method`", "fp8", "not supported"]),
+        ("quantised", "llama2", |f| set(f, "quantization_config", json!({"quant_method": "hqq"})), &["`quantization_config.quant_method`", "hqq", "not supported"]),
         ("unknown rope", "llama3", |f| set(f, "rope_scaling", json!({"rope_type": "longrope"})), &["`rope_scaling.rope_type` is \"longrope\"", "default, linear, llama3, yarn"]),
         ("rope without its field", "llama3", |f| set(f, "rope_scaling", json!({"rope_type": "llama3", "factor": 8.0})), &["field `rope_scaling.low_freq_factor` is missing"]),
         ("partial rotation", "llama2", |f| set(f, "partial_rotary_factor", json!(0.5)), &["`partial_rotary_factor` is 0.5"]),

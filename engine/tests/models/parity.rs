@@ -287,7 +287,6 @@ fn check_narrow_kv(name: &str) {
             let mut place = bench.place(length);
             let last = bench.extend(&mut place, &golden.prompt);
             let far = distance(&last, golden.logits.last().expect("the last position is always there"));
-            eprintln!("MEASURED {name} {dtype:?} {length} {far:e}");
             assert!((1e-5..bound).contains(&far), "{name}: {dtype:?} KV, {length} tokens: {far:e}");
         }
     }
