@@ -55,6 +55,7 @@ pub enum Collective {
     },
 }
 
+#[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
 impl Collective {
     /// For people.
     pub(super) const fn name(&self) -> &'static str {
