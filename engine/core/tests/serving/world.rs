@@ -3,19 +3,22 @@
 //! Stands in for the driver and the network: it obeys the schedulers, moves contents between memories, and lets
 //! things happen in any order that the driver allows itself, also while a step computes.
 
+mod links;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::sample::Index;
-use tidemill_engine_core::handoff::{Cancelled, Reservation};
+use tidemill_engine_core::handoff::Cancelled;
 use tidemill_engine_core::plan::{StepPlan, Work};
 use tidemill_engine_core::request::{
     FinishReason, Part, Request, RequestId, SamplingParams, StopConditions, TokenId,
 };
 use tidemill_engine_core::scheduler::{Counts, Limits, Outcome, Scheduler};
 use tidemill_engine_core::sequence::{Place, Stage};
-use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockRef, HandoffId, TokenCount};
+use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, HandoffId, TokenCount};
 
-use crate::model::{GARBAGE, Memory, answer, stop_after};
+use crate::model::{Memory, answer, stop_after};
+use links::{Link, names};
 
 const PREFILL: usize = 0;
 const DECODE: usize = 1;
@@ -110,22 +113,6 @@ enum JobState {
     Done,
     /// Cancelled, or refused because a pool has become too small.
     GivenUp,
-}
-
-/// A handoff on its way.
-#[derive(Debug)]
-struct Link {
-    tokens: Vec<TokenId>,
-    reservation: Option<Reservation>,
-    first_token: Option<TokenId>,
-    /// P computes in D's memory.
-    in_place: bool,
-    /// P has given up.
-    abandoned: bool,
-    /// D has given up.
-    failed: bool,
-    /// P may still write to blocks of D.
-    quarantined: bool,
 }
 
 impl World {
@@ -455,128 +442,6 @@ impl World {
         }
     }
 
-    fn announce(&mut self) {
-        for reservation in self.workers[DECODE].scheduler.take_reservations() {
-            let link = self.links.get_mut(&reservation.request).expect("a reservation has a link");
-            assert_eq!(reservation.tokens.0 as usize, link.tokens.len(), "all known tokens are wanted");
-            link.reservation = Some(reservation);
-        }
-    }
-
-    fn place(&mut self, id: RequestId, own: bool) {
-        let scheduler = &mut self.workers[PREFILL].scheduler;
-        let link = self.links.get_mut(&id).unwrap();
-        if own {
-            scheduler.use_own_blocks(id);
-        } else if let Some(reservation) = &link.reservation {
-            let cached = TokenCount(cached_tokens(reservation, scheduler.limits().block_len.tokens()));
-            link.in_place |= scheduler.use_targets(id, cached);
-        }
-    }
-
-    fn push(&mut self, id: RequestId) {
-        let link = &self.links[&id];
-        let (Some(reservation), false, false) = (&link.reservation, link.failed, link.in_place) else {
-            return;
-        };
-        let block_len = self.block_len();
-        let cached = cached_tokens(reservation, u32::try_from(block_len).unwrap()) as usize;
-        let [p, d] = &mut self.workers;
-        let Some(sequence) = p.scheduler.sequence(id) else { return };
-        let computed = sequence.computed().0 as usize;
-        let (from, to) = (names(p.scheduler.block_table(id)), link.table());
-        p.memory.expect(&from, &link.tokens[..computed], block_len);
-        for position in cached..computed {
-            let it = p.memory.read(&from, position, block_len);
-            d.memory.write(&to, position, block_len, it);
-        }
-    }
-
-    fn commit(&mut self, id: RequestId) {
-        let link = &self.links[&id];
-        let (Some(first_token), Some(_), false, false) =
-            (link.first_token, &link.reservation, link.failed, link.abandoned)
-        else {
-            return;
-        };
-        self.push(id);
-        let link = self.links.remove(&id).unwrap();
-        let block_len = self.block_len();
-        let [p, d] = &mut self.workers;
-        d.memory.expect(&link.table(), &link.tokens, block_len);
-        assert_eq!(link.table(), names(d.scheduler.block_table(id)), "a reservation stays as announced");
-        assert!(p.scheduler.pushed(id), "the prefill waits for this");
-        let outcome = d.scheduler.adopt(id, first_token).expect("the reservation is there");
-        self.heed(DECODE, outcome);
-    }
-
-    fn fail_at_decode(&mut self, id: RequestId, replay: bool) {
-        let Some(link) = self.links.get_mut(&id).filter(|link| !link.failed) else { return };
-        link.failed = true;
-        let scheduler = &mut self.workers[DECODE].scheduler;
-        let reserved = scheduler.sequence(id).is_some_and(|it| it.stage() == Stage::Reserved);
-        let left = if reserved { scheduler.reservation_failed(id) } else { scheduler.cancel(id) };
-        link.quarantined = left == Cancelled::Quarantined(HandoffId(id.0));
-        assert_eq!(link.quarantined, link.reservation.is_some(), "what was announced is quarantined");
-        if let Some(job) = self.owners.remove(&id)
-            && replay
-        {
-            self.submit_whole(job, usize::try_from(id.0 % 2).unwrap());
-        }
-    }
-
-    fn fail_at_prefill(&mut self, id: RequestId) {
-        self.links.get_mut(&id).unwrap().abandoned = true;
-        let left = self.workers[PREFILL].scheduler.cancel(id);
-        assert!(!matches!(left, Cancelled::Quarantined(_)), "a prefill has reserved nothing");
-    }
-
-    /// What a lease does: D notices that P has abandoned the handoff.
-    fn give_up_on_a_lost_peer(&mut self, id: RequestId) {
-        if self.links.get(&id).is_some_and(|link| link.abandoned) {
-            self.fail_at_decode(id, true);
-        }
-    }
-
-    /// What the driver does when P has been stuck for a while.
-    fn break_a_deadlock(&mut self) {
-        let blocked = self.workers[PREFILL].scheduler.blocked_by_handoffs();
-        if let Some(id) = blocked.into_iter().find(|id| self.links[id].reservation.is_none()) {
-            self.fail_at_prefill(id);
-        }
-    }
-
-    fn late_write(&mut self, id: RequestId) {
-        let link = &self.links[&id];
-        let (Some(reservation), true, false) = (&link.reservation, link.quarantined, link.in_place) else {
-            return;
-        };
-        let (targets, block_len) = (names(&reservation.targets), self.block_len());
-        for position in 0..targets.len() * block_len {
-            self.workers[DECODE].memory.write(&targets, position, block_len, GARBAGE);
-        }
-    }
-
-    fn settle(&mut self, id: RequestId) {
-        let Some(link) = self.links.get(&id).filter(|link| link.failed) else { return };
-        let [p, d] = &mut self.workers;
-        let computes =
-            |(_, captures): &(StepPlan, Vec<Capture>)| captures.iter().any(|it| it.work.request == id);
-        if p.step.as_ref().is_some_and(computes) {
-            return; // The device still writes.
-        }
-        if let Cancelled::Pushing(_) = p.scheduler.cancel(id) {
-            assert!(p.scheduler.pushed(id));
-        }
-        if link.quarantined {
-            let block_len = d.scheduler.limits().block_len.tokens();
-            let cached = link.reservation.as_ref().map_or(0, |it| cached_tokens(it, block_len)) as usize;
-            d.memory.expect(&link.table(), &link.tokens[..cached], block_len as usize);
-            d.scheduler.quiet(HandoffId(id.0));
-        }
-        self.links.remove(&id);
-    }
-
     fn cancel(&mut self, which: Index) {
         let ids: Vec<RequestId> = self.owners.keys().copied().collect();
         if ids.is_empty() {
@@ -593,13 +458,6 @@ impl World {
             [p, d].contains(&Cancelled::Done) && [p, d].contains(&Cancelled::Unknown),
             "one worker has it"
         );
-    }
-
-    fn with_link(&mut self, which: Index, act: impl FnOnce(&mut Self, RequestId)) {
-        let ids: Vec<RequestId> = self.links.keys().copied().collect();
-        if !ids.is_empty() {
-            act(self, *which.get(&ids));
-        }
     }
 
     /// How many sequences of a worker have a block in their tables.
@@ -624,20 +482,4 @@ fn guess(job: Option<&Job>, work: &Work) -> Vec<TokenId> {
         *wrong += 1;
     }
     guess
-}
-
-impl Link {
-    /// D's blocks, as far as they were announced.
-    fn table(&self) -> Vec<BlockId> {
-        let reservation = self.reservation.as_ref();
-        reservation.map_or(Vec::new(), |it| names(&[&it.cached[..], &it.targets[..]].concat()))
-    }
-}
-
-fn cached_tokens(reservation: &Reservation, block_len: u32) -> u32 {
-    u32::try_from(reservation.cached.len()).unwrap() * block_len
-}
-
-fn names(table: &[BlockRef]) -> Vec<BlockId> {
-    table.iter().map(|reference| reference.block).collect()
 }
