@@ -90,6 +90,7 @@ UNWATCHED inline void add_product(float (&sum)[4], const uint32_t (&a)[4], uint3
     sum[i] = float(exact);
   }
 }
+
 UNWATCHED inline float e4m3_of(uint32_t word, unsigned byte) { return by_bits::e4m3_to_f32(uint8_t(word >> (8 * byte))); }
 
 UNWATCHED inline void add_product_of_e4m3(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -34,6 +34,16 @@ inline void make_tiles_barriers(Tiles& tiles) {
   __syncthreads();
 }
 
+// A thread asks for the left tile alone.
+inline void begin_left(Tiles& tiles, const PlantedTiles& params, unsigned bytes) {
+  arrive_expecting(&tiles.landed, bytes);
+  copy_tile(&tiles.left, &params.map, &tiles.landed, 0, 0);
+}
+
+inline void read_left(const Tiles& tiles, const PlantedTiles& params) {
+  params.out[threadIdx.x] = tiles.left.elements[threadIdx.x];
+}
+
 // Both tiles, for all threads.
 inline void bring_tiles(Tiles& tiles, const PlantedTiles& params) {
   make_tiles_barriers(tiles);
@@ -55,12 +65,9 @@ inline void multiply(float (&sums)[32], const Tiles& tiles) {
 KERNEL(wait_for_a_tile, 128, PlantedTiles) {
   DYNAMIC_SHARED(Tiles, tiles);
   make_tiles_barriers(*tiles);
-  if (threadIdx.x == 0) {
-    arrive_expecting(&tiles->landed, kTileBytes);
-    copy_tile(&tiles->left, &params.map, &tiles->landed, 0, 0);
-  }
+  if (threadIdx.x == 0) begin_left(*tiles, params, kTileBytes);
   if (!params.wrong || threadIdx.x != 77) wait_for_phase(&tiles->landed, 0);
-  params.out[threadIdx.x] = tiles->left.elements[threadIdx.x];
+  read_left(*tiles, params);
   if (threadIdx.x == 0) wait_for_phase(&tiles->landed, 0);
 }
 
@@ -68,25 +75,19 @@ KERNEL(wait_for_a_tile, 128, PlantedTiles) {
 KERNEL(phase_of_a_barrier, 128, PlantedTiles) {
   DYNAMIC_SHARED(Tiles, tiles);
   make_tiles_barriers(*tiles);
-  if (threadIdx.x == 0) {
-    arrive_expecting(&tiles->landed, kTileBytes);
-    copy_tile(&tiles->left, &params.map, &tiles->landed, 0, 0);
-  }
+  if (threadIdx.x == 0) begin_left(*tiles, params, kTileBytes);
   __syncthreads();
   wait_for_phase(&tiles->landed, params.wrong);
-  params.out[threadIdx.x] = tiles->left.elements[threadIdx.x];
+  read_left(*tiles, params);
   wait_for_phase(&tiles->landed, 0);
 }
 
 KERNEL(more_bytes_than_come, 128, PlantedTiles) {
   DYNAMIC_SHARED(Tiles, tiles);
   make_tiles_barriers(*tiles);
-  if (threadIdx.x == 0) {
-    arrive_expecting(&tiles->landed, kTileBytes + 128 * params.wrong);
-    copy_tile(&tiles->left, &params.map, &tiles->landed, 0, 0);
-  }
+  if (threadIdx.x == 0) begin_left(*tiles, params, kTileBytes + 128 * params.wrong);
   wait_for_phase(&tiles->landed, 0);
-  params.out[threadIdx.x] = tiles->left.elements[threadIdx.x];
+  read_left(*tiles, params);
 }
 
 KERNEL(fewer_bytes_than_come, 128, PlantedTiles) {
@@ -98,7 +99,7 @@ KERNEL(fewer_bytes_than_come, 128, PlantedTiles) {
     copy_tile(&tiles->left, &params.map, &tiles->landed, 32, -16);
   }
   wait_for_phase(&tiles->landed, 0);
-  params.out[threadIdx.x] = tiles->left.elements[threadIdx.x];
+  read_left(*tiles, params);
 }
 
 KERNEL(barriers_are_known_to_copies, 128, PlantedTiles) {
@@ -106,8 +107,7 @@ KERNEL(barriers_are_known_to_copies, 128, PlantedTiles) {
   if (threadIdx.x == 0) {
     make_barrier(&tiles->landed, 1);
     if (!params.wrong) make_barriers_known();
-    arrive_expecting(&tiles->landed, kTileBytes);
-    copy_tile(&tiles->left, &params.map, &tiles->landed, 0, 0);
+    begin_left(*tiles, params, kTileBytes);
     wait_for_phase(&tiles->landed, 0);
     params.out[0] = tiles->left.elements[0];
   }
@@ -246,11 +246,10 @@ KERNEL(fence_between_threads_and_copies, 128, PlantedTiles) {
   if (threadIdx.x == 0) {
     tiles->left.elements[9] = 0;
     if (!params.wrong) fence_proxies();
-    arrive_expecting(&tiles->landed, kTileBytes);
-    copy_tile(&tiles->left, &params.map, &tiles->landed, 0, 0);
+    begin_left(*tiles, params, kTileBytes);
   }
   wait_for_phase(&tiles->landed, 0);
-  params.out[threadIdx.x] = tiles->left.elements[threadIdx.x];
+  read_left(*tiles, params);
 }
 
 // A stage is loaded again once all warps have said that their products are over. One warp says it too early.
@@ -297,10 +296,7 @@ KERNEL(a_product_of_a_whole_warpgroup, 128, PlantedTiles) {
 KERNEL(the_end_of_a_copy, 128, PlantedTiles) {
   DYNAMIC_SHARED(Tiles, tiles);
   make_tiles_barriers(*tiles);
-  if (threadIdx.x == 0) {
-    arrive_expecting(&tiles->landed, kTileBytes);
-    copy_tile(&tiles->left, &params.map, &tiles->landed, 0, 0);
-  }
+  if (threadIdx.x == 0) begin_left(*tiles, params, kTileBytes);
   if (!params.wrong) wait_for_phase(&tiles->landed, 0);
   params.out[threadIdx.x] = 0;
 }

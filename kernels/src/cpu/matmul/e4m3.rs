@@ -4,7 +4,7 @@
 //! [`reference::matmul_quantized`](crate::reference::matmul_quantized).
 
 use super::{
-    lines::{Ahead, Dots, Line, Rows, add_lines, panels},
+    lines::{Ahead, Dots, Line, Rows, ScaledLine, add_lines, all_scaled, panels, scaled},
     operand::{NARROW_ROWS, ROOMY_ROWS},
 };
 use crate::{
@@ -54,17 +54,14 @@ impl<L: E4m3Line> Dots for E4m3<L> {
     ) -> [[[f32; PANEL]; PANELS]; ROWS] {
         let zeros = [[self.0.zeros(); PANELS]; ROWS];
         let sums = add_lines(self.0, zeros, x.units, panels(w, first_panel), ahead.lines);
-        let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
-        for ((values, sums), x_scale) in values.iter_mut().zip(sums).zip(x.scales) {
-            for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
-                let scales = w.output_scales(first_panel + panel);
-                let sums = self.0.values(sums);
-                for ((value, sum), scale) in values.iter_mut().zip(sums).zip(scales) {
-                    *value = sum * scale * x_scale;
-                }
-            }
-        }
-        values
+        all_scaled(self.0, sums, w, first_panel, x.scales)
+    }
+}
+
+impl<L: E4m3Line> ScaledLine for L {
+    #[inline(always)]
+    fn scaled(self, sums: L::Sums, scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+        scaled(self.values(sums), scales, x_scale)
     }
 }
 

@@ -4,7 +4,7 @@
 //! so that all instruction sets give its bits.
 
 use super::{
-    lines::{Ahead, Dots, Line, Rows, add_lines, ask_after, panels},
+    lines::{Ahead, Dots, Line, Rows, ScaledLine, add_lines, all_scaled, ask_after, panels, scaled},
     operand::ROOMY_ROWS,
 };
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// A [`Line`] of int8 or int4 weights.
-pub(super) trait IntegerLine: Line<Sum = i32> {
+pub(super) trait IntegerLine: ScaledLine<Sum = i32> {
     /// See [`Dots::Simd`].
     type Simd: Simd;
     /// See [`Dots::MAX_ROWS`].
@@ -27,8 +27,6 @@ pub(super) trait IntegerLine: Line<Sum = i32> {
     fn splat(self, value: i32) -> Self::Sums;
     /// A value for each output.
     fn load(self, values: &[i32; PANEL]) -> Self::Sums;
-    /// Sums of int8 products as the numbers that they stand for, in the order of outputs: as [`scaled`] says.
-    fn scaled(self, sums: Self::Sums, scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL];
 }
 
 /// An [`IntegerLine`] of groups that have scales of their own.
@@ -58,12 +56,12 @@ pub(super) struct Int4<L> {
     pub(super) group: usize,
 }
 
-/// Sums of int8 products as the numbers that they stand for.
+/// As f32; a loop and no `map`, as in [`panels`].
 #[inline(always)]
-pub(super) fn scaled(sums: [i32; PANEL], scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+pub(super) fn in_f32(sums: [i32; PANEL]) -> [f32; PANEL] {
     let mut values = [0.0; PANEL];
-    for ((value, sum), scale) in values.iter_mut().zip(sums).zip(scales) {
-        *value = sum as f32 * scale * x_scale;
+    for (value, sum) in values.iter_mut().zip(sums) {
+        *value = sum as f32;
     }
     values
 }
@@ -96,13 +94,7 @@ impl<L: IntegerLine> Dots for Int8<L> {
             }
         }
         let sums = add_lines(self.0, [starts; ROWS], x.units, panels(w, first_panel), ahead.lines);
-        let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
-        for ((values, sums), x_scale) in values.iter_mut().zip(sums).zip(x.scales) {
-            for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
-                *values = self.0.scaled(sums, w.output_scales(first_panel + panel), *x_scale);
-            }
-        }
-        values
+        all_scaled(self.0, sums, w, first_panel, x.scales)
     }
 }
 
@@ -273,10 +265,12 @@ macro_rules! portable_integer_line {
             fn load(self, values: &[i32; PANEL]) -> [i32; PANEL] {
                 *values
             }
+        }
 
+        impl ScaledLine for $line {
             #[inline(always)]
             fn scaled(self, sums: [i32; PANEL], scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
-                scaled(sums, scales, x_scale)
+                scaled(in_f32(sums), scales, x_scale)
             }
         }
     };

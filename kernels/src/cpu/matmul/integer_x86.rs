@@ -5,8 +5,8 @@
 
 use super::{
     Chunk, Multiply,
-    integer::{GroupedLine, Int4, Int8, IntegerLine, LOW_HALVES, PORTABLE_ROWS, add_scaled, scaled, widened},
-    lines::Line,
+    integer::{GroupedLine, Int4, Int8, IntegerLine, LOW_HALVES, PORTABLE_ROWS, add_scaled, in_f32, widened},
+    lines::{Line, ScaledLine, scaled},
     operand::ROOMY_ROWS,
 };
 use crate::{
@@ -149,7 +149,9 @@ macro_rules! vnni_integer_line {
                 // SAFETY: as in `splat`.
                 unsafe { load_512(values) }
             }
+        }
 
+        impl ScaledLine for $line {
             #[inline(always)]
             fn scaled(self, sums: __m512i, scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
                 // SAFETY: as in `splat`.
@@ -266,10 +268,12 @@ macro_rules! avx2_integer_line {
                 // SAFETY: as in `splat`.
                 unsafe { load_256(values) }
             }
+        }
 
+        impl ScaledLine for $line {
             #[inline(always)]
             fn scaled(self, sums: [__m256i; 2], scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
-                scaled(self.values(sums), scales, x_scale)
+                scaled(in_f32(self.values(sums)), scales, x_scale)
             }
         }
     };

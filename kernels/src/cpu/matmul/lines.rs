@@ -69,6 +69,12 @@ pub(super) trait Line: Copy {
     fn values(self, sums: Self::Sums) -> [Self::Sum; PANEL];
 }
 
+/// A [`Line`] whose outputs have scales, and rows of `x` too.
+pub(super) trait ScaledLine: Line {
+    /// Sums as the numbers that they stand for, in the order of outputs: as [`scaled`] says.
+    fn scaled(self, sums: Self::Sums, scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL];
+}
+
 /// The panels to ask memory for while others are multiplied.
 ///
 /// A processor that multiplies for some rows looks only a few lines ahead, so that it computes and waits for memory in
@@ -188,6 +194,34 @@ where
         for (values, sums) in values.iter_mut().zip(sums) {
             *values = line.values(*sums);
         }
+    }
+    values
+}
+
+/// The same of sums that have scales.
+#[inline(always)]
+pub(super) fn all_scaled<L: ScaledLine, const ROWS: usize, const PANELS: usize>(
+    line: L,
+    sums: [[L::Sums; PANELS]; ROWS],
+    w: &PackedMatrix,
+    first_panel: usize,
+    x_scales: &[f32],
+) -> [[[f32; PANEL]; PANELS]; ROWS] {
+    let mut values = [[[0.0; PANEL]; PANELS]; ROWS];
+    for ((values, sums), x_scale) in values.iter_mut().zip(sums).zip(x_scales) {
+        for (panel, (values, sums)) in values.iter_mut().zip(sums).enumerate() {
+            *values = line.scaled(sums, w.output_scales(first_panel + panel), *x_scale);
+        }
+    }
+    values
+}
+
+/// Sums times the scale of each output, then times that of the row: each is rounded by itself.
+#[inline(always)]
+pub(super) fn scaled(sums: [f32; PANEL], scales: &[f32; PANEL], x_scale: f32) -> [f32; PANEL] {
+    let mut values = [0.0; PANEL];
+    for ((value, sum), scale) in values.iter_mut().zip(sums).zip(scales) {
+        *value = sum * scale * x_scale;
     }
     values
 }

@@ -4,7 +4,7 @@
 //! inputs of thirty-two by themselves and then adds both to the sum so far, in this order for every row, and rows do not
 //! meet: their bits do not depend on the tile that they are in.
 
-use super::{Chunk, integer::scaled};
+use super::{Chunk, integer::in_f32, lines::scaled};
 use crate::{
     cpu::{
         amx::{TILE_ROWS, Tile, Tiles},
@@ -91,7 +91,12 @@ impl Chunk<'_> {
             WeightFormat::Quantized(_) => {
                 let scales = self.product.w.output_scales(panel);
                 for ((row, sums), x_scale) in rows.zip(sums).zip(self.operand.scales_of(tile)) {
-                    self.store(simd, row, panel, &scaled(sums.map(u32::cast_signed), scales, *x_scale));
+                    self.store(
+                        simd,
+                        row,
+                        panel,
+                        &scaled(in_f32(sums.map(u32::cast_signed)), scales, *x_scale),
+                    );
                 }
             }
             WeightFormat::Stored(_) => {
