@@ -2,9 +2,9 @@
 
 use super::{
     on_hoppers,
-    product::{Case as ProductCase, multiply_by},
+    product::{Case as ProductCase, check_company, multiply_by},
     prompt_attention::{Case, check_by, run_by},
-    support::{Numbers, assert_close, assert_same_bits, cuda::rounded, cuda::tolerance},
+    support::assert_same_bits,
 };
 use tidemill_kernels::{
     cuda::{
@@ -13,7 +13,6 @@ use tidemill_kernels::{
     },
     kv::KvDtype,
     matrix::WeightDtype,
-    reference,
 };
 
 fn multiply(device: &dyn Driver, case: &ProductCase) -> Vec<f32> {
@@ -27,7 +26,7 @@ fn multiply(device: &dyn Driver, case: &ProductCase) -> Vec<f32> {
 fn products_of_any_size() {
     on_hoppers(|device| {
         for dtype in [WeightDtype::F16, WeightDtype::Bf16] {
-            for (rows, inputs, outputs, has_bias, adds) in [
+            for size in [
                 // More stages than the ring has, and the last of them not full.
                 (65, 456, 40, false, true),
                 (70, 72, 3, true, false),
@@ -36,24 +35,8 @@ fn products_of_any_size() {
                 (300, 136, 264, true, true),
                 (130, 520, 700, false, false),
             ] {
-                let mut numbers = Numbers::new(173);
-                let mut values = |len| rounded(&numbers.vector(len), dtype);
-                let case = ProductCase {
-                    dtype,
-                    inputs,
-                    x: values(rows * inputs),
-                    w: values(outputs * inputs),
-                    bias: has_bias.then(|| values(outputs)),
-                    before: adds.then(|| values(rows * outputs)),
-                    out: dtype,
-                };
-                let mut expected = vec![f32::NAN; rows * outputs];
-                reference::matmul(&mut expected, &case.x, &case.w, inputs, case.bias.as_deref());
-                if let Some(before) = &case.before {
-                    reference::add(&mut expected, before);
-                }
-                let name = format!("{rows}x{inputs}x{outputs} {dtype:?}, {has_bias}, {adds}");
-                assert_close(&multiply(device, &case), &expected, tolerance(dtype), &name);
+                let case = ProductCase::new(size, dtype, dtype, 173);
+                case.check(&multiply(device, &case));
             }
         }
     });
@@ -62,19 +45,8 @@ fn products_of_any_size() {
 #[test]
 fn a_row_of_a_product_is_the_same_in_any_company() {
     on_hoppers(|device| {
-        let (dtype, rows, inputs, outputs, mut numbers) =
-            (WeightDtype::Bf16, 140, 328, 48, Numbers::new(174));
-        let [x, w] = [rows, outputs].map(|count| rounded(&numbers.vector(count * inputs), dtype));
-        let part = |first: usize, count: usize| {
-            let x = x[first * inputs..(first + count) * inputs].to_vec();
-            let case = ProductCase { dtype, inputs, x, w: w.clone(), bias: None, before: None, out: dtype };
-            multiply(device, &case)
-        };
-        let together = part(0, rows);
-        for (first, count) in [(0, 1), (70, 66), (3, 129)] {
-            let expected = &together[first * outputs..(first + count) * outputs];
-            assert_same_bits(&part(first, count), expected, &format!("{count} rows from {first} on"));
-        }
+        let parts = [(0, 1), (70, 66), (3, 129)];
+        check_company([140, 328, 48], 174, &parts, |case| multiply(device, case));
     });
 }
 

@@ -2,16 +2,11 @@
 
 use super::{
     on_devices,
-    product::{Case, multiply_by},
-    support::{
-        Numbers, assert_close, assert_same_bits,
-        cuda::{rounded, tolerance},
-    },
+    product::{Case, check_company, multiply_by},
 };
 use tidemill_kernels::{
     cuda::{DeviceAddress, Driver, Product, launches},
     matrix::WeightDtype,
-    reference,
 };
 
 fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
@@ -27,7 +22,7 @@ fn few_rows_and_many() {
         for (dtype, to_f32) in
             [WeightDtype::F16, WeightDtype::Bf16].into_iter().flat_map(|it| [(it, false), (it, true)])
         {
-            for (rows, inputs, outputs, has_bias, adds) in [
+            for size in [
                 (1, 8, 1, false, false),
                 (5, 456, 34, false, true),
                 (17, 72, 3, true, false),
@@ -35,24 +30,8 @@ fn few_rows_and_many() {
                 (129, 40, 131, true, false),
             ] {
                 let out = if to_f32 { WeightDtype::F32 } else { dtype };
-                let mut numbers = Numbers::new(73);
-                let mut values = |len, dtype| rounded(&numbers.vector(len), dtype);
-                let case = Case {
-                    dtype,
-                    inputs,
-                    x: values(rows * inputs, dtype),
-                    w: values(outputs * inputs, dtype),
-                    bias: has_bias.then(|| values(outputs, dtype)),
-                    before: adds.then(|| values(rows * outputs, out)),
-                    out,
-                };
-                let mut expected = vec![f32::NAN; rows * outputs];
-                reference::matmul(&mut expected, &case.x, &case.w, inputs, case.bias.as_deref());
-                if let Some(before) = &case.before {
-                    reference::add(&mut expected, before);
-                }
-                let name = format!("{rows}x{inputs}x{outputs} {dtype:?} to {out:?}, {has_bias}, {adds}");
-                assert_close(&multiply(device, &case), &expected, tolerance(out), &name);
+                let case = Case::new(size, dtype, out, 73);
+                case.check(&multiply(device, &case));
             }
         }
     });
@@ -61,18 +40,8 @@ fn few_rows_and_many() {
 #[test]
 fn a_row_is_the_same_in_any_company() {
     on_devices(|device| {
-        let (dtype, rows, inputs, outputs, mut numbers) = (WeightDtype::Bf16, 131, 456, 5, Numbers::new(74));
-        let [x, w] = [rows, outputs].map(|count| rounded(&numbers.vector(count * inputs), dtype));
-        let part = |first: usize, count: usize| {
-            let x = x[first * inputs..(first + count) * inputs].to_vec();
-            let case = Case { dtype, inputs, x, w: w.clone(), bias: None, before: None, out: dtype };
-            multiply(device, &case)
-        };
-        let together = part(0, rows);
-        for (first, count) in [(0, 1), (70, 1), (130, 1), (3, 16), (60, 17), (10, 64)] {
-            let expected = &together[first * outputs..(first + count) * outputs];
-            assert_same_bits(&part(first, count), expected, &format!("{count} rows from {first} on"));
-        }
+        let parts = [(0, 1), (70, 1), (130, 1), (3, 16), (60, 17), (10, 64)];
+        check_company([131, 456, 5], 74, &parts, |case| multiply(device, case));
     });
 }
 

@@ -13,6 +13,7 @@ use tidemill_kernels::{
     reference,
 };
 
+#[derive(Clone)]
 pub(super) struct Case {
     pub(super) dtype: WeightDtype,
     pub(super) inputs: usize,
@@ -23,6 +24,61 @@ pub(super) struct Case {
     pub(super) before: Option<Vec<f32>>,
     /// Type of `out`: that of the others or f32.
     pub(super) out: WeightDtype,
+}
+
+/// Rows, inputs and outputs, whether there is a bias, and whether the product is added to what is there.
+pub(super) type Size = (usize, usize, usize, bool, bool);
+
+impl Case {
+    pub(super) fn new(size: Size, dtype: WeightDtype, out: WeightDtype, seed: u64) -> Self {
+        let ((rows, inputs, outputs, has_bias, adds), mut numbers) = (size, Numbers::new(seed));
+        let mut values = |len, dtype| rounded(&numbers.vector(len), dtype);
+        Self {
+            dtype,
+            inputs,
+            x: values(rows * inputs, dtype),
+            w: values(outputs * inputs, dtype),
+            bias: has_bias.then(|| values(outputs, dtype)),
+            before: adds.then(|| values(rows * outputs, out)),
+            out,
+        }
+    }
+
+    /// What the reference makes of it.
+    fn expected(&self) -> Vec<f32> {
+        let mut expected = vec![f32::NAN; self.x.len() / self.inputs * (self.w.len() / self.inputs)];
+        reference::matmul(&mut expected, &self.x, &self.w, self.inputs, self.bias.as_deref());
+        if let Some(before) = &self.before {
+            reference::add(&mut expected, before);
+        }
+        expected
+    }
+
+    /// Fails where what a kernel made of it is not near to that.
+    pub(super) fn check(&self, found: &[f32]) {
+        let Self { dtype, inputs, out, .. } = self;
+        let (rows, outputs) = (self.x.len() / inputs, self.w.len() / inputs);
+        let (has_bias, adds) = (self.bias.is_some(), self.before.is_some());
+        let name = format!("{rows}x{inputs}x{outputs} {dtype:?} to {out:?}, bias: {has_bias}, adds: {adds}");
+        assert_close(found, &self.expected(), tolerance(*out), &name);
+    }
+}
+
+/// Fails where some neighbouring rows, each given by the first and how many, come to other bits than in the product of all rows.
+pub(super) fn check_company(
+    [rows, inputs, outputs]: [usize; 3],
+    seed: u64,
+    parts: &[(usize, usize)],
+    multiply: impl Fn(&Case) -> Vec<f32>,
+) {
+    let all = Case::new((rows, inputs, outputs, false, false), WeightDtype::Bf16, WeightDtype::Bf16, seed);
+    let together = multiply(&all);
+    for &(first, count) in parts {
+        let x = all.x[first * inputs..(first + count) * inputs].to_vec();
+        let found = multiply(&Case { x, ..all.clone() });
+        let expected = &together[first * outputs..(first + count) * outputs];
+        assert_same_bits(&found, expected, &format!("{count} rows from {first} on"));
+    }
 }
 
 fn multiply(device: &dyn Driver, case: &Case) -> Vec<f32> {
@@ -64,24 +120,8 @@ fn few_rows() {
                 [(1, 1, 1), (1, 512, 33), (3, 7, 5), (8, 64, 4), (9, 296, 6), (17, 300, 3)]
             {
                 for (has_bias, adds) in [(false, false), (true, false), (true, true)] {
-                    let mut numbers = Numbers::new(70);
-                    let mut values = |len| rounded(&numbers.vector(len), dtype);
-                    let case = Case {
-                        dtype,
-                        inputs,
-                        x: values(rows * inputs),
-                        w: values(outputs * inputs),
-                        bias: has_bias.then(|| values(outputs)),
-                        before: adds.then(|| values(rows * outputs)),
-                        out: dtype,
-                    };
-                    let mut expected = vec![f32::NAN; rows * outputs];
-                    reference::matmul(&mut expected, &case.x, &case.w, inputs, case.bias.as_deref());
-                    if let Some(before) = &case.before {
-                        reference::add(&mut expected, before);
-                    }
-                    let name = format!("{rows}x{inputs}x{outputs} {dtype:?}, bias: {has_bias}, adds: {adds}");
-                    assert_close(&multiply(device, &case), &expected, tolerance(dtype), &name);
+                    let case = Case::new((rows, inputs, outputs, has_bias, adds), dtype, dtype, 70);
+                    case.check(&multiply(device, &case));
                 }
             }
         }
@@ -93,13 +133,8 @@ fn logits_are_not_rounded_to_the_type_of_weights() {
     on_devices(|device| {
         for dtype in WEIGHT_DTYPES {
             for (rows, inputs, outputs) in [(1, 64, 9), (3, 7, 5), (9, 64, 4)] {
-                let mut numbers = Numbers::new(72);
-                let [x, w] = [rows, outputs].map(|count| rounded(&numbers.vector(count * inputs), dtype));
-                let mut expected = vec![f32::NAN; rows * outputs];
-                reference::matmul(&mut expected, &x, &w, inputs, None);
-                let case = Case { dtype, inputs, x, w, bias: None, before: None, out: WeightDtype::F32 };
-                let name = format!("{rows}x{inputs}x{outputs} {dtype:?}");
-                assert_close(&multiply(device, &case), &expected, tolerance(WeightDtype::F32), &name);
+                let case = Case::new((rows, inputs, outputs, false, false), dtype, WeightDtype::F32, 72);
+                case.check(&multiply(device, &case));
             }
         }
     });
