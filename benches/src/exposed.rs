@@ -10,7 +10,7 @@ use anyhow::ensure;
 use tidemill_tests::deployment::Deployment;
 
 use crate::report::{Row, Target};
-use crate::timing::{median, quantile};
+use crate::timing::{Noise, median, middle, quantile};
 use crate::whole_system::{first_two, runtime};
 
 pub(crate) fn measure(rounds: usize) -> anyhow::Result<Vec<Row>> {
@@ -119,29 +119,19 @@ fn quickest(pairs: &[Pair]) -> f64 {
 /// Between which values something would mostly lie, had others of the same starts been measured, and other pairs of each: starts are drawn
 /// with replacement, then pairs of each (a bootstrap in two stages).
 fn interval(starts: &[Vec<Pair>], value: impl Fn(&[Pair]) -> f64) -> (f64, f64) {
-    let mut state = 1_u64;
-    let mut draw = |below: usize| {
-        // Knuth's MMIX; what it is like in its high bits is good enough to draw with.
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 33) as usize) % below
-    };
+    let mut noise = Noise::new();
     let mut values = Vec::new();
     for _ in 0..RESAMPLES {
         let mut drawn = Vec::new();
         for _ in starts {
-            let pairs = &starts[draw(starts.len())];
-            drawn.extend(pairs.iter().map(|_| pairs[draw(pairs.len())]));
+            let pairs = &starts[noise.below(starts.len())];
+            drawn.extend(pairs.iter().map(|_| pairs[noise.below(pairs.len())]));
         }
         values.push(value(&drawn));
     }
     values.sort_by(f64::total_cmp);
     let at = |share: f64| values[(share * (values.len() - 1) as f64) as usize];
     (at(0.025), at(0.975))
-}
-
-fn middle(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// In milliseconds.

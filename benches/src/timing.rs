@@ -52,10 +52,44 @@ pub(crate) fn in_turns(
 
 /// The median of second ÷ first, pair by pair: what disturbs both disturbs the ratio least.
 pub(crate) fn ratio(first: &[Duration], second: &[Duration]) -> f64 {
-    let mut ratios: Vec<f64> =
-        first.iter().zip(second).map(|(first, second)| second.as_secs_f64() / first.as_secs_f64()).collect();
-    ratios.sort_by(f64::total_cmp);
-    ratios[ratios.len() / 2]
+    middle(
+        first.iter().zip(second).map(|(first, second)| second.as_secs_f64() / first.as_secs_f64()).collect(),
+    )
+}
+
+/// The middle one of numbers.
+///
+/// # Panics
+///
+/// Without any.
+pub(crate) fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Numbers that look random and are the same in each run (xorshift64*).
+pub(crate) struct Noise(u64);
+
+impl Noise {
+    pub(crate) const fn new() -> Self {
+        Self(1)
+    }
+
+    /// Between -1 and 1.
+    pub(crate) fn number(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1_u32 << 23) as f32 - 1.0
+    }
+
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        (self.bits() >> 33) as usize % bound
+    }
+
+    const fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
 }
 
 /// Bytes per second in gigabytes.

@@ -13,6 +13,8 @@ use anyhow::Context;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
+use crate::timing::Noise;
+
 /// The tensors of a checkpoint in bf16, as far as they are known.
 pub(super) struct Checkpoint {
     noise: Noise,
@@ -27,12 +29,12 @@ struct Tensor {
 
 impl Checkpoint {
     pub(super) fn new() -> Self {
-        Self { noise: Noise(1), tensors: BTreeMap::new() }
+        Self { noise: Noise::new(), tensors: BTreeMap::new() }
     }
 
     /// Adds noise of that size, or ones.
     pub(super) fn add(&mut self, name: &str, shape: &[usize], scale: Option<f32>) {
-        self.add_by_place(name, shape, |noise, _| scale.map_or(1.0, |scale| noise.next() * scale));
+        self.add_by_place(name, shape, |noise, _| scale.map_or(1.0, |scale| noise.number() * scale));
     }
 
     /// Adds what `value` says of each place, counted row by row.
@@ -52,19 +54,6 @@ impl Checkpoint {
         }
         safetensors::serialize_to_file(views, None, &folder.join("model.safetensors"))?;
         Ok(fs::write(folder.join("config.json"), config.to_string())?)
-    }
-}
-
-/// Numbers between -1 and 1 (xorshift64*).
-struct Noise(u64);
-
-impl Noise {
-    fn next(&mut self) -> f32 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let high = (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 40) as f32;
-        high / (1_u32 << 23) as f32 - 1.0
     }
 }
 
@@ -151,7 +140,7 @@ impl Checkpoint {
             match (old, outside) {
                 (Some(&value), _) => value,
                 (None, Outside::Zero) => 0.0,
-                (None, Outside::Noise) => noise.next() * noise_scale,
+                (None, Outside::Noise) => noise.number() * noise_scale,
             }
         });
     }
