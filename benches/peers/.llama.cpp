@@ -1,1 +1,0 @@
-/work/main/benches/peers/.llama.cpp
