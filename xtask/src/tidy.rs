@@ -6,6 +6,7 @@
 mod arrows;
 mod decisions;
 mod lengths;
+mod links;
 mod named_tests;
 mod words;
 
@@ -28,6 +29,7 @@ pub fn check(root: &Path) -> Vec<String> {
     findings.extend(lengths::check(&sources, &read_offenders(root)));
     findings.extend(named_tests::check(root, &sources));
     findings.extend(decisions::check(root, &sources));
+    findings.extend(links::check(root));
     findings
 }
 
