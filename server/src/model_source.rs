@@ -1,7 +1,7 @@
 //! From MODEL on the command line to files: a folder, a GGUF file, a model of the Hugging Face hub, or the demo model.
 //!
 //! The hub's own client does the downloading and keeps its own cache (`HF_HOME`), so that models are shared with other
-//! programs. Only what is served is fetched: configuration, tokenizer, chat template and safetensors, or one GGUF file.
+//! programs. Only what is served is fetched: configuration, tokenizer, chat template and safetensors, or one GGUF file with its parts.
 
 mod gguf_choice;
 
@@ -15,7 +15,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tidemill_engine::handle::{EmbeddedFile, ModelSource};
 
 use crate::flags::ModelFlags;
-use gguf_choice::{choose, is_gguf, shown};
+use gguf_choice::{choose, files_of_choice, is_gguf, shown};
 
 /// A model whose files are here.
 #[derive(Clone, Debug)]
@@ -144,6 +144,19 @@ fn names_in(folder: &Path) -> Result<Vec<String>, ModelSourceError> {
     Ok(names)
 }
 
+/// The files in a folder and those within it, by their paths from the first one, with `/`.
+fn names_below(folder: &Path, before: &str, found: &mut Vec<String>) -> Result<(), ModelSourceError> {
+    for name in names_in(folder)? {
+        let path = format!("{before}{name}");
+        if folder.join(&name).is_dir() {
+            names_below(&folder.join(&name), &format!("{path}/"), found)?;
+        } else {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
 /// The hub and its cache.
 #[derive(Debug)]
 struct Hub {
@@ -223,16 +236,24 @@ impl Hub {
             let references = self.cache.path().join(repo.folder_name()).join("refs");
             let commit = std::fs::read_to_string(references.join(revision)).map_err(|_| offline())?;
             let snapshot = cached.pointer_path(commit.trim());
-            let name = choose(&names_in(&snapshot)?, wanted).map_err(|_| offline())?;
+            let mut names = Vec::new();
+            names_below(&snapshot, "", &mut names)?;
+            let name = choose(&names, wanted).map_err(|_| offline())?;
+            // A download that was broken off leaves some parts out.
+            if !files_of_choice(&name).iter().all(|part| names.contains(part)) {
+                return Err(offline());
+            }
             return Ok(snapshot.join(name));
         }
         let api = self.api(repo).map_err(|error| explain(id, revision, &error))?;
         let files = files_of(&api).map_err(|error| explain(id, revision, &error))?;
         let name = choose(&files, wanted).map_err(unclear)?;
-        match cached.get(&name) {
+        let file = |name: &String| match cached.get(name) {
             Some(path) => Ok(path),
-            None => download(&api, id, &name, bars).map_err(|error| explain(id, revision, &error)),
-        }
+            None => download(&api, id, name, bars).map_err(|error| explain(id, revision, &error)),
+        };
+        let paths: Vec<PathBuf> = files_of_choice(&name).iter().map(file).collect::<Result<_, _>>()?;
+        Ok(paths.into_iter().next().expect("a model has a first file"))
     }
 
     fn api(&self, repo: Repo) -> Result<ApiRepo, ApiError> {
@@ -443,6 +464,10 @@ mod tests {
         assert!(
             matches!(in_folder(folder.path()), Ok(ModelSource::Gguf(path)) if path.ends_with("one.gguf"))
         );
+        for part in ["one-00002-of-00002.gguf", "notes-00003-of-00003.gguf"] {
+            write(part);
+            assert!(in_folder(folder.path()).is_ok(), "a later part is no model of its own");
+        }
         write("Two.GGUF");
         let error = in_folder(folder.path()).expect_err("there are two").to_string();
         assert!(error.contains("name one of Two.GGUF, one.gguf"), "{error}");
@@ -460,6 +485,27 @@ mod tests {
         let bars = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden());
         let error = hub.folder("o/m", "main", &bars).expect_err("there are no safetensors").to_string();
         assert!(error.contains("name one, as in o/m:m-Q4_0.gguf"), "{error}");
+    }
+
+    #[test]
+    fn all_parts_of_a_gguf_file_are_fetched() {
+        let parts = ["q/m-Q8_0-00001-of-00002.gguf", "q/m-Q8_0-00002-of-00002.gguf"];
+        let files =
+            BTreeMap::from([(parts[0], "GGUF first"), (parts[1], "GGUF second"), ("m-Q4_0.gguf", "GGUF")]);
+        let (endpoint, _) = serve_hub(files);
+        let home = tempfile::tempdir().expect("a temporary folder");
+        let cache = Cache::new(home.path().to_owned());
+        let hub =
+            |offline| Hub { cache: cache.clone(), endpoint: Some(endpoint.clone()), token: None, offline };
+        let bars = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden());
+        let first = hub(false).gguf("o/m", "q8_0", "main", &bars).expect("the hub has it");
+        assert!(first.ends_with(parts[0]), "{}", first.display());
+        let second = first.with_file_name("m-Q8_0-00002-of-00002.gguf");
+        assert_eq!(std::fs::read_to_string(&second).expect("it was fetched too"), "GGUF second");
+        assert_eq!(hub(true).gguf("o/m", "Q8_0", "main", &bars).expect("it is in the cache"), first);
+        std::fs::remove_file(second).expect("it can be removed");
+        let error = hub(true).gguf("o/m", "Q8_0", "main", &bars);
+        assert!(matches!(error, Err(ModelSourceError::Offline { .. })), "a part is missing");
     }
 
     #[test]

@@ -10,6 +10,32 @@ pub enum GgufError {
     /// It cannot be opened.
     #[error("it cannot be opened")]
     Open(#[source] io::Error),
+    /// Another part of a model in several files cannot be read.
+    #[error("its part {file} cannot be read")]
+    Part {
+        /// Which.
+        file: String,
+        /// What is wrong with it.
+        source: Box<Self>,
+    },
+    /// A part by whose name the others cannot be found.
+    #[error(
+        "it is one of {count} parts, which are found by their names: this one has to end in -00001-of-{count:05}.gguf"
+    )]
+    PartName {
+        /// How many there are.
+        count: u64,
+    },
+    /// Not the part that says what the model is.
+    #[error("it is part {number} of {count}; name the first one, {first}")]
+    NotFirst {
+        /// Which it is, from one.
+        number: u64,
+        /// How many there are.
+        count: u64,
+        /// The first one's name.
+        first: String,
+    },
     /// It is something else.
     #[error("it does not begin with the letters GGUF")]
     Magic,

@@ -1,4 +1,4 @@
-//! GGUF files: a model in one file, its metadata as key and value, its tensors in blocks of few bits.
+//! GGUF files: a model in one file or several, its metadata as key and value, its tensors in blocks of few bits.
 //!
 //! A reader of our own (`docs/decisions/0017`), after the specification at
 //! <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Counts and lengths in a file are only believed as far as
@@ -6,6 +6,7 @@
 
 mod cursor;
 mod error;
+mod parts;
 mod tensor_type;
 mod value;
 
@@ -14,8 +15,10 @@ use std::path::Path;
 
 use crate::memory::MappedFile;
 use cursor::Cursor;
+use parts::Split;
 
 pub use error::GgufError;
+pub use parts::PartName;
 pub use tensor_type::TensorType;
 pub use value::{GgufArray, GgufValue};
 
@@ -24,8 +27,6 @@ pub use value::{GgufArray, GgufValue};
 pub struct GgufHeader {
     metadata: BTreeMap<String, GgufValue>,
     tensors: BTreeMap<String, GgufTensor>,
-    /// Where the tensors' data begins.
-    data: usize,
 }
 
 /// One tensor of a file.
@@ -35,28 +36,47 @@ pub struct GgufTensor {
     pub shape: Vec<usize>,
     /// How its elements are stored.
     pub kind: TensorType,
-    /// From the start of the tensors' data.
+    /// From the start of its file.
     offset: u64,
+    /// In which of a model's files it is, from zero.
+    part: usize,
 }
 
-/// A mapped file with its header.
+/// A mapped file, or all parts of a model, with the header.
 #[derive(Debug)]
 pub struct GgufFile {
     label: String,
-    bytes: MappedFile,
+    /// The first has what is said about the model.
+    parts: Vec<MappedFile>,
+    /// The first part's, with the tensors of all.
     header: GgufHeader,
 }
 
 impl GgufFile {
-    /// Maps a file and reads its header.
+    /// Maps a file and reads its header. Of a model in parts `path` is the first; the others lie beside it.
     ///
     /// # Errors
     ///
     /// [`GgufError`] says what is wrong and where.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
-        let bytes = MappedFile::open(path).map_err(GgufError::Open)?;
-        let header = GgufHeader::parse(&bytes)?;
-        Ok(Self { label: path.display().to_string(), bytes, header })
+        let (first, mut header) = map(path)?;
+        let mut parts = vec![first];
+        if let Some(split) = Split::of(&header)? {
+            for path in split.others(path)? {
+                let part = parts.len();
+                let opened = map(&path).and_then(|(bytes, found)| {
+                    split.check_part(part as u64, &found)?;
+                    header.join(found, part)?;
+                    Ok(bytes)
+                });
+                let file = || path.display().to_string();
+                parts.push(
+                    opened.map_err(|source| GgufError::Part { file: file(), source: Box::new(source) })?,
+                );
+            }
+            split.check_whole(header.tensors.len())?;
+        }
+        Ok(Self { label: path.display().to_string(), parts, header })
     }
 
     /// What errors call the file.
@@ -75,7 +95,8 @@ impl GgufFile {
     ///
     /// As [`GgufHeader::data_of`].
     pub fn data_of(&self, name: &str) -> Result<&[u8], GgufError> {
-        self.header.data_of(&self.bytes, name)
+        let part = self.header.tensors.get(name).map_or(0, |tensor| tensor.part);
+        self.header.data_of(&self.parts[part], name)
     }
 
     /// The texts of an array.
@@ -84,7 +105,7 @@ impl GgufFile {
     ///
     /// When there is none under `key`, or it is of something else.
     pub fn texts(&self, key: &str) -> Result<Vec<&str>, GgufError> {
-        self.array(key)?.texts(&self.bytes).ok_or_else(|| GgufError::wrong(key, "an array of texts"))
+        self.array(key)?.texts(&self.parts[0]).ok_or_else(|| GgufError::wrong(key, "an array of texts"))
     }
 
     /// The numbers of an array.
@@ -93,7 +114,7 @@ impl GgufFile {
     ///
     /// When there is none under `key`, or it is of something else.
     pub fn numbers(&self, key: &str) -> Result<Vec<f64>, GgufError> {
-        self.array(key)?.numbers(&self.bytes).ok_or_else(|| GgufError::wrong(key, "an array of numbers"))
+        self.array(key)?.numbers(&self.parts[0]).ok_or_else(|| GgufError::wrong(key, "an array of numbers"))
     }
 
     fn array(&self, key: &str) -> Result<&GgufArray, GgufError> {
@@ -140,11 +161,25 @@ impl GgufHeader {
             }
         }
         let data = cursor.position().next_multiple_of(alignment);
-        let header = Self { metadata, tensors, data };
+        for tensor in tensors.values_mut() {
+            tensor.offset = tensor.offset.saturating_add(data as u64);
+        }
+        let header = Self { metadata, tensors };
         for name in header.tensors.keys() {
             header.data_of(bytes, name)?;
         }
         Ok(header)
+    }
+
+    /// Takes the tensors of another part of the same model.
+    fn join(&mut self, other: Self, part: usize) -> Result<(), GgufError> {
+        for (name, tensor) in other.tensors {
+            if self.tensors.contains_key(&name) {
+                return Err(GgufError::Twice { name });
+            }
+            self.tensors.insert(name, GgufTensor { part, ..tensor });
+        }
+        Ok(())
     }
 
     /// The value under `key`.
@@ -162,7 +197,7 @@ impl GgufHeader {
         &self.tensors
     }
 
-    /// The bytes of a tensor of the file that was parsed; of a type without a known size, all that follow its first.
+    /// The bytes of a tensor, out of those of the file that it is in; of a type without a known size, all that follow its first.
     ///
     /// # Errors
     ///
@@ -170,7 +205,7 @@ impl GgufHeader {
     pub fn data_of<'a>(&self, bytes: &'a [u8], name: &str) -> Result<&'a [u8], GgufError> {
         let tensor = self.tensors.get(name).ok_or_else(|| GgufError::NoTensor { name: name.into() })?;
         let beyond = || GgufError::Beyond { name: name.into(), file: bytes.len() };
-        let offset = usize::try_from(tensor.offset).ok().and_then(|offset| self.data.checked_add(offset));
+        let offset = usize::try_from(tensor.offset).ok();
         let rest = offset.and_then(|offset| bytes.get(offset..)).ok_or_else(beyond)?;
         let Some((elements, block)) = tensor.kind.block() else { return Ok(rest) };
         let row = tensor.shape.last().copied().unwrap_or(1);
@@ -250,8 +285,15 @@ impl GgufTensor {
         if offset % alignment as u64 != 0 {
             return Err(GgufError::Alignment { name: name.into(), offset, alignment });
         }
-        Ok(Self { shape, kind, offset })
+        Ok(Self { shape, kind, offset, part: 0 })
     }
+}
+
+/// Maps a file and reads its header, of one part if it is one.
+fn map(path: &Path) -> Result<(MappedFile, GgufHeader), GgufError> {
+    let bytes = MappedFile::open(path).map_err(GgufError::Open)?;
+    let header = GgufHeader::parse(&bytes)?;
+    Ok((bytes, header))
 }
 
 fn alignment(metadata: &BTreeMap<String, GgufValue>) -> Result<usize, GgufError> {

@@ -107,13 +107,6 @@ impl GgufModel {
     /// The metadata as a `config.json` says it.
     fn config(&self) -> Result<Value, GgufError> {
         let header = self.file.header();
-        if let Some(count) = header.count("split.count")?.filter(|count| 1 < *count) {
-            return Err(GgufError::Unsupported {
-                key: "split.count".into(),
-                found: count.to_string(),
-                supported: "one file; `llama-gguf-split --merge` joins them".into(),
-            });
-        }
         let mut config = Map::new();
         for (name, field) in REQUIRED {
             let number = self.count(name)?.ok_or_else(|| GgufError::Missing { key: self.key(name) })?;

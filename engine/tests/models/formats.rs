@@ -311,6 +311,79 @@ fn broken_gguf_files_are_told_what_is_wrong() {
     }
 }
 
+/// The first of a file's parts.
+const FIRST_PART: &str = "model-00001-of-00003.gguf";
+
+#[test]
+fn a_file_in_parts_is_the_whole() {
+    let whole = loaded("gguf-q4_0");
+    let first = ModelSource::Gguf(fixture("gguf-q4_0-parts").join(FIRST_PART));
+    let options = LoadOptions { threads: 2, format: LoadFormat::Safetensors, quantization: None };
+    let joined =
+        Model::load_with(options, &first, &mut |_| {}).unwrap_or_else(|error| panic!("{}", told(&error)));
+    assert_eq!(joined.spec, whole.spec);
+    assert_eq!(joined.weights.layers.len(), whole.weights.layers.len());
+    for (joined, whole) in joined.weights.layers.iter().zip(&whole.weights.layers) {
+        for ((name, joined), (_, whole)) in projections(joined).into_iter().zip(projections(whole)) {
+            let rows = |matrix: &PackedMatrix| {
+                let mut rows = vec![vec![0.0; matrix.inputs()]; matrix.outputs()];
+                rows.iter_mut().enumerate().for_each(|(index, row)| matrix.row(index, row));
+                rows
+            };
+            assert_eq!(rows(joined), rows(whole), "{name}");
+        }
+    }
+}
+
+#[test]
+fn broken_parts_are_told_what_is_wrong() {
+    type Change = fn(&Path);
+    const SECOND: &str = "model-00002-of-00003.gguf";
+    const THIRD: &str = "model-00003-of-00003.gguf";
+    #[rustfmt::skip]
+    let rows: [(&str, &str, Change, &[&str]); 7] = [
+        ("one is missing", FIRST_PART, |folder| std::fs::remove_file(folder.join(THIRD)).expect("it is there"), &["its part", THIRD, "it cannot be opened", "No such file"]),
+        ("one is cut short", FIRST_PART, |folder| alter(folder, SECOND, |bytes| bytes.truncate(bytes.len() - 100)), &["its part", SECOND, "goes beyond", "is the download complete?"]),
+        ("one is another", FIRST_PART, |folder| copy(folder, THIRD, SECOND), &["its part", SECOND, "`split.no` is not 1"]),
+        ("one is of a model of more parts", FIRST_PART, |folder| alter(folder, SECOND, |bytes| set_u16(bytes, "split.count", 4)), &["its part", SECOND, "`split.count` is not 3"]),
+        ("the second is named", SECOND, |_| (), &["it is part 2 of 3; name the first one, model-00001-of-00003.gguf"]),
+        ("another name", "model.gguf", |folder| copy(folder, FIRST_PART, "model.gguf"), &["it is one of 3 parts", "-00001-of-00003.gguf"]),
+        ("more tensors than there are", FIRST_PART, |folder| alter(folder, FIRST_PART, |bytes| set_u16(bytes, "split.tensors.count", 23)), &["`split.tensors.count` is not 22"]),
+    ];
+    for (row, name, change, expected) in rows {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        for part in [FIRST_PART, SECOND, THIRD] {
+            std::fs::copy(fixture("gguf-q4_0-parts").join(part), folder.path().join(part))
+                .expect("it can be copied");
+        }
+        change(folder.path());
+        let options = LoadOptions { threads: 1, format: LoadFormat::Safetensors, quantization: None };
+        let source = ModelSource::Gguf(folder.path().join(name));
+        let text = told(&Model::load_with(options, &source, &mut |_| {}).expect_err(row));
+        for part in expected {
+            assert!(text.contains(part), "{row}: {part:?} in {text:?}");
+        }
+    }
+}
+
+fn alter(folder: &Path, name: &str, change: impl Fn(&mut Vec<u8>)) {
+    let mut bytes = std::fs::read(folder.join(name)).expect("it was copied");
+    change(&mut bytes);
+    std::fs::write(folder.join(name), bytes).expect("it can be written");
+}
+
+fn copy(folder: &Path, from: &str, to: &str) {
+    std::fs::copy(folder.join(from), folder.join(to)).expect("it can be copied");
+}
+
+/// Sets the number behind a key, in its two lowest bytes.
+fn set_u16(bytes: &mut [u8], key: &str, number: u16) {
+    let place = bytes.windows(key.len()).position(|window| window == key.as_bytes()).expect("it is there");
+    // A word says of which type the value is.
+    let at = place + key.len() + 4;
+    bytes[at..at + 2].copy_from_slice(&number.to_le_bytes());
+}
+
 #[test]
 fn quantization_configs_that_are_not_read_are_named() {
     #[rustfmt::skip]
