@@ -38,7 +38,7 @@ Exit status: 0 all is well; 1 a part failed; 2 wrong use; 3 no GPU that is of us
 EOF
 }
 
-parts=(machine kernels torch models parity split overlap sanitizer limits speed peers start)
+parts=(machine kernels torch models parity split ranks overlap sanitizer limits speed peers start)
 declare -A what=(
   [machine]="what GPU, driver and libraries there are"
   [kernels]="each kernel beside its reference, on the GPU"
@@ -46,6 +46,7 @@ declare -A what=(
   [models]="small models beside goldens of transformers, engines and handoffs, on the GPU"
   [parity]="models with random weights, made here, beside transformers"
   [split]="two processes, GPU and CPU in every combination, answer as one does"
+  [ranks]="two ranks, each on a GPU of its own, answer as one GPU does, and hand over to one and from one; where there are two GPUs"
   [overlap]="the next step asked for while one computes, beside steps that are waited for"
   [sanitizer]="kernels under compute-sanitizer, where it is installed"
   [limits]="by torch: bandwidth of memory, rate of a product of 8192³, attention"
@@ -54,7 +55,7 @@ declare -A what=(
   [start]="from the start to the first token, without compiled kernels on disk"
 )
 declare -A limit=(
-  [machine]=30 [kernels]=60 [torch]=60 [models]=60 [parity]=90 [split]=60 [overlap]=40 [sanitizer]=60 [limits]=40 [speed]=150 [peers]=230 [start]=40
+  [machine]=30 [kernels]=60 [torch]=60 [models]=60 [parity]=90 [split]=60 [ranks]=60 [overlap]=40 [sanitizer]=60 [limits]=40 [speed]=150 [peers]=230 [start]=40
 )
 
 die() { # STATUS TEXT
@@ -231,6 +232,18 @@ part_parity() {
 
 part_split() {
   "$python" "$programs/split.py" --tidemill "${program[tidemill]}" --device "$device" --models "$root/tests/fixtures/models" ${dry:+--quick}
+}
+
+part_ranks() {
+  if [ -n "$dry" ]; then
+    # Two devices that are not there.
+    "${program[engine-serving]}" cuda_ranks::the_host_waits_for_the_first_rank_once_a_step || return 1
+  else
+    local count
+    count=$(grep -o multiprocessors "$results/doctor.log" | wc -l)
+    [ "$count" -gt $((gpu + 1)) ] || { skip "two GPUs from number $gpu on are needed, and there are $count in all: two ranks did NOT run"; return; }
+  fi
+  "$python" "$programs/ranks.py" --tidemill "${program[tidemill]}" --device "$device" --models "$root/tests/fixtures/models" ${dry:+--quick}
 }
 
 part_overlap() {

@@ -51,7 +51,7 @@ pub(crate) fn boot(
 ) -> Result<Booted, EngineError> {
     let (format, quantization) = (config.load_format, config.quantization);
     let device = config.settle_device()?;
-    if 1 < config.tensor_parallel {
+    if device.is_none() && 1 < config.tensor_parallel {
         let ranks::Started { ranks, cores } = ranks::start(&config)?;
         let cpu = Arc::clone(&ranks.cpus()[0]);
         let threads = ranks.cpus().iter().map(|cpu| cpu.threads()).sum();
@@ -72,14 +72,17 @@ pub(crate) fn boot(
                 Ok((Device::Cpu(Box::new(HostRunner::One(runner))), None, cpu.describe()))
             })
         }
-        Some(driver) => {
-            let model = Arc::new(Model::load_on(&driver, options, &boot.config.model, boot.progress)?);
-            let room = cuda::room(&driver)?;
-            let (graphs, invariant) = (boot.config.cuda_graphs.clone(), boot.config.batch_invariant);
-            boot.run(&model, Some(room), |_, arena, limits| {
-                cuda::open(&driver, &model, arena, limits, &graphs, invariant)
-            })
-        }
+        Some(gpus) => match &gpus[..] {
+            [driver] => {
+                let model = Arc::new(Model::load_on(driver, options, &boot.config.model, boot.progress)?);
+                let room = cuda::room(driver)?;
+                let (graphs, invariant) = (boot.config.cuda_graphs.clone(), boot.config.batch_invariant);
+                boot.run(&model, Some(room), |_, arena, limits| {
+                    cuda::open(driver, &model, arena, limits, &graphs, invariant)
+                })
+            }
+            gpus => cuda::boot_ranks(boot, gpus),
+        },
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use tidemill_kernels::cuda::{self, CudaError, PinnedAddress, Queue, Ticket};
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef};
 
-use crate::memory::{Arena, DevicePool};
+use crate::memory::{Arena, DevicePool, Holder, Slice};
 use crate::models::ModelSpec;
 use crate::runner::{CudaRunner, HostRunner};
 
@@ -27,6 +27,26 @@ pub enum DeviceChoice {
     Cuda(Arc<dyn cuda::Driver>),
     /// A GPU that was opened, if it can do what is asked for, else the processor.
     CudaOrCpu(Arc<dyn cuda::Driver>),
+    /// A GPU for each rank. What they cannot do is refused.
+    CudaRanks(Vec<Arc<dyn cuda::Driver>>),
+    /// A GPU for each rank, if they can do what is asked for, else the processor.
+    CudaRanksOrCpu(Vec<Arc<dyn cuda::Driver>>),
+}
+
+impl DeviceChoice {
+    /// The GPUs that were opened.
+    pub fn gpus(&self) -> &[Arc<dyn cuda::Driver>] {
+        match self {
+            Self::Cpu => &[],
+            Self::Cuda(gpu) | Self::CudaOrCpu(gpu) => std::slice::from_ref(gpu),
+            Self::CudaRanks(gpus) | Self::CudaRanksOrCpu(gpus) => gpus,
+        }
+    }
+
+    /// Whether the processor computes where GPUs cannot.
+    pub const fn is_or_cpu(&self) -> bool {
+        matches!(self, Self::Cpu | Self::CudaOrCpu(_) | Self::CudaRanksOrCpu(_))
+    }
 }
 
 /// What computes.
@@ -58,9 +78,10 @@ impl Device {
 /// Parts of blocks on their way down to the arena.
 #[derive(Debug)]
 pub(crate) struct Descent {
-    /// Which bytes of a block, and where they land.
-    copies: Vec<(BlockId, Range<usize>, PinnedAddress)>,
-    ticket: Ticket,
+    /// Which layers of a block, and where they land: of all that have it.
+    copies: Vec<Vec<(BlockId, LayerRange, PinnedAddress)>>,
+    /// Theirs, one each.
+    tickets: Vec<Ticket>,
 }
 
 impl DevicePool {
@@ -72,42 +93,92 @@ impl DevicePool {
         arena: &Arena,
         used: &mut usize,
     ) -> Result<Option<Descent>, CudaError> {
-        let stride = arena.shape().layer_stride;
-        let bytes: usize = parts.iter().map(|(_, layers)| (layers.end - layers.first) * stride).sum();
+        let bytes: usize = parts.iter().map(|(_, layers)| self.own(layers.range(), arena).len()).sum();
         if self.landing().bytes() - *used < bytes {
             return Ok(None);
         }
-        let mut copies = Vec::with_capacity(parts.len());
-        for &(block, layers) in parts {
-            let part = layers.first * stride..layers.end * stride;
-            let to = self.landing().address().offset(*used);
-            let from = self.address(block).offset(part.start);
-            self.driver().start_download(Queue::Transfer, to, from, part.len())?;
-            *used += part.len();
-            copies.push((block, part, to));
+        self.await_ranks();
+        let first = std::mem::replace(used, *used + bytes);
+        let mut descent = Descent { copies: Vec::new(), tickets: Vec::new() };
+        for holder in self.holders().filter(|holder| holder.is_read) {
+            let mut copies = Vec::with_capacity(parts.len());
+            let mut place = first;
+            for &(block, layers) in parts {
+                let part = self.own(layers.range(), arena);
+                let to = holder.landing.address().offset(place);
+                let from = holder.address(block).offset(part.start);
+                holder.driver().start_download(Queue::Transfer, to, from, part.len())?;
+                place += part.len();
+                copies.push((block, layers, to));
+            }
+            descent.copies.push(copies);
+            descent.tickets.push(holder.driver().ticket(Queue::Transfer)?);
         }
-        Ok(Some(Descent { copies, ticket: self.driver().ticket(Queue::Transfer)? }))
+        Ok(Some(descent))
     }
 
     /// Waits for parts that come down, and puts them into the arena.
     pub(crate) fn land(&self, descent: Descent, arena: &Arena) -> Result<(), CudaError> {
-        let Descent { copies, ticket } = descent;
-        self.driver().wait(ticket)?;
-        for (block, part, from) in copies {
-            arena.write(block, part, |target| self.driver().read_pinned(target, from));
+        let holders = self.holders().filter(|holder| holder.is_read);
+        for ((holder, copies), ticket) in holders.zip(descent.copies).zip(descent.tickets) {
+            holder.driver().wait(ticket)?;
+            for (block, layers, from) in copies {
+                let read = |bytes: Range<usize>, target: &mut [u8]| {
+                    holder.driver().read_pinned(target, from.offset(bytes.start));
+                };
+                self.put(&holder, block, layers, arena, read);
+            }
         }
         Ok(())
     }
 
     /// Brings parts of blocks down when everything that was asked for is done.
     pub(crate) fn bring_down(&self, parts: &Parts, arena: &Arena) -> Result<(), CudaError> {
-        let stride = arena.shape().layer_stride;
-        for &(block, layers) in parts {
-            let part = layers.first * stride..layers.end * stride;
-            let from = self.address(block).offset(part.start);
-            arena.write(block, part, |target| self.driver().download(target, from))?;
+        let mut of_rank = Vec::new();
+        for holder in self.holders().filter(|holder| holder.is_read) {
+            for &(block, layers) in parts {
+                let part = self.own(layers.range(), arena);
+                let from = holder.address(block).offset(part.start);
+                if holder.slices.is_none() {
+                    arena.write(block, part, |target| holder.driver().download(target, from))?;
+                    continue;
+                }
+                of_rank.resize(part.len(), 0);
+                holder.driver().download(&mut of_rank, from)?;
+                let read = |bytes: Range<usize>, target: &mut [u8]| target.copy_from_slice(&of_rank[bytes]);
+                self.put(&holder, block, layers, arena, read);
+            }
         }
         Ok(())
+    }
+
+    /// Bytes of a block here that some layers are.
+    fn own(&self, layers: Range<usize>, arena: &Arena) -> Range<usize> {
+        let stride = arena.shape().layer_stride;
+        let holder = self.holders().next().expect("somebody has the blocks");
+        match holder.slices {
+            Some(slices) => slices.own(&layers),
+            None => layers.start * stride..layers.end * stride,
+        }
+    }
+
+    /// Writes what a holder has of some layers of a block; `read` has them, its first byte being theirs.
+    fn put(
+        &self,
+        holder: &Holder<'_>,
+        block: BlockId,
+        layers: LayerRange,
+        arena: &Arena,
+        mut read: impl FnMut(Range<usize>, &mut [u8]),
+    ) {
+        let own = self.own(layers.range(), arena);
+        let Some(slices) = holder.slices else {
+            return arena.write(block, own.clone(), |target| read(0..own.len(), target));
+        };
+        for Slice { whole, own: bytes } in slices.of(layers.range()) {
+            let bytes = bytes.start - own.start..bytes.end - own.start;
+            arena.write(block, whole, |target| read(bytes, target));
+        }
     }
 
     /// Brings cached blocks down, which are full, where the arena does not have them: a peer that computes what comes behind them
@@ -130,14 +201,30 @@ impl DevicePool {
         full: usize,
         arena: &Arena,
     ) -> Result<(), CudaError> {
+        let layers = 0..arena.shape().layers;
         for (index, &reference) in blocks.iter().enumerate() {
-            let to = self.address(reference.block);
-            arena.read(reference.block, |bytes| self.driver().upload(to, bytes))?;
+            for holder in self.holders() {
+                let to = holder.address(reference.block);
+                arena.read(reference.block, |bytes| {
+                    let Some(slices) = holder.slices else { return holder.driver().upload(to, bytes) };
+                    let mut of_rank = vec![0; holder.block_bytes()];
+                    for Slice { whole, own } in slices.of(layers.clone()) {
+                        of_rank[own].copy_from_slice(&bytes[whole]);
+                    }
+                    holder.driver().upload(to, &of_rank)
+                })?;
+            }
             if index < full {
                 self.set_same(reference);
             }
         }
         Ok(())
+    }
+}
+
+impl LayerRange {
+    const fn range(self) -> Range<usize> {
+        self.first..self.end
     }
 }
 
@@ -151,7 +238,16 @@ impl fmt::Display for DeviceChoice {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => formatter.write_str("cpu"),
-            Self::Cuda(driver) | Self::CudaOrCpu(driver) => formatter.write_str(&driver.properties().name),
+            _ => formatter.write_str(&name_of(self.gpus())),
         }
+    }
+}
+
+/// What GPUs are called together.
+pub(crate) fn name_of(gpus: &[Arc<dyn cuda::Driver>]) -> String {
+    match gpus {
+        [] => "cpu".to_owned(),
+        [gpu] => gpu.properties().name.clone(),
+        [first, ..] => format!("{} x {}", gpus.len(), first.properties().name),
     }
 }

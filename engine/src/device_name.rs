@@ -41,19 +41,26 @@ impl DeviceName {
         }
     }
 
-    /// Takes the GPU, if it is to be one. Kernels that are not kept on disk are compiled now.
+    /// Takes the GPU, if it is to be one, and of several ranks as many from it on. Kernels that are not kept on disk are compiled now.
     ///
     /// # Errors
     ///
-    /// Why the GPU that is named is of no use.
-    pub fn open(self) -> Result<DeviceChoice, CudaError> {
+    /// Why a GPU that is named, or that a rank would take, is of no use.
+    pub fn open(self, ranks: u32) -> Result<DeviceChoice, CudaError> {
         match self {
             Self::Cpu => Ok(DeviceChoice::Cpu),
-            Self::Cuda(index) => open(index).map(DeviceChoice::Cuda),
-            Self::Auto => open(0).map(DeviceChoice::CudaOrCpu).or_else(|reason| {
-                tracing::info!(%reason, "cpu only");
-                Ok(DeviceChoice::Cpu)
-            }),
+            Self::Cuda(first) if ranks == 1 => open(first).map(DeviceChoice::Cuda),
+            Self::Cuda(first) => open_all(first, ranks).map(DeviceChoice::CudaRanks),
+            Self::Auto => {
+                let opened = match ranks {
+                    1 => open(0).map(DeviceChoice::CudaOrCpu),
+                    _ => open_all(0, ranks).map(DeviceChoice::CudaRanksOrCpu),
+                };
+                opened.or_else(|reason| {
+                    tracing::info!(%reason, "cpu only");
+                    Ok(DeviceChoice::Cpu)
+                })
+            }
         }
     }
 }
@@ -76,6 +83,13 @@ fn usable(index: u32) -> Result<(), CudaError> {
     let count = u32::try_from(gpus.len()).unwrap_or(u32::MAX);
     let gpu = gpus.into_iter().nth(index as usize).ok_or(CudaError::NoDevice { index, count })?;
     gpu.1.map_or(Ok(()), Err)
+}
+
+/// GPUs for so many ranks. Each is looked at before the first is taken.
+fn open_all(first: u32, ranks: u32) -> Result<Vec<Arc<dyn Driver>>, CudaError> {
+    let all = || first..first.saturating_add(ranks);
+    all().try_for_each(usable)?;
+    all().map(open).collect()
 }
 
 fn open(index: u32) -> Result<Arc<dyn Driver>, CudaError> {
@@ -147,7 +161,7 @@ mod tests {
         for device in [DeviceName::Cpu, DeviceName::Auto] {
             assert_eq!(device.check(), Ok(()));
         }
-        assert!(DeviceName::Cpu.open().is_ok_and(|device| matches!(device, DeviceChoice::Cpu)));
+        assert!(DeviceName::Cpu.open(2).is_ok_and(|device| matches!(device, DeviceChoice::Cpu)));
         // No machine has so many.
         let beyond = DeviceName::Cuda(1000);
         let error = beyond.check().expect_err("is not there");
@@ -157,10 +171,11 @@ mod tests {
             }
             Err(reason) => {
                 assert_eq!(error, reason);
-                assert!(
-                    DeviceName::Auto.open().is_ok_and(|device| matches!(device, DeviceChoice::Cpu)),
-                    "falls back"
-                );
+                for ranks in [1, 2] {
+                    let opened = DeviceName::Auto.open(ranks);
+                    assert!(opened.is_ok_and(|device| matches!(device, DeviceChoice::Cpu)), "falls back");
+                }
+                assert_eq!(DeviceName::Cuda(0).open(2).map(drop), Err(reason));
             }
         }
     }

@@ -13,7 +13,7 @@ use tidemill_kernels::kv::BlockAddress;
 use tidemill_kvtransfer::Endpoint;
 use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 
-use crate::device::{Descent, Device};
+use crate::device::{Descent, Device, Parts};
 use crate::driver::{Active, Driver, Inbox};
 use crate::fault;
 use crate::handle::{Fault, FaultStage};
@@ -40,10 +40,17 @@ struct Pusher<'a> {
     pool: Option<&'a DevicePool>,
     fault: Option<&'a Fault>,
     /// What comes down from the device meanwhile, in order.
-    under_way: VecDeque<(HandoffId, Vec<Piece>, Descent)>,
+    under_way: VecDeque<(HandoffId, Vec<Piece>, Way)>,
     /// Bytes of the landing that it takes.
     landing: usize,
     outcome: Result<(), CudaError>,
+}
+
+/// How parts of blocks come down.
+enum Way {
+    Begun(Descent),
+    /// When everything of the step was asked for: there was no room, and ranks of a device are not waited for before.
+    Later(Parts),
 }
 
 /// The blocks of each work's sequence, by the device's names.
@@ -280,12 +287,13 @@ impl Pusher<'_> {
         let table = self.pass.scheduler.block_table(request);
         let parts = self.outgoing.parts(handoff, &pieces, table, arena.shape().block_len);
         let mut descent = pool.start_down(&parts, arena, &mut self.landing)?;
-        if descent.is_none() {
+        if descent.is_none() && !pool.is_shared() {
             self.land()?;
             descent = pool.start_down(&parts, arena, &mut self.landing)?;
         }
         match descent {
-            Some(descent) => self.under_way.push_back((handoff, pieces, descent)),
+            Some(descent) => self.under_way.push_back((handoff, pieces, Way::Begun(descent))),
+            None if pool.is_shared() => self.under_way.push_back((handoff, pieces, Way::Later(parts))),
             None => {
                 pool.bring_down(&parts, arena)?;
                 self.send(handoff, pieces);
@@ -301,9 +309,13 @@ impl Pusher<'_> {
     }
 
     fn land(&mut self) -> Result<(), CudaError> {
-        while let Some((handoff, pieces, descent)) = self.under_way.pop_front() {
-            let pool = self.pool.expect("only from a pool does anything come down");
-            pool.land(descent, self.origin.arena)?;
+        while let Some((handoff, pieces, way)) = self.under_way.pop_front() {
+            let (pool, arena) =
+                (self.pool.expect("only from a pool does anything come down"), self.origin.arena);
+            match way {
+                Way::Begun(descent) => pool.land(descent, arena)?,
+                Way::Later(parts) => pool.bring_down(&parts, arena)?,
+            }
             self.send(handoff, pieces);
         }
         self.landing = 0;

@@ -1,24 +1,26 @@
 //! What a GPU must be able to do for a configuration: one list, gone through once, before weights are read.
 //!
-//! A GPU that was asked for by its number is refused with the first reason; where `auto` was asked for the processor computes instead,
+//! What is asked of one of several GPUs that share a model is asked of each. A GPU that was asked for by its number is refused with the first reason; where `auto` was asked for the processor computes instead,
 //! and the log says why.
 
 use std::sync::Arc;
 
 use tidemill_kernels::cuda::Driver;
 
-use crate::device::DeviceChoice;
+use crate::device::name_of;
 use crate::engine::EngineError;
 use crate::handle::{EngineConfig, ModelSource, Quantization};
 use crate::models::ModelSpec;
 use crate::runner::{CudaRunner, RunnerLimits};
-use crate::weights;
+use crate::weights::{self, Shard};
 
-/// What is asked of a GPU.
+/// What is asked of a GPU, or of each of several.
 struct Demand<'a> {
     config: &'a EngineConfig,
+    /// The whole model's.
     spec: &'a ModelSpec,
-    /// Bytes of its memory that are free.
+    gpus: &'a [Arc<dyn Driver>],
+    /// Bytes of memory that are free, of the one with least.
     free: u64,
 }
 
@@ -29,7 +31,16 @@ impl Demand<'_> {
         // Of files in fewer bits nobody knows here in how many, but hardly in fewer than four.
         let are_packed = self.spec.packing.is_some() || matches!(config.model, ModelSource::Gguf(_));
         let packed = are_packed.then_some(Quantization::Int4 { group: 32 });
-        weights::least_bytes(self.spec, config.quantization.or(packed))
+        weights::least_bytes(self.spec, config.quantization.or(packed), self.ranks())
+    }
+
+    fn ranks(&self) -> usize {
+        self.config.tensor_parallel as usize
+    }
+
+    /// The shape of what one GPU computes: the first, beside which others have as many heads.
+    fn of_one(&self) -> ModelSpec {
+        Shard { rank: 0, ranks: self.ranks() }.spec(self.spec)
     }
 }
 
@@ -37,44 +48,56 @@ impl Demand<'_> {
 type Requirement = fn(&Demand<'_>) -> Option<String>;
 
 /// All there are; the first that is not met is told.
-const REQUIREMENTS: [Requirement; 4] = [alone, shape, memory_for_weights, memory_for_blocks];
+const REQUIREMENTS: [Requirement; 6] =
+    [as_many_as_ranks, shared, exchange, shape, memory_for_weights, memory_for_blocks];
 
 impl EngineConfig {
-    /// The GPU that is to compute, which can do what this configuration asks for; `None` where it is the processor.
+    /// The GPUs that are to compute, one for each rank, which can do what this configuration asks for; `None` where it is the processor.
     ///
     /// # Errors
     ///
     /// The model's configuration cannot be read, or a GPU that was asked for by its number cannot do what is asked for: with the reason.
-    pub fn settle_device(&self) -> Result<Option<Arc<dyn Driver>>, EngineError> {
-        match &self.device {
-            DeviceChoice::Cpu => Ok(None),
-            DeviceChoice::Cuda(driver) => match self.unmet(driver)? {
-                None => Ok(Some(Arc::clone(driver))),
-                Some(reason) => Err(EngineError::Device(reason)),
-            },
-            DeviceChoice::CudaOrCpu(driver) => match self.unmet(driver)? {
-                None => Ok(Some(Arc::clone(driver))),
-                Some(reason) => {
-                    let gpu = &driver.properties().name;
-                    tracing::warn!(%reason, %gpu, "computes on the CPU, as the GPU cannot do this");
-                    Ok(None)
-                }
-            },
+    pub fn settle_device(&self) -> Result<Option<Vec<Arc<dyn Driver>>>, EngineError> {
+        let gpus = self.device.gpus();
+        if gpus.is_empty() {
+            return Ok(None);
+        }
+        match self.unmet(gpus)? {
+            None => Ok(Some(gpus.to_vec())),
+            Some(reason) if self.device.is_or_cpu() => {
+                let gpu = name_of(gpus);
+                tracing::warn!(%reason, %gpu, "computes on the CPU, as the GPU cannot do this");
+                Ok(None)
+            }
+            Some(reason) => Err(EngineError::Device(reason)),
         }
     }
 
-    /// The first requirement that a GPU does not meet.
-    fn unmet(&self, driver: &Arc<dyn Driver>) -> Result<Option<String>, EngineError> {
-        let (spec, free) = (ModelSpec::read(&self.model)?, driver.memory()?.free as u64);
-        let demand = Demand { config: self, spec: &spec, free };
+    /// The first requirement that the GPUs do not meet.
+    fn unmet(&self, gpus: &[Arc<dyn Driver>]) -> Result<Option<String>, EngineError> {
+        let spec = ModelSpec::read(&self.model)?;
+        let mut free = u64::MAX;
+        for gpu in gpus {
+            free = free.min(gpu.memory()?.free as u64);
+        }
+        let demand = Demand { config: self, spec: &spec, gpus, free };
         Ok(REQUIREMENTS.iter().find_map(|requirement| requirement(&demand)))
     }
 }
 
-fn alone(demand: &Demand<'_>) -> Option<String> {
-    let ranks = demand.config.tensor_parallel;
-    (1 < ranks)
-        .then(|| format!("--tensor-parallel-size {ranks} is for the CPU: a GPU computes the whole model"))
+fn as_many_as_ranks(demand: &Demand<'_>) -> Option<String> {
+    let (ranks, gpus) = (demand.ranks(), demand.gpus.len());
+    (ranks != gpus)
+        .then(|| format!("--tensor-parallel-size {ranks} takes a GPU for each rank, and {gpus} are there"))
+}
+
+fn shared(demand: &Demand<'_>) -> Option<String> {
+    Shard::refusal(demand.ranks(), demand.spec)
+}
+
+fn exchange(demand: &Demand<'_>) -> Option<String> {
+    let missing = || demand.gpus.iter().find_map(|gpu| gpu.exchange().err());
+    if demand.gpus.len() == 1 { None } else { missing() }
 }
 
 fn shape(demand: &Demand<'_>) -> Option<String> {
@@ -83,7 +106,7 @@ fn shape(demand: &Demand<'_>) -> Option<String> {
         max_seqs: demand.config.max_num_seqs as usize,
         max_model_len: 1,
     };
-    CudaRunner::refusal(demand.spec, limits)
+    CudaRunner::refusal(&demand.of_one(), limits)
 }
 
 fn memory_for_weights(demand: &Demand<'_>) -> Option<String> {
@@ -97,7 +120,8 @@ fn memory_for_blocks(demand: &Demand<'_>) -> Option<String> {
     let left = demand.free.saturating_sub(demand.weights());
     let block = token_bytes(demand) * u64::from(demand.config.block_len);
     let (needed, room) = match demand.config.kv_cache_memory {
-        Some(asked_for) => (asked_for, left),
+        // Of all heads.
+        Some(asked_for) => (asked_for / demand.spec.kv_heads as u64 * demand.of_one().kv_heads as u64, left),
         None => (block * u64::from(least_blocks(demand.config)), room_for_blocks(left)),
     };
     (room < needed).then(|| {
@@ -120,7 +144,7 @@ fn least_blocks(config: &EngineConfig) -> u32 {
 
 /// Bytes of a token's keys and values.
 fn token_bytes(demand: &Demand<'_>) -> u64 {
-    let spec = demand.spec;
+    let spec = &demand.of_one();
     let head = match demand.config.kv_cache_dtype {
         None => spec.head_size * spec.dtype.bytes(),
         Some(dtype) if dtype.has_scales() => spec.head_size * dtype.bytes() + size_of::<f32>(),

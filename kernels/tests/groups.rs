@@ -10,7 +10,7 @@ use std::{
 };
 use support::cuda::Buffer;
 use tidemill_kernels::cuda::{
-    Collective, CudaError, DeviceAddress, Driver, GroupId, Member, emulator::Order, fake::Fake,
+    Collective, CudaError, DeviceAddress, Driver, GroupId, Member, Queue, emulator::Order, fake::Fake,
 };
 use tidemill_kernels::matrix::WeightDtype;
 
@@ -120,6 +120,39 @@ fn a_rank_that_fails_leaves_nobody_waiting() {
         fake.collect(member, sum)
     });
     assert_eq!(outcomes, vec![Err(CudaError::GroupAbandoned); 3]);
+}
+
+/// What goes to peers leaves a rank's memory while the rank waits for others.
+#[test]
+fn a_rank_that_waits_for_others_does_not_keep_its_device_from_other_threads() {
+    let (asked, heard) = std::sync::mpsc::channel();
+    let heard = std::sync::Mutex::new(heard);
+    let sums = ranks(2, |fake, member| {
+        let buffer = Buffer::new(fake, &[1.0f32 + member.rank as f32]);
+        let sum = Collective::Sum { address: buffer.address(), elements: 1, dtype: WeightDtype::F32 };
+        let (kept, landing) = (Buffer::new(fake, &[7u64]), support::cuda::Pinned::new(fake, &[0u64]));
+        if member.rank == 0 {
+            // The other one comes when it hears of the copy.
+            thread::scope(|scope| {
+                let beside = scope.spawn(|| {
+                    while fake.calls().collectives == 0 {
+                        thread::yield_now();
+                    }
+                    let (to, from) = (landing.address(), kept.address());
+                    fake.start_download(Queue::Transfer, to, from, 8).unwrap();
+                    fake.wait(fake.ticket(Queue::Transfer).unwrap()).unwrap();
+                    asked.send(landing.read::<u64>()).unwrap();
+                });
+                fake.collect(member, sum).unwrap();
+                beside.join().unwrap();
+            });
+        } else {
+            assert_eq!(heard.lock().unwrap().recv().unwrap(), [7]);
+            fake.collect(member, sum).unwrap();
+        }
+        buffer.read::<f32>()
+    });
+    assert_eq!(sums, [[3.0], [3.0]]);
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub(crate) fn run(flags: &WorkerFlags) -> anyhow::Result<ExitCode> {
     let model = model_source::resolve(&flags.model, &bars)?;
     let draft_model = draft_model::resolve(&flags.engine, &flags.model, &model, &bars)?;
     let mut progress = ProgressReport { supervised: flags.supervised, stage: "" };
-    let device = flags.engine.device.open().with_context(|| format!("--device {}", flags.engine.device))?;
+    let device = flags.engine.open_device()?;
     let config = EngineConfig { draft_model, ..engine_config(flags, &model, device) };
     let engine = EngineHandle::start(config, &mut |step| progress.report(step))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;

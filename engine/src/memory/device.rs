@@ -7,6 +7,9 @@ use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver, PinnedAddress};
 use tidemill_kernels::kv::KvBlockShape;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockRef, Epoch};
 
+use super::asked::Asked;
+use super::slices::HeadSlices;
+
 /// A piece of a device's memory.
 #[derive(Debug)]
 pub struct DeviceBuffer {
@@ -33,6 +36,62 @@ pub struct DevicePool {
     landing: PinnedBuffer,
     /// In which generation a block's twin in the arena was last made the same, all of it.
     same: Vec<Option<Epoch>>,
+    /// Where ranks share the blocks.
+    sharing: Option<Sharing>,
+}
+
+/// A rank, and which heads of all blocks it keeps.
+#[derive(Clone, Debug)]
+pub struct RankHeads {
+    /// Its device.
+    pub driver: Arc<dyn Driver>,
+    /// Its blocks: those of its heads alone.
+    pub shape: KvBlockShape,
+    /// The number of its first head in whole blocks.
+    pub first: usize,
+    /// Whether its heads come from here when blocks go to the host: of ranks with the same head one is enough.
+    pub is_read: bool,
+}
+
+/// Blocks of several ranks, each with some heads: the pool itself is the first one's.
+#[derive(Debug)]
+struct Sharing {
+    /// What each rank has, the first one's included.
+    slices: Vec<HeadSlices>,
+    is_read: Vec<bool>,
+    /// The others' blocks and where they come down.
+    others: Vec<(DeviceBuffer, PinnedBuffer)>,
+    asked: Arc<Asked>,
+}
+
+/// Who has blocks, or some heads of them, in a device's memory.
+#[derive(Debug)]
+pub(crate) struct Holder<'a> {
+    memory: &'a DeviceBuffer,
+    block_bytes: usize,
+    /// Where what goes to peers comes down.
+    pub(crate) landing: &'a PinnedBuffer,
+    /// What of a whole block it has; `None`: all.
+    pub(crate) slices: Option<&'a HeadSlices>,
+    /// Whether it is read when blocks go to the host.
+    pub(crate) is_read: bool,
+}
+
+impl<'a> Holder<'a> {
+    /// Where a block is.
+    pub(crate) const fn address(&self, block: BlockId) -> DeviceAddress {
+        self.memory.address.offset(block.0 as usize * self.block_bytes)
+    }
+
+    /// Size of a block.
+    pub(crate) const fn block_bytes(&self) -> usize {
+        self.block_bytes
+    }
+
+    /// Its device.
+    pub(crate) const fn driver(&self) -> &'a Arc<dyn Driver> {
+        &self.memory.driver
+    }
 }
 
 impl DeviceBuffer {
@@ -140,9 +199,77 @@ impl DevicePool {
             memory: DeviceBuffer::zeroed(driver, bytes)?,
             landing: PinnedBuffer::new(driver, bytes.min(LANDING_BYTES))?,
             same: vec![None; blocks.0 as usize],
+            sharing: None,
             block_bytes,
             blocks,
         })
+    }
+
+    /// The same of several ranks, whose heads together are those of `whole` blocks. Addresses are the first one's, and blocks of the others
+    /// lie as far from their first as those of the first do.
+    ///
+    /// # Errors
+    ///
+    /// A device has less.
+    ///
+    /// # Panics
+    ///
+    /// Without ranks, or when their blocks differ in size.
+    pub fn of_ranks(
+        whole: &KvBlockShape,
+        ranks: &[RankHeads],
+        blocks: BlockCount,
+        asked: &Arc<Asked>,
+    ) -> Result<Self, CudaError> {
+        let block_bytes = ranks[0].shape.block_bytes();
+        let all_alike = ranks.iter().all(|rank| rank.shape.block_bytes() == block_bytes);
+        assert!(all_alike, "ranks have equally many heads");
+        let first = Self::new(&ranks[0].driver, block_bytes, blocks)?;
+        let bytes = first.bytes();
+        let memory = |rank: &RankHeads| {
+            let landing = PinnedBuffer::new(&rank.driver, bytes.min(LANDING_BYTES))?;
+            Ok((DeviceBuffer::zeroed(&rank.driver, bytes)?, landing))
+        };
+        let slices = ranks.iter().map(|rank| HeadSlices::new(whole, &rank.shape, rank.first));
+        let sharing = Sharing {
+            slices: slices.collect(),
+            is_read: ranks.iter().map(|rank| rank.is_read).collect(),
+            others: ranks[1..].iter().map(memory).collect::<Result<_, CudaError>>()?,
+            asked: Arc::clone(asked),
+        };
+        Ok(Self { sharing: Some(sharing), ..first })
+    }
+
+    /// Who has the blocks: one device, or each rank its heads.
+    pub(crate) fn holders(&self) -> impl Iterator<Item = Holder<'_>> {
+        let first = std::iter::once((&self.memory, &self.landing));
+        let others =
+            self.sharing.iter().flat_map(|it| it.others.iter().map(|(memory, landing)| (memory, landing)));
+        first.chain(others).enumerate().map(|(rank, (memory, landing))| Holder {
+            memory,
+            landing,
+            block_bytes: self.block_bytes,
+            slices: self.sharing.as_ref().map(|it| &it.slices[rank]),
+            is_read: self.sharing.as_ref().is_none_or(|it| it.is_read[rank]),
+        })
+    }
+
+    /// Whether ranks share the blocks: then nothing may be waited for while a step is asked for, since one rank waits for what another is
+    /// asked for.
+    pub(crate) const fn is_shared(&self) -> bool {
+        self.sharing.is_some()
+    }
+
+    /// Waits until what was asked of the first rank was asked of the others.
+    pub(crate) fn await_ranks(&self) {
+        if let Some(sharing) = &self.sharing {
+            sharing.asked.wait();
+        }
+    }
+
+    /// Where each rank's blocks begin.
+    pub fn firsts(&self) -> Vec<DeviceAddress> {
+        self.holders().map(|holder| holder.address(BlockId(0))).collect()
     }
 
     /// Where a block is.
@@ -175,7 +302,12 @@ impl DevicePool {
         self.same[reference.block.0 as usize] = Some(reference.epoch);
     }
 
-    /// Size in bytes.
+    /// How many there are.
+    pub const fn blocks(&self) -> BlockCount {
+        self.blocks
+    }
+
+    /// Size in bytes, in each device that has some heads.
     pub const fn bytes(&self) -> usize {
         self.memory.bytes
     }

@@ -106,37 +106,69 @@ impl Model<Vec<Weights>> {
                 return Err(ModelError::Shape { reason });
             }
             let options = LoadOptions { threads: options.threads.div_ceil(cores.len()), ..options };
-            let load = |shard: Shard, progress: &mut dyn FnMut(LoadProgress)| {
+            load_parts(cores.len(), progress, |shard, progress| {
                 let cores = &cores[shard.rank];
                 on_cores(cores, || weights::load_shard(shard, spec, source, options, progress))
                     .map_err(|error| ModelError::Cores { cores: cores.clone(), source: error })?
-            };
-            let mut shards = Shard::all(cores.len());
-            let first = shards.next().expect("no ranks are refused");
-            let (first, others) = std::thread::scope(|scope| {
-                let others: Vec<_> =
-                    shards.map(|shard| scope.spawn(move || load(shard, &mut |_| {}))).collect();
-                let first = load(first, progress);
-                let others: Vec<_> = others
-                    .into_iter()
-                    .map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic)))
-                    .collect();
-                (first, others)
-            });
-            let first = first?;
-            let mut weights = vec![first.weights];
-            for other in others {
-                weights.push(other?.weights);
-            }
-            Ok(weights::Loaded { weights, fingerprint: first.fingerprint, dtype: first.dtype })
+            })
         })
     }
+}
 
+impl Model<Vec<DeviceWeights>> {
+    /// The same, shared by as many ranks as there are GPUs.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Model::load), what a device says, and when so many ranks cannot share the model.
+    pub fn load_ranks_on(
+        gpus: &[Arc<dyn Driver>],
+        options: LoadOptions,
+        source: &ModelSource,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        Self::read(source, |spec| {
+            if let Some(reason) = Shard::refusal(gpus.len(), spec) {
+                return Err(ModelError::Shape { reason });
+            }
+            let options = LoadOptions { threads: options.threads.div_ceil(gpus.len()), ..options };
+            load_parts(gpus.len(), progress, |shard, progress| {
+                weights::load_on(&gpus[shard.rank], shard, spec, source, options, progress)
+            })
+        })
+    }
+}
+
+/// Has each of some ranks load its part, all at once; progress is the first one's.
+fn load_parts<W: Send>(
+    ranks: usize,
+    progress: &mut dyn FnMut(LoadProgress),
+    load: impl Fn(Shard, &mut dyn FnMut(LoadProgress)) -> Result<weights::Loaded<W>, ModelError> + Sync,
+) -> Result<weights::Loaded<Vec<W>>, ModelError> {
+    let mut shards = Shard::all(ranks);
+    let first = shards.next().expect("no ranks are refused");
+    let load = &load;
+    let (first, others) = std::thread::scope(|scope| {
+        let others: Vec<_> = shards.map(|shard| scope.spawn(move || load(shard, &mut |_| {}))).collect();
+        let first = load(first, progress);
+        let others: Vec<_> =
+            others.into_iter().map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic))).collect();
+        (first, others)
+    });
+    let first = first?;
+    let mut weights = vec![first.weights];
+    for other in others {
+        weights.push(other?.weights);
+    }
+    Ok(weights::Loaded { weights, fingerprint: first.fingerprint, dtype: first.dtype })
+}
+
+impl<W> Model<Vec<W>> {
     /// The whole without weights, and what each rank computes with: its weights, and the shape of its part.
-    pub fn into_shards(self) -> (Model<()>, Vec<Arc<Model>>) {
+    pub fn into_shards(self) -> (Model<()>, Vec<Arc<Model<W>>>) {
         let Self { spec, generation, weights, dtype, fingerprint } = self;
         let whole = Model { spec, generation, weights: (), dtype, fingerprint };
-        let shard = |(shard, weights): (Shard, Weights)| {
+        let shard = |(shard, weights): (Shard, W)| {
             let Model { generation, fingerprint, .. } = &whole;
             let spec = shard.spec(&whole.spec);
             let (generation, fingerprint) = (generation.clone(), fingerprint.clone());
@@ -159,7 +191,7 @@ impl Model<DeviceWeights> {
         source: &ModelSource,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        Self::read(source, |spec| weights::load_on(driver, spec, source, options, progress))
+        Self::read(source, |spec| weights::load_on(driver, Shard::WHOLE, spec, source, options, progress))
     }
 }
 

@@ -21,7 +21,9 @@ use crate::models::{Model, ModelSpec};
 use crate::weights::{LayerWeights, Linear};
 use batch::recycled;
 pub use batch::{Batch, BatchSequence, LogitsWanted};
-pub use cuda::{Carried, CudaRunner, Flight, Outcome, OutcomeRow, RowLogprobs, RowTask, Tasks};
+pub use cuda::{
+    Carried, CudaRank, CudaRanks, CudaRunner, Flight, Outcome, OutcomeRow, RowLogprobs, RowTask, Tasks,
+};
 pub use logits::{Logits, LogitsRow};
 use logits::{LogitsBuffer, WantedRow};
 pub use ranks::{HostRunner, RankedRunner};

@@ -44,7 +44,7 @@ pub use uploaded::{DeviceMatrix, DeviceSteps, DeviceTensor, DeviceWeights};
 /// nothing is said.
 #[derive(Debug)]
 pub struct Weights<M = PackedMatrix, V = Vec<f32>, E = Embedding> {
-    /// The embedding, never quantised, unless it is also the head; of several ranks only the first has it.
+    /// The embedding, never quantised, unless it is also the head. Of several ranks of a CPU only the first has it, of GPUs each.
     pub embedding: Option<E>,
     /// The decoder layers, first to last.
     pub layers: Vec<LayerWeights<M, V>>,
@@ -153,6 +153,9 @@ trait Store {
     /// Whether a table that is also the head is held once for both.
     fn shares_table(&self, tensor: &Tensor<'_>) -> bool;
 
+    /// Whether the first rank has the embedding for all.
+    fn reads_table_of_first(&self) -> bool;
+
     /// Everything is there.
     fn finish(&mut self) -> Result<(), ModelError>;
 }
@@ -185,13 +188,14 @@ pub(crate) fn load_shard(
 /// The same for a GPU.
 pub(crate) fn load_on(
     driver: &Arc<dyn cuda::Driver>,
+    shard: Shard,
     spec: &ModelSpec,
     model: &ModelSource,
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<DeviceWeights>, ModelError> {
-    let mut uploader = Uploader::new(driver, options.threads, options.quantization);
-    load_into(&mut uploader, Shard::WHOLE, spec, model, options, progress)
+    let mut uploader = Uploader::new(driver, options.threads, options.quantization, shard);
+    load_into(&mut uploader, shard, spec, model, options, progress)
 }
 
 /// Bytes of all weights, each in the type that the configuration names.
@@ -200,18 +204,22 @@ pub(crate) fn plain_bytes(spec: &ModelSpec) -> u64 {
     elements * spec.dtype.bytes() as u64
 }
 
-/// The least that weights take, should their matrices be made smaller: half a byte or a byte for each element, and no scales.
-pub(crate) fn least_bytes(spec: &ModelSpec, quantization: Option<Quantization>) -> u64 {
-    let bytes = |tensor: &TensorSpec| match quantization {
-        Some(Quantization::Int8 | Quantization::Fp8) if is_smaller(tensor) => tensor.elements(),
-        Some(Quantization::Int4 { .. }) if is_smaller(tensor) => tensor.elements() / 2,
-        _ => tensor.elements() * spec.dtype.bytes() as u64,
+/// The least that weights of one of so many GPUs take, should their matrices be made smaller: half a byte or a byte for each element,
+/// and no scales.
+pub(crate) fn least_bytes(spec: &ModelSpec, quantization: Option<Quantization>, ranks: usize) -> u64 {
+    let bytes = |tensor: &TensorSpec| {
+        let elements = tensor.elements() / if is_cut(tensor) { ranks as u64 } else { 1 };
+        match quantization {
+            Some(Quantization::Int8 | Quantization::Fp8) if is_cut(tensor) => elements,
+            Some(Quantization::Int4 { .. }) if is_cut(tensor) => elements / 2,
+            _ => elements * spec.dtype.bytes() as u64,
+        }
     };
     tensors::tensors(spec).iter().map(bytes).sum()
 }
 
-/// Whether a tensor is a matrix that is made smaller: all but the embedding.
-fn is_smaller(tensor: &TensorSpec) -> bool {
+/// Whether a tensor is a matrix that ranks share, and that is made smaller: all but the embedding.
+fn is_cut(tensor: &TensorSpec) -> bool {
     tensor.shape.len() == 2 && tensor.name != EMBEDDING
 }
 
@@ -278,7 +286,7 @@ impl<S: Store> Loading<'_, S> {
         self.report();
         let (embedding, head, dtype) = self.take(EMBEDDING, &table, |store, tensor| {
             let is_shared = spec.tied_embeddings && store.shares_table(tensor);
-            let is_elsewhere = is_shared || 0 < shard.rank;
+            let is_elsewhere = is_shared || (0 < shard.rank && store.reads_table_of_first());
             let embedding = if is_elsewhere { None } else { Some(store.embedding(table, tensor)?) };
             let head = if spec.tied_embeddings { Some(store.head(&part, tensor)?) } else { None };
             Ok((embedding, head, tensor.dtype()))

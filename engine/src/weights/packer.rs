@@ -91,6 +91,10 @@ impl Store for Packer {
         self.quantization.is_none() && matches!(tensor, Tensor::Plain(_))
     }
 
+    fn reads_table_of_first(&self) -> bool {
+        true
+    }
+
     fn finish(&mut self) -> Result<(), ModelError> {
         // The others have to say the same.
         if self.shard.rank == 0 {

@@ -8,7 +8,7 @@ use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver};
 use tidemill_kernels::matrix::WeightDtype;
 
 use super::formats::{Account, FewerBits, head_quantization};
-use super::shard::Part;
+use super::shard::{Part, Shard};
 use super::tensor::{PlainTensor, QuantizedMatrix, Tensor};
 use super::{LayerWeights, Store, Weights};
 use crate::handle::Quantization;
@@ -45,6 +45,7 @@ pub(super) struct Uploader {
     driver: Arc<dyn Driver>,
     threads: usize,
     quantization: Option<Quantization>,
+    shard: Shard,
     /// Known once the embedding has come.
     dtype: Option<WeightDtype>,
     bytes: usize,
@@ -101,9 +102,14 @@ impl LayerWeights<DeviceMatrix, DeviceTensor> {
 }
 
 impl Uploader {
-    pub(super) fn new(driver: &Arc<dyn Driver>, threads: usize, quantization: Option<Quantization>) -> Self {
+    pub(super) fn new(
+        driver: &Arc<dyn Driver>,
+        threads: usize,
+        quantization: Option<Quantization>,
+        shard: Shard,
+    ) -> Self {
         let driver = Arc::clone(driver);
-        Self { driver, threads, quantization, dtype: None, bytes: 0, account: Account::default() }
+        Self { driver, threads, quantization, shard, dtype: None, bytes: 0, account: Account::default() }
     }
 
     fn put(
@@ -182,14 +188,24 @@ impl Store for Uploader {
         self.put_plain(tensor)
     }
 
+    /// A rank's head has some of the tokens alone.
     fn shares_table(&self, tensor: &Tensor<'_>) -> bool {
-        self.quantization.is_none() && matches!(tensor, Tensor::Plain(_))
+        self.shard.ranks == 1 && self.quantization.is_none() && matches!(tensor, Tensor::Plain(_))
+    }
+
+    /// A GPU does not look into the memory of another one.
+    fn reads_table_of_first(&self) -> bool {
+        false
     }
 
     fn finish(&mut self) -> Result<(), ModelError> {
         self.driver.synchronize().map_err(|source: CudaError| ModelError::Device { source })?;
-        self.account.report();
-        tracing::info!(bytes = self.bytes, dtype = ?self.dtype, "weights are on the GPU");
+        let (rank, bytes, dtype) = (self.shard.rank, self.bytes, self.dtype);
+        // The others have to say the same.
+        if rank == 0 {
+            self.account.report();
+        }
+        tracing::info!(rank, bytes, ?dtype, "weights are on the GPU");
         Ok(())
     }
 }

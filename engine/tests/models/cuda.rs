@@ -9,18 +9,20 @@ use super::formats;
 use super::quantized::cosine;
 use super::test_gpu::TestGpu;
 use tidemill_engine::handle::{LoadFormat, ModelSource, Quantization};
-use tidemill_engine::memory::{DevicePool, block_shape};
+use tidemill_engine::memory::{Asked, DevicePool, RankHeads, block_shape};
 use tidemill_engine::models::{LoadOptions, Model};
 use tidemill_engine::runner::{
-    Batch, BatchSequence, CudaRunner, Flight, LogitsWanted, OutcomeRow, RowTask, RunnerLimits,
+    Batch, BatchSequence, CudaRank, CudaRanks, CudaRunner, Flight, LogitsWanted, OutcomeRow, RowTask, RunnerLimits,
 };
+use tidemill_engine::weights::Shard;
 use tidemill_engine::sampler::{History, Sampled, Sampler, chosen, logprobs_of, on_device};
 use tidemill_engine_core::request::{Logprobs, SamplingParams, StopConditions};
 use tidemill_kernels::cuda::emulator::Order;
 use tidemill_kernels::cuda::fake::Fake;
+use tidemill_kernels::cuda::hopper::BlockRange;
 use tidemill_kernels::cuda::{DeviceAddress, Driver, LogprobsRow, SampleRow};
 use tidemill_kernels::matrix::WeightDtype;
-use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
+use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockLen};
 
 /// Makes the check a test of each fixture model.
@@ -87,6 +89,48 @@ impl Gpu {
         // A prompt of a fixture has few rows, and a step of decode fewer.
         runner.set_library_rows(Some(4));
         Self { runner, pool, blocks_given: 0 }
+    }
+
+    /// The same of several ranks.
+    pub(super) fn of_ranks(
+        drivers: &[Arc<dyn Driver>],
+        name: &str,
+        storage: Storage,
+        graph_sizes: &[usize],
+    ) -> Self {
+        let options = LoadOptions { threads: 2, format: LoadFormat::Safetensors, quantization: None };
+        let source = ModelSource::Folder(fixture(name));
+        let model = Model::load_ranks_on(drivers, options, &source, &mut |_| {}).expect("the fixture loads");
+        let (whole, shards) = model.into_shards();
+        let block_len = BlockLen::new(storage.block_len).expect("a power of two");
+        let layout = whole.kv_layout(storage.dtype, block_len, storage.order);
+        let heads = Shard::all(drivers.len()).zip(drivers).map(|(shard, driver)| {
+            let heads = shard.kv_heads(&whole.spec);
+            let range = HeadRange { first: heads.start as u16, count: heads.len() as u16 };
+            RankHeads {
+                driver: Arc::clone(driver),
+                shape: block_shape(&KvLayout { heads: range, ..layout.clone() }),
+                first: heads.start,
+                is_read: shard.stores_kv(&whole.spec),
+            }
+        });
+        let heads: Vec<RankHeads> = heads.collect();
+        let asked = Arc::new(Asked::new(drivers.len() - 1));
+        let pool = DevicePool::of_ranks(&block_shape(&layout), &heads, BlockCount(BLOCKS), &asked).expect("memory");
+        let ranks = heads.iter().zip(shards).zip(pool.firsts()).map(|((rank, model), first)| CudaRank {
+            driver: Arc::clone(&rank.driver),
+            model,
+            blocks: BlockRange { first, count: BLOCKS, shape: rank.shape },
+        });
+        let ranks = CudaRanks {
+            spec: &whole.spec,
+            ranks: ranks.collect(),
+            limits: RunnerLimits { max_tokens: 64, max_seqs: 4, max_model_len: 128 },
+            graph_sizes,
+            library_rows: Some(4),
+            asked,
+        };
+        Self { runner: ranks.start().expect("memory"), pool, blocks_given: 0 }
     }
 
     /// Blocks for a sequence, from both ends of the pool in turn.
@@ -162,16 +206,25 @@ fn check(name: &str) {
 }
 
 pub(super) fn check_on(driver: Arc<dyn Driver>, name: &str) {
+    let (storage, bound) = storage_and_bound(name);
+    check_gpu(Gpu::new(driver, name, storage, &[1, 4]), name, bound);
+}
+
+/// K and V of the type of the weights, and how far logits may be from those of transformers.
+pub(super) fn storage_and_bound(name: &str) -> (Storage, f32) {
     let dtype = Model::load(&ModelSource::Folder(fixture(name)), LoadFormat::Safetensors, &mut |_| {})
         .expect("the fixture loads")
         .dtype;
-    let (kv_dtype, bound) = match dtype {
+    let (dtype, bound) = match dtype {
         WeightDtype::F32 => (KvDtype::F32, 1e-4),
         WeightDtype::F16 => (KvDtype::F16, 1e-2),
         // Every result between two operations is rounded to 8 bits, as K and V are.
         WeightDtype::Bf16 => (KvDtype::Bf16, 8e-2),
     };
-    let mut gpu = Gpu::new(driver, name, Storage { dtype: kv_dtype, block_len: 16, order: AxisOrder::HeadToken }, &[1, 4]);
+    (Storage { dtype, block_len: 16, order: AxisOrder::HeadToken }, bound)
+}
+
+pub(super) fn check_gpu(mut gpu: Gpu, name: &str, bound: f32) {
     let goldens = goldens(name);
     // Beyond the window of those that have one.
     let continued = if gpu.runner.model().spec.windows[1].is_some() { 24 } else { 6 };

@@ -4,6 +4,7 @@ mod bench;
 mod blocks;
 tidemill_kernels::where_emulated! {
     mod cuda;
+    mod cuda_ranks;
     mod hopper;
     #[path = "../support/test_gpu.rs"]
     mod test_gpu;

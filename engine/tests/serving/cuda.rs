@@ -34,7 +34,7 @@ impl Gpus {
 }
 
 /// The engine thread ends, and all that it had is dropped before.
-fn ends(engine: &EngineHandle) {
+pub(super) fn ends(engine: &EngineHandle) {
     let deadline = Instant::now() + LIMIT;
     while engine.is_alive() {
         assert!(Instant::now() < deadline, "the engine thread does not end");
@@ -44,7 +44,7 @@ fn ends(engine: &EngineHandle) {
 
 /// Prompts from one token to several blocks, some of which begin alike. Every third is chosen by the host, the others on the
 /// device.
-fn small_request(which: u32, part: Part) -> Request {
+pub(super) fn small_request(which: u32, part: Part) -> Request {
     let length = [1, 14, 16, 37][which as usize % 4];
     let tokens: Vec<TokenId> = (0..length).map(|index| 3 + (index * 7 + index / 16 * which) % 200).collect();
     let sampling = SamplingParams {
@@ -63,7 +63,7 @@ fn small_request(which: u32, part: Part) -> Request {
     }
 }
 
-fn small_config(role: Role) -> EngineConfig {
+pub(super) fn small_config(role: Role) -> EngineConfig {
     EngineConfig {
         max_num_batched_tokens: 64,
         max_model_len: Some(64),
@@ -72,7 +72,7 @@ fn small_config(role: Role) -> EngineConfig {
     }
 }
 
-fn ids(output: &Output) -> Vec<TokenId> {
+pub(super) fn ids(output: &Output) -> Vec<TokenId> {
     output.iter().map(|(token, _)| *token).collect()
 }
 
@@ -315,7 +315,7 @@ fn what_a_gpu_cannot_do_is_refused_or_left_to_the_cpu() {
             it.kv_cache_memory = Some(16 * 16 * BYTES_PER_TOKEN);
         }, None),
         ("heads of no whole packs",   ENOUGH,    &odd_heads,                                              Some("heads of 12 elements")),
-        ("ranks",                     ENOUGH,    &|it| it.tensor_parallel = 2,                            Some("--tensor-parallel-size 2 is for the CPU")),
+        ("ranks",                     ENOUGH,    &|it| it.tensor_parallel = 2,                            Some("--tensor-parallel-size 2 takes a GPU for each rank")),
         ("very long steps",           ENOUGH,    &|it| it.max_num_batched_tokens = 70_000,                Some("steps of up to 70000 tokens")),
         ("no room for weights",       300 << 10, &|_| {},                                                 Some("weights of 345344 bytes")),
         ("no room for blocks",        500 << 10, &|_| {},                                                 Some("a KV cache of 196608 bytes")),
@@ -407,7 +407,7 @@ fn a_gpu_that_fails_ends_its_requests_and_its_worker() {
     ends(&engine);
 }
 
-const REQUESTS: u32 = 5;
+pub(super) const REQUESTS: u32 = 5;
 const SMALL_OUTPUT: u32 = 5;
 /// The shape of the model, of which there are no weights.
 const SMALL_CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 288, "hidden_size": 64,

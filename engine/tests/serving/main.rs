@@ -2,6 +2,7 @@
 
 tidemill_kernels::where_emulated! {
     mod cuda;
+    mod cuda_ranks;
     #[path = "../support/test_gpu.rs"]
     mod test_gpu;
 }

@@ -8,7 +8,7 @@ fn ranked(model: &str, role: Role, ranks: u32) -> EngineConfig {
 }
 
 /// The same tokens, and log-probabilities that differ by rounding alone.
-fn assert_close(found: &Output, expected: &Output, row: &str) {
+pub(super) fn assert_close(found: &Output, expected: &Output, row: &str) {
     let tokens = |output: &Output| output.iter().map(|(token, _)| *token).collect::<Vec<_>>();
     assert_eq!(tokens(found), tokens(expected), "{row}");
     for ((token, found), (_, expected)) in found.iter().zip(expected) {

@@ -11,6 +11,7 @@ static const emulator::Kernel* kernel_list = nullptr;
 #include "../embedding.cu"
 #include "../hopper_attention.cu"
 #include "../hopper_product.cu"
+#include "../join.cu"
 #include "../matrix_product.cu"
 #include "../normalize.cu"
 #include "../product.cu"

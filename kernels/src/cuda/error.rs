@@ -77,6 +77,14 @@ pub enum CudaError {
     /// Devices were to do something together, and one of them has failed.
     #[error("another GPU of the same model has failed")]
     GroupAbandoned,
+    /// One of several devices that compute together has failed.
+    #[error("GPU of rank {rank}: {error}")]
+    Rank {
+        /// Which.
+        rank: u32,
+        /// What it says.
+        error: Box<Self>,
+    },
     /// There is nothing by which devices could exchange what they computed.
     #[error("several GPUs need NCCL: {reason}")]
     NoExchange {

@@ -1,7 +1,7 @@
 //! Which kernel runs for an operation, on how many blocks of how many threads.
 
 use super::{
-    Attention, ConvertBlocks, DigestGranules, Embed, Launch, LogprobsOfRows, LogprobsRow, Parameters,
+    Attention, ConvertBlocks, DigestGranules, Embed, Join, Launch, LogprobsOfRows, LogprobsRow, Parameters,
     Product, PromptAttention, PromptTile, QuantizeRows, QuantizedProduct, RmsNorm, RopeAndWrite, Sample,
     SiluMul, ZeroTail, launch::WARP,
 };
@@ -17,6 +17,17 @@ pub fn embed(dtype: WeightDtype, rows: u32, parameters: &Embed) -> Launch {
 pub fn rms_norm(dtype: WeightDtype, rows: u32, parameters: &RmsNorm) -> Launch {
     let kernel = of_type(dtype, ["rms_norm_f32", "rms_norm_f16", "rms_norm_bf16"]);
     row_by_row("normalize", kernel, rows, parameters.width, 1024, parameters)
+}
+
+/// What ranks have of `rows` rows, at most 65535, side by side.
+///
+/// # Panics
+///
+/// When a rank has nothing of a row.
+pub fn join(rows: u32, parameters: &Join) -> Launch {
+    let Join { width, ranks, .. } = *parameters;
+    assert!(0 < ranks && ranks <= width, "join: {width} elements of {ranks} ranks");
+    Launch::new("join", "join_parts", [width.div_ceil(THREADS), rows, 1], THREADS, parameters)
 }
 
 /// The gates of `rows` rows, at most 65535.

@@ -43,6 +43,24 @@ pub struct RmsNorm {
     pub eps: f32,
 }
 
+/// `out[row]` is what all ranks have of the row, in their order: of rank r elements `r * width / ranks` up to where the next rank's begin.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct Join {
+    /// f32, `[rows][width]`
+    pub out: DeviceAddress,
+    /// f32, `[ranks][stride]`: of each rank `[rows][its part of width]`, one behind the other.
+    pub parts: DeviceAddress,
+    /// Elements of a whole row, at least as many as ranks.
+    pub width: u32,
+    /// How many there are.
+    pub ranks: u32,
+    /// From one rank's part to the next.
+    pub stride: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
 /// `out = silu(gate) * up`
 #[derive(Clone, Copy, Debug, NoUninit)]
 #[repr(C)]
@@ -444,6 +462,7 @@ pub struct ZeroTail {
 
 impl Parameters for Embed {}
 impl Parameters for RmsNorm {}
+impl Parameters for Join {}
 impl Parameters for SiluMul {}
 impl Parameters for RopeAndWrite {}
 impl Parameters for Attention {}

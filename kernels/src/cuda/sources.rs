@@ -41,6 +41,7 @@ modules!(
     "embedding",
     "hopper_attention",
     "hopper_product",
+    "join",
     "matrix_product",
     "normalize",
     "product",

@@ -8,7 +8,7 @@ use super::{
     },
 };
 use tidemill_kernels::{
-    cuda::{DeviceAddress, Embed, RmsNorm, SiluMul, launches},
+    cuda::{DeviceAddress, Embed, Join, RmsNorm, SiluMul, launches},
     reference,
 };
 
@@ -119,6 +119,38 @@ fn silu_mul() {
                 let name = format!("{rows}x{width} of {stride} {dtype:?}");
                 assert_close(&floats(&out, dtype), &expected, tolerance(dtype), &name);
             }
+        }
+    });
+}
+
+#[test]
+fn join() {
+    on_devices(|device| {
+        for (rows, width, ranks) in [(1, 1, 1), (2, 7, 2), (3, 10, 4), (4, 288, 8), (1, 3, 3), (5, 1001, 7)] {
+            let mut numbers = Numbers::new(23);
+            let whole = numbers.vector(rows * width);
+            let first = |rank: usize| rank * width / ranks;
+            // What lies behind a rank's part belongs to nobody.
+            let stride = rows * width.div_ceil(ranks) + 3;
+            let mut parts = vec![f32::NAN; ranks * stride];
+            for rank in 0..ranks {
+                let own = first(rank)..first(rank + 1);
+                let to = parts[rank * stride..].chunks_mut(own.len());
+                for (row, to) in whole.chunks(width).zip(to) {
+                    to.copy_from_slice(&row[own.clone()]);
+                }
+            }
+            let (parts, out) = (Buffer::new(device, &parts), Buffer::empty(device, rows * width * 4));
+            let parameters = Join {
+                out: out.address(),
+                parts: parts.address(),
+                width: width as u32,
+                ranks: ranks as u32,
+                stride: stride as u32,
+                reserved: 0,
+            };
+            device.launch(&launches::join(rows as u32, &parameters)).expect("kernels run");
+            assert_same_bits(&out.read::<f32>(), &whole, &format!("{rows}x{width} of {ranks}"));
         }
     });
 }

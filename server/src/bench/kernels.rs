@@ -13,7 +13,6 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tidemill_engine::device_name::DeviceName;
-use tidemill_engine::handle::DeviceChoice;
 use tidemill_kernels::cpu::{Cpu, CpuOptions, Isa};
 
 use super::limits::Yardstick;
@@ -64,13 +63,14 @@ struct Row {
 #[expect(clippy::print_stdout, reason = "the report is the program's output")]
 pub(super) fn run(flags: &KernelBenchFlags) -> anyhow::Result<ExitCode> {
     let load_before = machine::load();
-    let rows = match flags.device.open().with_context(|| format!("--device {}", flags.device))? {
-        DeviceChoice::Cpu => on_cpu(flags)?,
-        DeviceChoice::Cuda(driver) | DeviceChoice::CudaOrCpu(driver) => {
+    let device = flags.device.open(1).with_context(|| format!("--device {}", flags.device))?;
+    let rows = match device.gpus().first() {
+        None => on_cpu(flags)?,
+        Some(driver) => {
             let wanted = |operation: &gpu::Operation| flags.wants(&operation.name());
             let operations: Vec<gpu::Operation> = gpu::Operation::all().into_iter().filter(wanted).collect();
             anyhow::ensure!(!operations.is_empty(), "there is no such operation");
-            gpu::measure(&driver, &operations, flags.runs)?
+            gpu::measure(driver, &operations, flags.runs)?
         }
     };
     if flags.json {

@@ -250,7 +250,7 @@ fn source(flags: &ModelBenchFlags, bars: &MultiProgress) -> anyhow::Result<(Stri
 
 /// Loads the model where it is to compute.
 fn subject(flags: &ModelBenchFlags, source: &ModelSource, bars: &MultiProgress) -> anyhow::Result<Subject> {
-    let device = flags.device.open().with_context(|| format!("--device {}", flags.device))?;
+    let device = flags.device.open(1).with_context(|| format!("--device {}", flags.device))?;
     let config = EngineConfig {
         device,
         quantization: flags.quantization,
@@ -270,7 +270,8 @@ fn subject(flags: &ModelBenchFlags, source: &ModelSource, bars: &MultiProgress) 
         bar.set_position(progress.done >> 20);
         bar.set_message(format!("MiB, {}", progress.stage));
     };
-    let subject = match config.settle_device()? {
+    let gpu = config.settle_device()?.and_then(|gpus| gpus.into_iter().next());
+    let subject = match gpu {
         None => Subject::Cpu(Arc::new(Model::load_with(options, source, &mut progress)?), cpu),
         Some(driver) => {
             let model = Arc::new(Model::load_on(&driver, options, source, &mut progress)?);

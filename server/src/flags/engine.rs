@@ -2,9 +2,10 @@
 
 use std::str::FromStr;
 
+use anyhow::Context as _;
 use clap::Args;
 use tidemill_engine::device_name::{DeviceName, UnknownDevice};
-use tidemill_engine::handle::{CudaGraphs, Isa, Quantization, UnknownIsa};
+use tidemill_engine::handle::{CudaGraphs, DeviceChoice, Isa, Quantization, UnknownIsa};
 
 use super::speculative::{DraftName, SpeculativeConfig};
 use super::values::{
@@ -108,11 +109,13 @@ pub(crate) struct EngineFlags {
     /// Threads that compute, each on its own core [default: one per core]
     #[arg(long, env = "TIDEMILL_THREADS", value_name = "N", value_parser = positive())]
     pub(crate) threads: Option<u32>,
-    /// What to compute on: cpu, cuda:N for GPU N, or auto for the first GPU where it is of use, else the CPU
+    /// What to compute on: cpu, cuda:N for GPU N, or auto for the first GPU where it is of use, else the CPU. With
+    /// --tensor-parallel-size R it is R GPUs, from that one on
     #[arg(long, env = "TIDEMILL_DEVICE", value_name = "NAME", default_value_t, value_parser = device)]
     pub(crate) device: DeviceName,
-    /// Ranks that share the model and compute it together, each with its part of the weights, of the heads and of the worker's
-    /// cores: as many as divide the model's heads. Workers of different numbers hand over to one another
+    /// Ranks that share the model and compute it together, each with its part of the weights and of the heads, and of the worker's
+    /// cores or a GPU of its own (which needs NCCL): as many as divide the model's heads. Workers of different numbers hand over to one
+    /// another
     #[arg(long, env = "TIDEMILL_TENSOR_PARALLEL_SIZE", value_name = "N", default_value = "1", value_parser = ranks())]
     pub(crate) tensor_parallel_size: u32,
     /// Sequences in a decode step for which a GPU records a graph, comma-separated [default: 1, 2, 4, then every eighth up
@@ -270,6 +273,15 @@ impl EngineFlags {
         flags.kv_cache_memory = memory.or(flags.kv_cache_memory);
         flags.fault_point = flags.fault_point.filter(|_| role == RoleName::Prefill);
         flags
+    }
+
+    /// Takes the GPUs, if it is to be any.
+    pub(crate) fn open_device(&self) -> anyhow::Result<DeviceChoice> {
+        let Self { device, tensor_parallel_size: ranks, .. } = self;
+        device.open(*ranks).with_context(|| match ranks {
+            1 => format!("--device {device}"),
+            _ => format!("--device {device} --tensor-parallel-size {ranks}"),
+        })
     }
 
     /// Which decode steps of a GPU are recorded.

@@ -139,7 +139,7 @@ impl CudaRunner {
     /// Everything that is computed in a decode step, which is the same each time.
     fn ask_for_decode(&self, key: Key) -> Result<(), CudaError> {
         self.compute_layers(key.rows, key.splits, &mut |_| {})?;
-        self.normalise_wanted(key.rows)?;
+        self.normalise_wanted(key.rows, key.rows)?;
         self.make_all(key.results())
     }
 }

@@ -9,7 +9,7 @@ use tidemill_kernels::cuda::{
 };
 
 use super::CudaRunner;
-use super::products::{Rows, Target};
+use super::products::{Projection, Rows, Target};
 use crate::weights::{DeviceMatrix, DeviceTensor, LayerWeights};
 
 type Layer = LayerWeights<DeviceMatrix, DeviceTensor>;
@@ -60,10 +60,37 @@ impl CudaRunner {
         width: usize,
         rows: usize,
     ) -> Result<(), CudaError> {
+        self.add_and_norm(out, (state, DeviceAddress::NULL), weight, width, rows)
+    }
+
+    /// Normalises the state, to which what ranks have summed is added before, where there are several.
+    pub(super) fn norm_state(&self, weight: &DeviceTensor, rows: usize) -> Result<(), CudaError> {
+        let (out, state) = (self.buffers.normed.address(), self.buffers.state.address());
+        self.add_and_norm(out, (state, self.delta()), weight, self.model.spec.hidden_size, rows)
+    }
+
+    fn add_and_norm(
+        &self,
+        out: DeviceAddress,
+        (state, delta): (DeviceAddress, DeviceAddress),
+        weight: &DeviceTensor,
+        width: usize,
+        rows: usize,
+    ) -> Result<(), CudaError> {
         let (width, eps) = (narrow(width), self.model.spec.norm_eps);
-        let parameters =
-            RmsNorm { out, state, delta: DeviceAddress::NULL, weight: weight.address(), width, eps };
+        let parameters = RmsNorm { out, state, delta, weight: weight.address(), width, eps };
         self.launch(launches::rms_norm(self.model.dtype, narrow(rows), &parameters))
+    }
+
+    /// Adds a product to the state; of several ranks, leaves their sum to the norm that comes next.
+    fn add_to_state(&self, rows: Rows, weights: &Projection) -> Result<(), CudaError> {
+        let outputs = self.model.spec.hidden_size;
+        let target = match &self.seat {
+            None => Target { out: self.buffers.state.address(), outputs, adds: true },
+            Some(_) => Target { out: self.delta(), outputs, adds: false },
+        };
+        self.project(rows, &[(weights, target)])?;
+        self.sum_delta(rows.rows)
     }
 
     /// Normalises the state, projects it to query, key and value, turns query and key, and stores key and value.
@@ -73,7 +100,10 @@ impl CudaRunner {
         let normed = self.buffers.normed.address();
         let [query, key, value] =
             [&self.buffers.query, &self.buffers.key, &self.buffers.value].map(|it| it.address());
-        self.norm(normed, self.buffers.state.address(), &weights.input_norm, hidden, rows)?;
+        match layer {
+            0 => self.norm(normed, self.buffers.state.address(), &weights.input_norm, hidden, rows)?,
+            _ => self.norm_state(&weights.input_norm, rows)?,
+        }
         let to = |out, outputs| Target { out, outputs, adds: false };
         let products = [
             (&weights.query, to(query, query_size)),
@@ -113,8 +143,7 @@ impl CudaRunner {
         }
         self.attend_together(layer, rows)?;
         let attended = Rows { x: self.buffers.attended.address(), rows, inputs: spec.query_size() };
-        let state = Target { out: self.buffers.state.address(), outputs: spec.hidden_size, adds: true };
-        self.project(attended, &[(&weights.output, state)])
+        self.add_to_state(attended, &weights.output)
     }
 
     /// Attention of rows that are alone in their sequence, or of a type that is not attended to together.
@@ -189,22 +218,16 @@ impl CudaRunner {
     fn feed_forward(&self, weights: &Layer, rows: usize) -> Result<(), CudaError> {
         let spec = &self.model.spec;
         let (hidden, inner) = (spec.hidden_size, spec.intermediate_size);
-        let [state, normed, gate, up, out] = [
-            &self.buffers.state,
-            &self.buffers.normed,
-            &self.buffers.gate,
-            &self.buffers.up,
-            &self.buffers.gated,
-        ]
-        .map(|it| it.address());
-        self.norm(normed, state, &weights.mlp_norm, hidden, rows)?;
+        let [normed, gate, up, out] =
+            [&self.buffers.normed, &self.buffers.gate, &self.buffers.up, &self.buffers.gated]
+                .map(|it| it.address());
+        self.norm_state(&weights.mlp_norm, rows)?;
         let to = |out| Target { out, outputs: inner, adds: false };
         let products = [(&weights.gate, to(gate)), (&weights.up, to(up))];
         self.project(Rows { x: normed, rows, inputs: hidden }, &products)?;
         let parameters = SiluMul { out, gate, up, width: narrow(inner), stride: narrow(inner) };
         self.launch(launches::silu_mul(self.model.dtype, narrow(rows), &parameters))?;
-        let state = Target { out: state, outputs: hidden, adds: true };
-        self.project(Rows { x: out, rows, inputs: inner }, &[(&weights.down, state)])
+        self.add_to_state(Rows { x: out, rows, inputs: inner }, &weights.down)
     }
 }
 

@@ -5,15 +5,19 @@
 //! once, for the largest step, and stays where it is. A step is launches alone, or a graph of them: the host waits at its end, where
 //! tokens are chosen on the device and only their ids and log-probabilities come back, or where somebody asked for logits.
 //!
+//! With several GPUs this is one rank's part of it; the first rank's runner has the others do the same (`ranks`).
+//!
 //! Two steps can be under way, one behind the other: the second takes tokens that the first chose, on the device, before the host
 //! knows them.
 
 mod buffers;
 mod graphs;
+mod group;
 mod inputs;
 mod layers;
 mod output;
 mod products;
+mod ranks;
 mod slots;
 
 use std::ops::Range;
@@ -33,14 +37,21 @@ use crate::models::{Model, ModelSpec};
 use crate::weights::DeviceWeights;
 use buffers::{Buffers, Results};
 use graphs::{Graphs, Key};
+use group::Seat;
 use inputs::Inputs;
 pub use output::{Outcome, OutcomeRow, RowLogprobs};
+pub use ranks::{CudaRank, CudaRanks};
+use ranks::{Others, Step, Threads};
 pub use slots::Flight;
 use slots::Slot;
 
-/// Runs a model on a GPU.
+/// Runs a model on a GPU, or a rank's part of one.
+///
+/// Fields are dropped in their order: the others are told to end, then this rank gives back what it has, and waits for them last.
 #[derive(Debug)]
 pub struct CudaRunner {
+    /// Of the first of several ranks.
+    others: Option<Others>,
     model: Arc<Model<DeviceWeights>>,
     driver: Arc<dyn Driver>,
     shape: KvBlockShape,
@@ -53,6 +64,8 @@ pub struct CudaRunner {
     buffers: Buffers,
     inputs: Inputs,
     graphs: Graphs,
+    /// Among several ranks. After the graphs.
+    seat: Option<Seat>,
     /// What belongs to a step until its outcome is taken: two of them, in turn.
     slots: [Slot; 2],
     /// Whose turn it is.
@@ -61,6 +74,7 @@ pub struct CudaRunner {
     logits: Vec<f32>,
     /// In words, so that numbers are where they may be.
     results: Vec<u64>,
+    threads: Threads,
 }
 
 /// What a device makes of a row.
@@ -80,6 +94,9 @@ pub type Tasks<'a> = dyn Fn(usize, u32) -> Option<RowTask> + 'a;
 pub type Carried<'a> = dyn Fn(usize) -> Option<usize> + 'a;
 
 impl CudaRunner {
+    /// Products of more rows are the library's, if nobody says otherwise.
+    pub const LIBRARY_ROWS: usize = products::FEW_ROWS;
+
     /// Makes every buffer that a step within `limits` needs. Steps in which each sequence computes one token are graphs, for so many
     /// rows as `graph_sizes` says.
     ///
@@ -116,8 +133,11 @@ impl CudaRunner {
             driver,
             shape,
             limits,
-            library_rows: Some(products::FEW_ROWS),
+            library_rows: Some(Self::LIBRARY_ROWS),
             blocks: None,
+            others: None,
+            seat: None,
+            threads: Threads::none(),
         })
     }
 
@@ -208,6 +228,23 @@ impl CudaRunner {
         after_layers: &mut dyn FnMut(Range<usize>),
     ) -> Result<Flight, CudaError> {
         batch.assert_within(&self.limits, &self.shape, self.model.spec.vocab_size);
+        let Some(others) = self.others.take() else { return self.ask(batch, tasks, carried, after_layers) };
+        let first = self.blocks.as_ref().expect("a rank has blocks").first;
+        let step = Step::new(batch, first, tasks, carried);
+        let own = |after: &mut dyn FnMut(Range<usize>)| self.ask(batch, tasks, carried, after);
+        let flight = others.step(step, after_layers, own);
+        self.others = Some(others);
+        flight
+    }
+
+    /// Asks the device for a step.
+    fn ask(
+        &mut self,
+        batch: &Batch<'_, DeviceAddress>,
+        tasks: &Tasks<'_>,
+        carried: &Carried<'_>,
+        after_layers: &mut dyn FnMut(Range<usize>),
+    ) -> Result<Flight, CudaError> {
         self.slot = 1 - self.slot;
         let before = &self.slots[1 - self.slot];
         assert!(!before.is_under_way() || before.is_all_on_device(), "logits of the step before are lost");
@@ -244,7 +281,7 @@ impl CudaRunner {
                 inputs.send(&driver, &slot.outbox, batch, carried, &slot.wanted, &slot.tasks)?;
                 let splits = Attention::splits(self.inputs.longest());
                 self.compute_layers(batch.rows(), splits, after_layers)?;
-                self.normalise_wanted(rows_wanted)?;
+                self.normalise_wanted(batch.rows(), rows_wanted)?;
                 if on_device && 0 < rows_wanted {
                     self.make_all(results)?;
                     self.start_download(self.slot, 0..rows_wanted)?;

@@ -6,7 +6,8 @@
 use std::ops::Range;
 
 use tidemill_kernels::cuda::{
-    CudaError, LikelyToken, LogprobsOfRows, LogprobsRow, LogprobsSum, Queue, Sample, SampleRow, launches,
+    CudaError, DeviceAddress, LikelyToken, LogprobsOfRows, LogprobsRow, LogprobsSum, Queue, Sample,
+    SampleRow, Ticket, launches,
 };
 
 use super::buffers::{self, Results};
@@ -87,7 +88,7 @@ impl CudaRunner {
         // K and V are there when the step is said to be over.
         let done = slot.done.take().expect("a step is received once");
         if wanted == 0 || slot.is_all_on_device() {
-            self.driver.wait(done)?;
+            self.wait(index, done)?;
             if 0 < wanted {
                 self.read_results(index, 0..wanted);
                 self.take(index, 0..wanted, &mut take);
@@ -97,13 +98,17 @@ impl CudaRunner {
         let at_once = buffers::logits_rows(self.limits);
         for first in (0..wanted).step_by(at_once) {
             let rows = first..wanted.min(first + at_once);
-            let Slot { is_chosen, results, .. } = self.slots[index];
-            if !is_chosen {
-                self.compute_logits(first, rows.len())?;
-                self.make(first, rows.len(), results)?;
-                self.start_download(index, rows.clone())?;
+            if !self.slots[index].is_chosen {
+                let own = || {
+                    self.make_some(index, rows.clone())?;
+                    self.start_download(index, rows.clone())
+                };
+                match &self.others {
+                    None => own()?,
+                    Some(others) => others.make(index, rows.clone(), own)?,
+                }
             }
-            self.driver.wait(self.driver.ticket(Queue::Compute)?)?;
+            self.wait(index, self.driver.ticket(Queue::Compute)?)?;
             self.read_results(index, rows.clone());
             self.download_logits(index, rows.clone())?;
             self.take(index, rows, &mut take);
@@ -111,19 +116,44 @@ impl CudaRunner {
         Ok(())
     }
 
+    /// Waits for what was asked of a step.
+    fn wait(&self, slot: usize, ticket: Ticket) -> Result<(), CudaError> {
+        match &self.others {
+            None => self.driver.wait(ticket),
+            Some(others) => others.wait(slot, || self.driver.wait(ticket)),
+        }
+    }
+
+    /// Makes of some wanted rows what is wanted of them.
+    pub(super) fn make_some(&self, slot: usize, rows: Range<usize>) -> Result<(), CudaError> {
+        self.compute_logits(rows.start, rows.len())?;
+        self.make(rows.start, rows.len(), self.slots[slot].results)
+    }
+
     /// Which of the wanted rows is the last of a sequence, if one is.
     pub fn last_row(&self, flight: &Flight, sequence: usize) -> Option<usize> {
         self.slots[flight.slot].wanted.iter().rposition(|row| row.sequence == sequence)
     }
 
-    /// Normalises the rows that are wanted, and no others.
-    pub(super) fn normalise_wanted(&self, wanted: usize) -> Result<(), CudaError> {
+    /// Normalises the rows that are wanted, and no others; of several ranks all, to which their last sum is added on the way, and then
+    /// takes those that are wanted.
+    pub(super) fn normalise_wanted(&self, rows: usize, wanted: usize) -> Result<(), CudaError> {
         if wanted == 0 {
             return Ok(());
         }
         let (normed, hidden) = (self.buffers.normed.address(), self.model.spec.hidden_size);
+        let norm = &self.model.weights.final_norm;
+        if self.seat.is_some() {
+            self.norm_state(norm, rows)?;
+            return self.take_rows(self.rows_for_head(), normed, self.inputs.wanted(), wanted);
+        }
         self.take_rows(normed, self.buffers.state.address(), self.inputs.wanted(), wanted)?;
-        self.norm(normed, normed, &self.model.weights.final_norm, hidden, wanted)
+        self.norm(normed, normed, norm, hidden, wanted)
+    }
+
+    /// Where wanted rows are, normalised.
+    fn rows_for_head(&self) -> DeviceAddress {
+        if self.seat.is_some() { self.buffers.state.address() } else { self.buffers.normed.address() }
     }
 
     /// Makes of all wanted rows what is wanted of them.
@@ -140,8 +170,8 @@ impl CudaRunner {
     /// Computes logits of some wanted rows, in the place of others.
     fn compute_logits(&self, first: usize, rows: usize) -> Result<(), CudaError> {
         let inputs = self.model.spec.hidden_size;
-        let x = self.buffers.normed.address().offset(first * inputs * self.model.dtype.bytes());
-        self.multiply_by_head(Rows { x, rows, inputs }, self.buffers.logits.address())
+        let x = self.rows_for_head().offset(first * inputs * self.model.dtype.bytes());
+        self.multiply_by_head(Rows { x, rows, inputs })
     }
 
     /// Chooses tokens by logits, and finds log-probabilities where they are wanted.
@@ -173,8 +203,11 @@ impl CudaRunner {
         self.launch(launches::logprobs(narrow(rows), &logprobs))
     }
 
-    /// Has results of some wanted rows come down.
+    /// Has results of some wanted rows come down: of several ranks those of the first, which the others have too.
     pub(super) fn start_download(&self, slot: usize, rows: Range<usize>) -> Result<(), CudaError> {
+        if self.seat.as_ref().is_some_and(|seat| !seat.is_first()) {
+            return Ok(());
+        }
         let Slot { inbox, results, .. } = &self.slots[slot];
         for part in results.parts(rows) {
             let (to, from) =

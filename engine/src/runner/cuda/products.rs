@@ -11,7 +11,7 @@ use super::CudaRunner;
 use super::layers::narrow;
 use crate::weights::{DeviceMatrix, DeviceSteps, DeviceTensor, Linear};
 
-type Projection = Linear<DeviceMatrix, DeviceTensor>;
+pub(super) type Projection = Linear<DeviceMatrix, DeviceTensor>;
 
 /// What is multiplied: `[rows][inputs]` of the model's type.
 #[derive(Clone, Copy)]
@@ -47,14 +47,19 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// Computes logits, which are f32.
-    pub(super) fn multiply_by_head(&self, rows: Rows, out: DeviceAddress) -> Result<(), CudaError> {
+    /// Computes logits, which are f32: of several ranks each some tokens', which come together in all of them.
+    pub(super) fn multiply_by_head(&self, rows: Rows) -> Result<(), CudaError> {
         let head = &self.model.weights.head;
         if let Some(quantization) = head.quantization() {
             self.quantize(rows, quantization)?;
         }
-        let target = Target { out, outputs: self.model.spec.vocab_size, adds: false };
-        self.multiply(rows, head, DeviceAddress::NULL, target, WeightDtype::F32)
+        let (out, outputs) = match &self.seat {
+            None => (self.buffers.logits.address(), self.model.spec.vocab_size),
+            Some(seat) => (seat.logits(), seat.outputs()),
+        };
+        let target = Target { out, outputs, adds: false };
+        self.multiply(rows, head, DeviceAddress::NULL, target, WeightDtype::F32)?;
+        self.gather_logits(rows.rows)
     }
 
     /// Products of more rows than this are done by the library that the device has for them, if it has one, else by a kernel

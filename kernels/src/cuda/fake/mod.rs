@@ -31,6 +31,8 @@ use std::{
 /// The device.
 pub struct Fake {
     properties: Properties,
+    /// Whether there is something to exchange numbers by.
+    exchanges: bool,
     state: Mutex<State>,
 }
 
@@ -63,7 +65,7 @@ impl Fake {
             memory_bandwidth: 0,
             shared_bytes: 227 << 10,
         };
-        Self { properties, state: Mutex::new(State::new(order, 4 << 30)) }
+        Self { properties, exchanges: true, state: Mutex::new(State::new(order, 4 << 30)) }
     }
 
     /// With other kernels.
@@ -84,6 +86,13 @@ impl Fake {
     #[must_use]
     pub fn with_library(self) -> Self {
         self.state().library = true;
+        self
+    }
+
+    /// Without anything to exchange numbers with other devices by.
+    #[must_use]
+    pub fn without_exchange(mut self) -> Self {
+        self.exchanges = false;
         self
     }
 
@@ -126,6 +135,13 @@ impl Fake {
             graphs == 0 && state.recording.is_none(),
             "{graphs} graphs, or a capture, were not given back"
         );
+    }
+
+    fn meet(&self, member: Member, collective: Collective) -> Result<(), CudaError> {
+        let (group, brought) = self.state().bring(member, collective);
+        let outcome = group.collect(member.rank, member.ranks, collective, brought)?;
+        self.state().take(member, collective, &outcome);
+        Ok(())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -258,7 +274,14 @@ impl Driver for Fake {
     }
 
     fn replay(&self, graph: Graph) -> Result<(), CudaError> {
-        self.state().replay(graph)
+        let operations = self.state().replay(graph)?;
+        operations.into_iter().try_for_each(|operation| match operation {
+            Operation::Collect(member, collective) => self.meet(member, collective),
+            operation => {
+                self.state().next(operation);
+                Ok(())
+            }
+        })
     }
 
     fn update(&self, graph: Graph, number: usize, launch: &Launch) -> Result<(), CudaError> {
@@ -271,7 +294,10 @@ impl Driver for Fake {
     }
 
     fn exchange(&self) -> Result<String, String> {
-        Ok("threads that meet".to_owned())
+        match self.exchanges {
+            true => Ok("threads that meet".to_owned()),
+            false => Err(CudaError::NoExchange { reason: "the fake has none".to_owned() }.to_string()),
+        }
     }
 
     fn new_group(&self) -> Result<GroupId, CudaError> {
@@ -285,7 +311,7 @@ impl Driver for Fake {
     }
 
     fn collect(&self, member: Member, collective: Collective) -> Result<(), CudaError> {
-        self.state().ask(Queue::Compute, Operation::Collect(member, collective))
+        if self.state().may_meet(member, collective)? { self.meet(member, collective) } else { Ok(()) }
     }
 
     fn abandon(&self, member: Member) {

@@ -178,13 +178,13 @@ impl State {
         match operation {
             Operation::Launch(_) => self.calls.launches += 1,
             Operation::Multiply(_) => self.calls.products += 1,
-            Operation::Collect(..) => self.calls.collectives += 1,
             _ => self.calls.copies += 1,
         }
-        self.begin(queue, operation)
+        self.begin(queue, operation);
+        Ok(())
     }
 
-    fn begin(&mut self, queue: Queue, operation: Operation) -> Result<(), CudaError> {
+    fn begin(&mut self, queue: Queue, operation: Operation) {
         let (named, name) = (operation.memory(), operation.name());
         for Named { room, memory, access } in &named {
             self.room(*room).id_of(memory, name);
@@ -211,10 +211,9 @@ impl State {
             }
         }
         self.transfers.push_back(Transfer { number, operation, source });
-        Ok(())
     }
 
-    fn carry_out(&mut self, operation: Operation) -> Result<(), CudaError> {
+    fn carry_out(&mut self, operation: Operation) {
         let range = |start: u64, bytes: usize| start..start + bytes as u64;
         match operation {
             Operation::Launch(launch) => {
@@ -223,7 +222,8 @@ impl State {
                 outcome.unwrap_or_else(|reason| panic!("{reason}"));
             }
             Operation::Multiply(product) => product::carry_out(&product, &mut self.device),
-            Operation::Collect(member, collective) => return self.meet(member, collective),
+            // Ranks meet: `bring`, `take`.
+            Operation::Collect(..) => {}
             Operation::Fill { to, bytes, value } => {
                 self.device.set_written(&range(to.0, bytes));
                 self.device.write(to.0, &vec![value; bytes]);
@@ -242,25 +242,32 @@ impl State {
                 self.device.write(to.0, &contents);
             }
         }
-        Ok(())
     }
 
-    fn meet(&mut self, member: Member, collective: Collective) -> Result<(), CudaError> {
+    /// The group that a rank meets, and what it brings along. Until it has what it [takes](Self::take) away, others may ask the device,
+    /// as they may while a GPU waits.
+    pub(super) fn bring(&mut self, member: Member, collective: Collective) -> (Arc<Group>, Vec<u8>) {
+        self.begin(Queue::Compute, Operation::Collect(member, collective));
         let bytes = collective.bytes() as u64;
-        let (to, from) = match collective {
-            Collective::Sum { address, .. } => (Some(address), Some(address)),
-            Collective::Gather { to, from, .. } => (Some(to), Some(from)),
-            Collective::Spread { address, .. } if member.rank == 0 => (None, Some(address)),
-            Collective::Spread { address, .. } => (Some(address), None),
+        let from = match collective {
+            Collective::Sum { address, .. } => Some(address),
+            Collective::Gather { from, .. } => Some(from),
+            Collective::Spread { address, .. } => (member.rank == 0).then_some(address),
         };
-        let brought = from.map(|from| self.device.read(&(from.0..from.0 + bytes))).unwrap_or_default();
-        let group = self.group(member);
-        let outcome = group.collect(member.rank, member.ranks, collective, brought)?;
-        if let Some(to) = to {
-            self.device.set_written(&(to.0..to.0 + outcome.len() as u64));
-            self.device.write(to.0, &outcome);
-        }
-        Ok(())
+        let brought = from.map(|from| self.device.read(&(from.0..from.0 + bytes)));
+        (self.group(member), brought.unwrap_or_default())
+    }
+
+    /// What a rank has from meeting others.
+    pub(super) fn take(&mut self, member: Member, collective: Collective, outcome: &[u8]) {
+        let to = match collective {
+            Collective::Sum { address, .. } => address,
+            Collective::Gather { to, .. } => to,
+            Collective::Spread { .. } if member.rank == 0 => return,
+            Collective::Spread { address, .. } => address,
+        };
+        self.device.set_written(&(to.0..to.0 + outcome.len() as u64));
+        self.device.write(to.0, outcome);
     }
 
     /// Carries out the next transfer, if it is over by a moment.
@@ -271,7 +278,7 @@ impl State {
             let same = self.device.read(&memory) == before;
             assert!(same, "{operation:?} was under way, and a kernel wrote what it reads");
         }
-        self.carry_out(operation).expect("copies do not fail");
+        self.carry_out(operation);
         true
     }
 
@@ -350,13 +357,29 @@ impl State {
         Ok(Graph { number: self.captures, bytes, launches })
     }
 
-    pub(super) fn replay(&mut self, graph: Graph) -> Result<(), CudaError> {
+    /// What a graph does, for [`next`](Self::next).
+    pub(super) fn replay(&mut self, graph: Graph) -> Result<Vec<Operation>, CudaError> {
         self.check_not_recording("a replay");
         self.count_down()?;
         self.calls.replays += 1;
         let recording = self.graph(graph).clone();
         recording.check_memory(&self.device, &self.pinned);
-        recording.operations.into_iter().try_for_each(|operation| self.begin(Queue::Compute, operation))
+        Ok(recording.operations)
+    }
+
+    /// Does the next of what a graph does.
+    pub(super) fn next(&mut self, operation: Operation) {
+        self.begin(Queue::Compute, operation);
+    }
+
+    /// Whether ranks are to meet now, and not when a graph is replayed.
+    pub(super) fn may_meet(&mut self, member: Member, collective: Collective) -> Result<bool, CudaError> {
+        if self.recording.is_some() {
+            return self.ask(Queue::Compute, Operation::Collect(member, collective)).map(|()| false);
+        }
+        self.count_down()?;
+        self.calls.collectives += 1;
+        Ok(true)
     }
 
     pub(super) fn update(&mut self, graph: Graph, number: usize, launch: &Launch) -> Result<(), CudaError> {
