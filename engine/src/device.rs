@@ -5,6 +5,11 @@
 //! to a peer, or is read by one, comes down first, and what came from one goes up before it is used. So whatever a peer may still
 //! write, and until when, is as on a CPU, and no peer ever touches memory that the GPU computes in.
 
+#[cfg(test)]
+tidemill_kernels::where_emulated! {
+    mod tests;
+}
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;

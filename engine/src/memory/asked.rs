@@ -61,3 +61,33 @@ impl Asked {
         self.layers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn who_copies_waits_until_the_others_were_asked_for_as_much() {
+        let asked = Asked::new(2);
+        asked.wait();
+        for step in 0..3 {
+            asked.begin();
+            asked.first(2);
+            asked.other(1, 5);
+            thread::scope(|scope| {
+                let waits = scope.spawn(|| asked.wait());
+                asked.other(0, 1);
+                assert!(!waits.is_finished(), "step {step}: one layer is missing");
+                asked.other(0, 2);
+            });
+        }
+        asked.begin();
+        asked.first(1);
+        thread::scope(|scope| {
+            scope.spawn(|| asked.wait());
+            asked.give_up();
+        });
+    }
+}

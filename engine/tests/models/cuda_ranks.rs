@@ -13,6 +13,7 @@ use tidemill_engine::runner::LogitsWanted;
 use tidemill_kernels::cuda::Driver;
 use tidemill_kernels::cuda::emulator::Order;
 use tidemill_kernels::cuda::fake::Fake;
+use tidemill_kernels::cuda::hopper::CAPABILITY;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
 /// Makes the check a test of each fixture model.
@@ -58,6 +59,20 @@ fn fakes(count: usize, with_library: bool) -> Vec<Arc<Fake>> {
 
 fn drivers(fakes: &[Arc<Fake>]) -> Vec<Arc<dyn Driver>> {
     fakes.iter().map(|fake| Arc::clone(fake) as _).collect()
+}
+
+/// What Hopper alone has is taken by each rank, for its part.
+#[test]
+fn ranks_on_hopper_are_within_the_bounds_of_transformers() {
+    let fakes: Vec<Arc<Fake>> =
+        (0..2).map(|_| Arc::new(Fake::new(Order::Forwards).with_compute_capability(CAPABILITY))).collect();
+    let name = "llama-bf16-new-keys";
+    let (storage, bound) = storage_and_bound(name);
+    check_gpu(Gpu::of_ranks(&drivers(&fakes), name, storage, &[1, 4]), name, bound);
+    for fake in fakes {
+        assert!(fake.launches().iter().any(|it| it.kernel.starts_with("multiply_wide_")));
+        fake.assert_nothing_left();
+    }
 }
 
 /// A graph of all ranks sums what its launches sum.
