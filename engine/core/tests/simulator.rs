@@ -66,6 +66,7 @@ fn schedules_that_once_failed() {
         ("a process that dies after its link was severed is noticed too",   127_978),
         ("what ends between a handshake and its link is said to be quiet",  806_389),
         ("what was computed before its peer reserved is not called final",  25_061),
+        ("who leaves what it is offered notices a lost write of its own",   24_586),
     ];
     for (name, seed) in rows {
         let outcome = attempt(seed, Options { faults: Faults::all(), mischief: None }, &mut Trace::default());

@@ -68,8 +68,7 @@ impl Life {
             lease: Duration::from_micros(LEASE),
             heartbeat: Duration::from_micros(LEASE / 5),
             patience: Duration::from_secs(3),
-            // Who leaves what it is offered does not end its link for that by itself.
-            stall: if worker.leaves_offers_until == 0 { Duration::from_secs(2) } else { FOR_EVER },
+            stall: if worker.leaves_offers_until == 0 { Duration::from_secs(2) } else { LAZY_STALL },
             offers,
             credit,
             pulls,
@@ -157,5 +156,8 @@ impl World<'_> {
 pub(super) const LEASE: u64 = 500_000;
 /// How long what a peer was offered may wait for it. Longer in production; a schedule has not the patience.
 pub(super) const OFFERS: Duration = Duration::from_secs(6);
+/// Who leaves what it is offered does not end its link for that by itself, which it would after twice this time, before its peer has
+/// noticed. A write of its own that was lost is another matter.
+const LAZY_STALL: Duration = Duration::from_secs(12);
 /// Longer than any schedule.
 const FOR_EVER: Duration = Duration::from_secs(3600);
