@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tidemill_kvtransfer_proto::digest::{BlockDigests, BlockShape, Coverage};
 use tidemill_kvtransfer_proto::endpoint_core::{
-    EndpointCore, EndpointRules, LinkUp, QuietProof, TargetWrite, WriteSource,
+    ByDevice, EndpointCore, EndpointRules, LinkUp, QuietProof, TargetWrite, WriteSource,
 };
 use tidemill_kvtransfer_proto::layout::{HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{Hello, Message, Offer, OnFailure, PROTOCOL, Reserve};
@@ -89,7 +89,16 @@ fn prepared(
         pulls: false,
     });
     core.meet(DECODE, "decode");
-    core.link_up(DECODE, LinkUp { hello: hello(layout), proof: QuietProof::Process, busy: Vec::new() }, now);
+    core.link_up(
+        DECODE,
+        LinkUp {
+            hello: hello(layout),
+            proof: QuietProof::Process,
+            busy: Vec::new(),
+            by_device: ByDevice::default(),
+        },
+        now,
+    );
     core.expect(handoff, DECODE, second, now);
     let target = |index: u32| BlockRef { block: BlockId((index * 5 + 3) % 1024), epoch: Epoch(handoff.0) };
     let reserve = Reserve {

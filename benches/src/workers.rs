@@ -191,6 +191,7 @@ impl Worker {
             layout: layout.clone(),
             region: Arc::clone(&region),
             staging_bytes: 0,
+            device: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             transport: if way == Way::Tcp { TransportChoice::Tcp } else { TransportChoice::SharedMemory },
             require: true,

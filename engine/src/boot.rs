@@ -14,6 +14,7 @@ use std::sync::mpsc::{Receiver, Sender};
 use tidemill_engine_core::scheduler::{Limits, Scheduler};
 use tidemill_engine_core::speculation::Speculation;
 use tidemill_kernels::cpu::{Cpu, CpuOptions};
+use tidemill_kvtransfer::device::DeviceBlocks;
 use tidemill_kvtransfer::{Endpoint, EndpointConfig, Pages, Timing};
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
@@ -121,7 +122,8 @@ impl Boot<'_> {
         let tail = Arc::clone(arena.tail());
         // A peer that computes in these blocks reads them too, and the arena does not have what a GPU has computed.
         let in_place = config.in_place && pool.is_none();
-        let endpoint = Arc::new(endpoint(&config, in_place, instance, &arena, wires.commands)?);
+        let for_peers = pool.as_ref().map(|pool| pool.for_peers(arena.shape().layer_stride)).transpose()?;
+        let endpoint = Arc::new(endpoint(&config, in_place, instance, &arena, for_peers, wires.commands)?);
         // After the endpoint's thread has started, which would otherwise inherit the core.
         cpu.pin_caller().map_err(|error| EngineError::Device(error.to_string()))?;
         let draft_model = draft_model
@@ -319,6 +321,7 @@ fn endpoint(
     in_place: bool,
     instance: u64,
     arena: &Arena,
+    device: Option<Arc<dyn DeviceBlocks>>,
     commands: Sender<Command>,
 ) -> Result<Endpoint, EngineError> {
     let address = config.handoff_listen;
@@ -329,6 +332,7 @@ fn endpoint(
             layout: arena.layout().clone(),
             region: Arc::clone(arena.region()),
             staging_bytes: arena.tail_bytes(),
+            device,
             listen: address,
             transport: crate::network::choice(config.transport),
             rdma: tidemill_kvtransfer::RdmaConfig {

@@ -3,7 +3,7 @@
 //! A CPU computes in the blocks that peers know of. A GPU has blocks of its own, as many and by the same numbers: block 7
 //! of the pool holds what block 7 of the arena is for. Peers know of the arena alone, in memory of the host; what goes
 //! to a peer, or is read by one, comes down first, and what came from one goes up before it is used. So whatever a peer may still
-//! write, and until when, is as on a CPU, and no peer ever touches memory that the GPU computes in.
+//! write, and until when, is as on a CPU. Peers' GPUs on this host that reach the pool write into it by the same rules (`docs/decisions/0024`).
 
 #[cfg(test)]
 tidemill_kernels::where_emulated! {

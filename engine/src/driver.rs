@@ -95,6 +95,17 @@ pub(crate) struct Inbox {
 impl Driver {
     /// Serves until told to end.
     pub(crate) fn run(mut self) {
+        self.serve();
+        if self.pool.is_some() {
+            for id in self.requests.keys().copied().collect::<Vec<_>>() {
+                self.cancel(id);
+            }
+            // What follows gives the device's memory back.
+            self.endpoint.let_go_of_device();
+        }
+    }
+
+    fn serve(&mut self) {
         loop {
             while let Some(command) = self.inbox.next() {
                 if matches!(command, Command::Shutdown) {

@@ -283,6 +283,11 @@ impl Pusher<'_> {
             self.send(handoff, pieces);
             return Ok(());
         };
+        if self.outgoing.goes_by_device(handoff) {
+            self.outgoing.push_from_device(handoff, pieces, &self.origin, pool)?;
+            fault::meet(self.fault, FaultStage::Pushing);
+            return Ok(());
+        }
         let arena = self.origin.arena;
         let table = self.pass.scheduler.block_table(request);
         let parts = self.outgoing.parts(handoff, &pieces, table, arena.shape().block_len);

@@ -15,7 +15,7 @@ pub use tidemill_engine_core::speculation::{
 };
 pub use tidemill_kernels::cpu::{Isa, UnknownIsa};
 pub use tidemill_kernels::matrix::{Quantization, UnknownQuantization};
-pub use tidemill_kvtransfer::HandoffMode;
+pub use tidemill_kvtransfer::{DeviceWay, DeviceWays, HandoffMode};
 pub use tidemill_kvtransfer_proto::credit::CreditLoad;
 use tidemill_kvtransfer_proto::layout::{AxisOrder, KvDtype};
 
@@ -298,6 +298,8 @@ pub struct PeerLink {
     pub to_peer: Result<(), String>,
     /// Whether the peer can to this worker.
     pub from_peer: Result<(), String>,
+    /// How handoffs leave and reach this worker's device.
+    pub devices: DeviceWays,
 }
 
 /// Receives the events of one request. Called on the engine thread: it must not block.

@@ -438,3 +438,146 @@ fn products_that_are_asked_for_wrongly_are_found() {
         assert!(message.contains(expected), "expected {expected:?}: {message}");
     }
 }
+
+// ---- Memory of other processes -----------------------------------------------------------------------------------------------------
+
+/// Memory of one fake, written with one value, and the same as another fake has it.
+fn shared(owner: &Fake, other: &Fake, bytes: usize, value: u8) -> (DeviceAddress, DeviceAddress) {
+    let memory = owner.allocate_shareable(bytes).expect("it has memory");
+    owner.fill(memory, bytes, value).expect("it is there");
+    let exported = owner.export(memory).expect("it is shareable");
+    let imported = other.import(exported, bytes, owner.properties().identity);
+    (memory, imported.expect("it is in reach"))
+}
+
+fn pair() -> (Fake, Fake) {
+    (Fake::new(Order::Forwards), Fake::new(Order::Forwards))
+}
+
+#[test]
+fn a_copy_to_another_device_is_there_when_it_was_waited_for() {
+    let (decode, prefill) = pair();
+    let (theirs, target) = shared(&decode, &prefill, 24, 7);
+    let source = Buffer::new(&prefill, &[1u64, 2]);
+    let read = || {
+        let mut bytes = [0; 24];
+        decode.download(&mut bytes, theirs).unwrap();
+        *bytes.as_chunks::<8>().0.first_chunk::<3>().expect("three words")
+    };
+    let words = |words: [u64; 3]| words.map(u64::to_le_bytes);
+    let sevens = u64::from_le_bytes([7; 8]);
+    prefill.handoff_after_compute().unwrap();
+    prefill.copy(Queue::Handoff, target.offset(8), source.address(), 16).unwrap();
+    let ticket = prefill.ticket(Queue::Handoff).unwrap();
+    assert!(!prefill.is_done(ticket).unwrap());
+    prefill.synchronize().unwrap();
+    assert_eq!(read(), words([sevens, 1, 2]));
+    prefill.copy(Queue::Handoff, target, source.address(), 8).unwrap();
+    assert_eq!(read(), words([sevens, 1, 2]), "nobody waited");
+    prefill.wait(prefill.ticket(Queue::Handoff).unwrap()).unwrap();
+    assert_eq!(read(), words([1, 1, 2]));
+    // In whichever order.
+    decode.free(theirs).unwrap();
+    prefill.copy(Queue::Handoff, target, source.address(), 8).unwrap();
+    prefill.synchronize().unwrap();
+    prefill.free(target).unwrap();
+    drop(source);
+    decode.assert_nothing_left();
+    prefill.assert_nothing_left();
+}
+
+/// Who looks after a copy and after digests has two questions in turn.
+#[test]
+fn who_asks_for_two_tickets_in_turn_comes_to_the_end_of_both() {
+    let (decode, prefill) = pair();
+    let (_, target) = shared(&decode, &prefill, 16, 0);
+    let source = Buffer::new(&prefill, &[1u64, 2]);
+    let copied = |offset| {
+        prefill.copy(Queue::Handoff, target.offset(offset), source.address(), 8).unwrap();
+        prefill.ticket(Queue::Handoff).unwrap()
+    };
+    let tickets = [copied(0), copied(8)];
+    let asks = (1..10).find(|_| tickets.map(|it| prefill.is_done(it).unwrap()) == [true; 2]);
+    assert!(asks.is_some_and(|asks| 1 < asks), "{asks:?}");
+}
+
+#[test]
+fn a_handoff_goes_on_while_another_thread_captures() {
+    let (decode, prefill) = pair();
+    let (_, target) = shared(&decode, &prefill, 8, 0);
+    let (source, state) = (Buffer::new(&prefill, &[1u64]), Buffer::new(&prefill, &[1.0f32; 64]));
+    let graph = capture(&prefill, || {
+        prefill.launch(&norm(state.address(), state.address())).unwrap();
+        prefill.copy(Queue::Handoff, target, source.address(), 8).unwrap();
+        let ticket = prefill.ticket(Queue::Handoff).unwrap();
+        prefill.wait(ticket).unwrap();
+    });
+    assert_eq!(graph.launches, 1, "the copy is none of the graph");
+    let mut bytes = [0; 8];
+    prefill.download(&mut bytes, target).unwrap();
+    assert_eq!(bytes, 1u64.to_le_bytes());
+}
+
+#[test]
+fn memory_of_others_that_is_used_wrongly_is_found() {
+    let other = || Fake::new(Order::Forwards);
+    check_mistakes(&[
+        ("outside of every allocation", &|fake| {
+            let (_, target) = shared(&other(), fake, 16, 0);
+            let source = Buffer::new(fake, &[0u64; 2]);
+            fake.copy(Queue::Handoff, target.offset(8), source.address(), 16).unwrap();
+        }),
+        ("outside of every allocation", &|fake| {
+            let (_, target) = shared(&other(), fake, 16, 0);
+            let source = Buffer::new(fake, &[0u64; 2]);
+            fake.free(target).unwrap();
+            fake.copy(Queue::Handoff, target, source.address(), 16).unwrap();
+        }),
+        ("may be under way", &|fake| {
+            let (_, target) = shared(&other(), fake, 16, 0);
+            let source = Buffer::new(fake, &[0u64; 2]);
+            fake.copy(Queue::Handoff, target, source.address(), 16).unwrap();
+            fake.free(target).unwrap();
+        }),
+        ("may be under way", &|fake| {
+            let (_, target) = shared(&other(), fake, 16, 0);
+            let source = Buffer::new(fake, &[0u64; 2]);
+            fake.copy(Queue::Handoff, target, source.address(), 16).unwrap();
+            fake.fill(source.address(), 8, 1).unwrap();
+        }),
+        ("memory was not given back", &|fake| {
+            shared(&other(), fake, 16, 0);
+            fake.assert_nothing_left();
+        }),
+        ("where there are", &|fake| {
+            let owner = other();
+            let memory = owner.allocate_shareable(16).unwrap();
+            owner.fill(memory, 16, 0).unwrap();
+            drop(fake.import(owner.export(memory).unwrap(), 32, owner.properties().identity));
+        }),
+        ("that is not shareable", &|fake| drop(fake.export(fake.allocate(16).unwrap()))),
+        ("some of which nobody wrote", &|fake| drop(fake.export(fake.allocate_shareable(16).unwrap()))),
+        ("is given back, and nothing was taken there", &|fake| {
+            let memory = fake.allocate_shareable(16).unwrap();
+            fake.free(memory).unwrap();
+            drop(fake.export(memory));
+        }),
+    ]);
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused() {
+    let fake = Fake::new(Order::Forwards).without_sharing();
+    assert!(matches!(fake.allocate_shareable(8), Err(CudaError::NotShareable { .. })));
+    let (decode, prefill) = pair();
+    let prefill = prefill.without_reach_of(&decode);
+    let memory = decode.allocate_shareable(8).unwrap();
+    decode.fill(memory, 8, 0).unwrap();
+    let identity = decode.properties().identity;
+    let outcome = prefill.import(decode.export(memory).unwrap(), 8, identity);
+    assert!(matches!(outcome, Err(CudaError::Unreachable { .. })), "{outcome:?}");
+    let no_memory = std::fs::File::open("/dev/null").unwrap().into();
+    let outcome = prefill.import(no_memory, 8, prefill.properties().identity);
+    assert!(matches!(outcome, Err(CudaError::Call { .. })), "{outcome:?}");
+    prefill.assert_nothing_left();
+}

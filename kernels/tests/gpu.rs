@@ -2,7 +2,7 @@
 
 use std::{env, fs, path::Path, process::Command};
 use tidemill_kernels::cuda::{
-    ComputeCapability, CudaError, Properties,
+    ComputeCapability, CudaError, DeviceIdentity, Properties,
     gpu::{Gpu, Nvrtc},
     images::Images,
     sources::{MODULES, Module},
@@ -36,6 +36,7 @@ fn gpus_without_our_instructions_are_refused() {
             multiprocessors: 1,
             memory_bandwidth: 0,
             shared_bytes: 0,
+            identity: DeviceIdentity::default(),
         };
         let outcome = Gpu::check(&properties).map_err(|error| error.to_string());
         let expected = format!("a GPU has compute capability {major}.{minor}; 8.0 or newer is needed");
@@ -55,6 +56,7 @@ fn drivers_that_are_of_no_use_say_why() {
         int cuDeviceGetCount(int* count) { *count = 1; return 0; }
         int cuDeviceGet(int* device, int index) { *device = index; return 0; }
         int cuDeviceGetName(char* name, int bytes, int device) { name[0] = 'X'; name[1] = 0; return 0; }
+        int cuDeviceGetUuid_v2(char* uuid, int device) { for (int i = 0; i < 16; i++) uuid[i] = 0; return 0; }
         int cuDeviceGetAttribute(int* value, int which, int device) { *value = which == 75 ? 9 : 1; return 0; }
         int cuDevicePrimaryCtxRetain(void** context, int device) { *context = &device; return 0; }
         int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }

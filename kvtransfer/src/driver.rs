@@ -5,6 +5,7 @@
 //! slow or busy one holds up nobody else.
 
 mod actions;
+mod device;
 mod dialling;
 mod links;
 mod lobby;
@@ -28,6 +29,7 @@ use tidemill_kvtransfer_proto::endpoint_core::{
 use tidemill_kvtransfer_proto::message::{Hello, Offer, OnFailure, PROTOCOL};
 use tidemill_kvtransfer_proto::units::Moment;
 
+use self::device::OwnDevice;
 use self::lobby::{MemoryVisitor, Visitor};
 use self::peers::Peer;
 use self::rdma::Rdma;
@@ -36,10 +38,11 @@ use crate::endpoint::{Command, EndpointConfig, EventSink, HandoffMode, LinkTable
 use crate::error::EndpointError;
 use crate::event::{HandoffEvent, Reserve};
 use crate::host;
+use crate::peer_copies::PeerCopies;
 use crate::shm::exchange;
 use crate::source::SourceRange;
 use crate::tcp::Loss;
-use crate::verification::DigestJob;
+use crate::verification::{DeviceDigestJob, DigestJob};
 
 /// Everything the thread owns.
 pub(crate) struct Driver {
@@ -68,6 +71,12 @@ pub(crate) struct Driver {
     peers: BTreeMap<u64, Peer>,
     /// Digests in the making.
     digesting: VecDeque<DigestJob>,
+    /// The device that has this side's blocks, where they are not in the region.
+    device: Option<OwnDevice>,
+    /// Digests that it takes.
+    device_digesting: VecDeque<DeviceDigestJob>,
+    /// Copies that it makes for links which are gone.
+    orphans: Vec<PeerCopies>,
     /// Connections that were found broken in the middle of something else.
     doomed: Vec<(u64, LinkId, Loss)>,
     ready: Vec<RawFd>,
@@ -119,6 +128,7 @@ impl Driver {
         let offers_rdma = rdma.as_ref().is_some_and(Rdma::is_offered);
         let hello = hello(&config, address, socket_name, offers_rdma);
         let core = EndpointCore::new(rules(&config));
+        let device = config.device.clone().map(OwnDevice::new);
         let now = Instant::now();
         Ok(Self {
             config,
@@ -139,6 +149,9 @@ impl Driver {
             memory_lobby: Vec::new(),
             peers: BTreeMap::new(),
             digesting: VecDeque::new(),
+            device,
+            device_digesting: VecDeque::new(),
+            orphans: Vec::new(),
             doomed: Vec::new(),
             ready: Vec::new(),
             now,
@@ -178,7 +191,9 @@ impl Driver {
             self.hear_devices();
             self.check_clocks();
             self.push();
+            self.watch_copies();
             self.take_digests();
+            self.take_device_digests();
             self.flush_links();
             self.bury_the_doomed();
             self.links.set_credit(self.core.credit_load());
@@ -203,7 +218,8 @@ impl Driver {
         let timeout = if self.has_work() || self.awaited.is_some() {
             Duration::ZERO
         } else {
-            self.until_next_clock().min(alarm.unwrap_or(LONGEST_SLEEP))
+            let nap = if self.awaits_device() { DEVICE_NAP } else { LONGEST_SLEEP };
+            self.until_next_clock().min(alarm.unwrap_or(LONGEST_SLEEP)).min(nap)
         };
         let timespec = Timespec::try_from(timeout).unwrap_or_default();
         let mut watch = std::mem::take(&mut self.watch);
@@ -264,6 +280,10 @@ impl Driver {
                     self.core.finish(handoff, payload, self.moment_of(said));
                 }
                 Command::Abandon(handoff, reason) => self.core.abandon(handoff, reason, now),
+                Command::LetGoOfDevice(reply) => {
+                    self.let_go_of_device();
+                    let _ = reply.send(()); // Nobody waits any more.
+                }
                 Command::Stop => {
                     self.is_stopping = true;
                     return;
@@ -363,5 +383,7 @@ fn hello(config: &EndpointConfig, address: SocketAddr, socket_name: Option<Strin
 
 /// What one turn takes at most while it has the processor; the rest of a longer one was spent waiting for it.
 const LONGEST_TURN: Duration = Duration::from_millis(20);
+/// How often a device is asked how far it is, which rings no bell: what a copy of some blocks takes.
+const DEVICE_NAP: Duration = Duration::from_micros(50);
 /// Bounds the harm of a clock that was forgotten.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);

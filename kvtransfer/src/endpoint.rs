@@ -17,6 +17,7 @@ use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
 use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
+use crate::device::DeviceBlocks;
 use crate::driver::Driver;
 use crate::error::{EndpointError, MeetError};
 use crate::event::{HandoffEvent, Met, PeerAddress, PeerLink, PushWrite, Reserve};
@@ -75,6 +76,9 @@ pub struct EndpointConfig {
     /// How many bytes at the end of the region are no blocks but its [`Tail`](crate::Tail): without any, peers of another layout
     /// cannot read from this worker.
     pub staging_bytes: usize,
+    /// The device that has the blocks this worker computes in, where it is not the region: what is pushed to peers whose devices
+    /// that one reaches never comes into a region. Their numbers are those of the region's blocks.
+    pub device: Option<Arc<dyn DeviceBlocks>>,
     /// Where peers connect; port 0 picks one.
     pub listen: SocketAddr,
     /// Which ways for data are acceptable.
@@ -135,6 +139,7 @@ pub(crate) enum Command {
     /// Likewise.
     Finish(HandoffId, Vec<u8>, Instant),
     Abandon(HandoffId, String),
+    LetGoOfDevice(Sender<()>),
     Stop,
 }
 
@@ -272,6 +277,15 @@ impl Endpoint {
     /// the peer's blocks any more. `SendFailed` follows.
     pub fn abandon(&self, handoff: HandoffId, reason: String) {
         self.order(Command::Abandon(handoff, reason));
+    }
+
+    /// The device is about to give its memory back: links that go by device end, and when this returns nothing here uses it or ever will. What
+    /// becomes of handoffs is told as ever.
+    pub fn let_go_of_device(&self) {
+        let (reply, done) = mpsc::channel();
+        self.order(Command::LetGoOfDevice(reply));
+        // An error says that the thread is gone, and all that it had with it.
+        let _ = done.recv();
     }
 
     fn order(&self, command: Command) {

@@ -50,6 +50,48 @@ pub struct PeerLink {
     pub paths: u32,
     /// In which directions handoffs can go over it.
     pub directions: Directions,
+    /// How it gets from device to device.
+    pub devices: DeviceWays,
+}
+
+/// How bytes get from this worker's device to the peer and from the peer to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceWays {
+    /// From it.
+    pub to_peer: DeviceWay,
+    /// To it.
+    pub from_peer: DeviceWay,
+}
+
+/// One of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DeviceWay {
+    /// This worker computes in memory of the host.
+    #[default]
+    NoDevice,
+    /// The sender's device copies into the memory of the receiver's.
+    PeerCopy,
+    /// Through memory of the host, which the device copies from and to: the log says why.
+    Staging,
+}
+
+impl DeviceWay {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::NoDevice, Self::PeerCopy, Self::Staging];
+
+    /// The one of that [`name`](Self::name); none of this version's is none.
+    pub fn by_name(name: &str) -> Self {
+        Self::ALL.into_iter().find(|way| way.name() == name).unwrap_or_default()
+    }
+
+    /// As logs and metrics have it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NoDevice => "no device",
+            Self::PeerCopy => "peer copy",
+            Self::Staging => "staging",
+        }
+    }
 }
 
 /// Decode side: blocks for the KV of a prompt.
@@ -99,6 +141,12 @@ pub enum Source {
     Slab(Arc<Slab>, usize),
     /// In a piece of the room behind the blocks, from that offset in it on: for a peer that reads.
     Tail(Arc<TailPiece>, usize),
+    /// In blocks of this worker's device, in the place that they would have in its region, for a peer whose device that reaches. Each target
+    /// comes from one block.
+    Device {
+        /// Offset of the first byte.
+        offset: usize,
+    },
 }
 
 /// Prefill side: a peer's reservation.
@@ -133,6 +181,8 @@ pub enum Path {
     InPlace(Arc<Region>),
     /// By pushing.
     Write,
+    /// By pushing what lies in blocks of this worker's device.
+    Device,
     /// By pushing what lies in the endpoint's own region, where the peer reads it: in blocks, or in pieces of its
     /// [`Tail`](crate::Tail).
     Read,
@@ -181,6 +231,8 @@ pub enum HandoffEvent {
         tokens: TokenCount,
         /// What the peer sent along.
         payload: Vec<u8>,
+        /// Whether they are in blocks of this worker's device, and not in its region.
+        on_device: bool,
     },
     /// Decode side: the KV will not come. The blocks are not free before `Released`.
     ReserveFailed {
@@ -202,6 +254,11 @@ pub enum HandoffEvent {
         instance: u64,
         /// The connection.
         link: PeerLink,
+    },
+    /// The device has failed: no handoff by it comes to an end any more.
+    DeviceFailed {
+        /// What it says.
+        reason: String,
     },
     /// The connection to a peer is gone. Its handoffs report for themselves.
     PeerDown {

@@ -18,12 +18,14 @@
 
 #[cfg(test)]
 mod conformance;
+pub mod device;
 mod driver;
 mod endpoint;
 pub mod error;
 mod event;
 mod host;
 pub mod pair_probe;
+mod peer_copies;
 pub mod shm;
 mod source;
 mod tail;
@@ -35,7 +37,8 @@ pub use endpoint::{
     DEFAULT_CREDIT, Endpoint, EndpointConfig, EventSink, HandoffMode, Timing, TransportChoice,
 };
 pub use event::{
-    HandoffEvent, HandoffStats, Met, Path, PeerAddress, PeerLink, PushWrite, Reserve, Reserved, Source,
+    DeviceWay, DeviceWays, HandoffEvent, HandoffStats, Met, Path, PeerAddress, PeerLink, PushWrite, Reserve,
+    Reserved, Source,
 };
 pub use shm::{Access, Pages, Region, Slab};
 pub use tail::{Tail, TailPiece};

@@ -313,6 +313,7 @@ fn config(
         layout,
         region: Region::new(name, LARGE_BYTES).map_err(ProbeError::System)?,
         staging_bytes: 0,
+        device: None,
         listen,
         transport,
         require: false,

@@ -16,6 +16,8 @@ pub(crate) enum Memory {
     Tail(Arc<TailPiece>),
     /// Staging memory.
     Staged(Arc<Slab>),
+    /// Blocks in this side's device, of so many bytes; their owner keeps them until the handoff ends.
+    Device(usize),
 }
 
 /// A range of a [`Memory`].
@@ -39,6 +41,7 @@ impl Memory {
             Self::Arena(region) => Bytes::Region(region),
             Self::Tail(piece) => Bytes::Region(piece.region()),
             Self::Staged(slab) => Bytes::Slab(slab),
+            Self::Device(_) => unreachable!("what is in a device goes by device alone"),
         }
     }
 }
@@ -53,6 +56,7 @@ impl SourceRange {
                 piece.offset() <= offset && offset.checked_add(len).is_some_and(|it| it <= end)
             }
             Memory::Staged(slab) => offset.checked_add(len).is_some_and(|end| end <= slab.as_slice().len()),
+            Memory::Device(bytes) => offset.checked_add(len).is_some_and(|end| end <= *bytes),
         };
         inside.then_some(Self { memory, offset, len })
     }
@@ -107,7 +111,8 @@ impl SourceRange {
 impl WriteSource for SourceRange {
     fn memory(&self) -> usize {
         match &self.memory {
-            Memory::Arena(_) => 0, // There is but one.
+            Memory::Arena(_) => 0,  // There is but one.
+            Memory::Device(_) => 1, // Likewise.
             // Pieces that touch are let go of one by one.
             Memory::Tail(piece) => Arc::as_ptr(piece).addr(),
             Memory::Staged(slab) => Arc::as_ptr(slab).addr(),
@@ -129,8 +134,12 @@ impl WriteSource for SourceRange {
     fn in_region(&self) -> Option<u64> {
         match &self.memory {
             Memory::Arena(_) | Memory::Tail(_) => Some(self.offset as u64),
-            Memory::Staged(_) => None,
+            Memory::Staged(_) | Memory::Device(_) => None,
         }
+    }
+
+    fn is_on_device(&self) -> bool {
+        matches!(self.memory, Memory::Device(_))
     }
 
     fn read(&self, at: usize, buffer: &mut [u8]) {

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use tidemill_kvtransfer_proto::digest::{BlockDigests, Coverage, spots};
+use tidemill_kvtransfer_proto::digest::{BlockDigests, Coverage, Look, spots};
 use tidemill_kvtransfer_proto::endpoint_core::{DigestOrder, DigestTicket};
 use tidemill_kvtransfer_proto::units::HandoffId;
 
+use crate::device::{DeviceBlocks, DigestPart, MOST_PARTS, PartBytes};
 use crate::shm::Region;
 
 /// The digests of some blocks in the making.
@@ -70,6 +71,70 @@ impl DigestJob {
         sums.finish();
         *done += now;
         (*done == all).then(|| digests.split_off(*first_target))
+    }
+}
+
+/// The same of blocks in a device, which does what it is asked for meanwhile.
+#[derive(Debug)]
+pub(crate) struct DeviceDigestJob {
+    order: DigestOrder,
+    blocks: Arc<dyn DeviceBlocks>,
+    /// Of all granules, those whose digests are there.
+    done: usize,
+    /// Those that the device was asked for, and of which block of the order the first is.
+    asked: Option<(usize, usize)>,
+    /// By block of the order.
+    digests: Vec<u64>,
+}
+
+impl DeviceDigestJob {
+    /// Starts on blocks of this side.
+    pub(crate) fn new(order: DigestOrder, blocks: Arc<dyn DeviceBlocks>) -> Self {
+        let digests = vec![0; order.targets.len()];
+        Self { order, blocks, done: 0, asked: None, digests }
+    }
+
+    /// Who asked for them.
+    pub(crate) fn name(&self) -> (HandoffId, DigestTicket) {
+        (self.order.handoff, self.order.ticket)
+    }
+
+    /// Asks for the next, or takes what was asked for; the digests, one for each block of the order, when done.
+    pub(crate) fn advance(&mut self) -> Result<Option<Vec<u64>>, String> {
+        let per_block = self.order.shape.block / self.order.shape.granule;
+        let all = self.order.targets.len() * per_block;
+        if let Some((count, first)) = self.asked {
+            let Some(sums) = self.blocks.digests()? else { return Ok(None) };
+            for (digest, sum) in self.digests[first..].iter_mut().zip(sums) {
+                *digest = digest.wrapping_add(sum);
+            }
+            self.done += count;
+            self.asked = None;
+        }
+        if self.done == all {
+            return Ok(Some(std::mem::take(&mut self.digests)));
+        }
+        let end = all.min(self.done + MOST_PARTS);
+        let first = self.done / per_block;
+        let parts: Vec<DigestPart> =
+            (self.done..end).map(|which| self.part(which / per_block, which % per_block, first)).collect();
+        let sums = (end - 1) / per_block + 1 - first;
+        self.blocks.begin_digests(&parts, sums)?;
+        self.asked = Some((end - self.done, first));
+        Ok(None)
+    }
+
+    /// A granule of a block of the order, whose sum is counted from that of the block `first`.
+    fn part(&self, block: usize, index: usize, first: usize) -> DigestPart {
+        let DigestOrder { handoff, coverage, shape, targets, first: first_target, .. } = &self.order;
+        let granule = shape.granule_of(*handoff, first_target + block, index);
+        let offset = targets[block].block.0 as usize * shape.block + index * shape.granule;
+        let bytes = match granule.look(*coverage, shape.granule) {
+            Look::All => PartBytes::All { offset, len: shape.granule },
+            Look::Lines(lines) => PartBytes::Lines(lines.map(|line| offset + line)),
+        };
+        let sum = u32::try_from(block - first).expect("fewer than parts");
+        DigestPart { bytes, seed: granule.seed(), sum }
     }
 }
 

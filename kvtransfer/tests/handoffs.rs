@@ -33,7 +33,12 @@ fn a_handoff_brings_every_byte() {
         prefill.fill_all(&reserved);
         prefill.endpoint.finish(HANDOFF, b"the first token".to_vec());
         match decode.event() {
-            HandoffEvent::Committed { handoff: HANDOFF, tokens: TokenCount(79), payload } => {
+            HandoffEvent::Committed {
+                handoff: HANDOFF,
+                tokens: TokenCount(79),
+                payload,
+                on_device: false,
+            } => {
                 assert_eq!(payload, b"the first token");
             }
             other => panic!("{way:?}: {other:?}"),

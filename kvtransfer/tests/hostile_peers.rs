@@ -79,7 +79,7 @@ impl Impostor {
         let Some(Message::Welcome(welcome)) = hear(&mut control, &mut reader) else { panic!("not welcome") };
         let mut data = connect(address);
         say(&mut data, &Message::Attach(Attach { instance, token: welcome.token }));
-        let ready = Ready { transport: TransportKind::Tcp, fallback: None, busy: vec![] };
+        let ready = Ready { transport: TransportKind::Tcp, fallback: None, busy: vec![], by_device: false };
         say(&mut control, &Message::Ready(ready));
         assert!(matches!(hear(&mut control, &mut reader), Some(Message::Ready(_))));
         Self { control, reader, data }

@@ -27,14 +27,14 @@ def main():
     for model in ["llama3"] if typed.quick else ["llama3", "qwen3"]:
         folder = typed.models / model
         try:
-            alone, _ = answers(typed.tidemill, folder, "--colocated", *device)
+            alone, *_ = answers(typed.tidemill, folder, "--colocated", *device)
         except (AssertionError, serving.Refused) as error:
             failed += 1
             print(f"FAILED: {model}, one rank: {error}")
             continue
         for name, flags in rows:
             try:
-                given, _ = answers(typed.tidemill, folder, *flags, *device)
+                given, *_ = answers(typed.tidemill, folder, *flags, *device)
                 # Sums in parts are rounded elsewhere.
                 compare(f"{model}, {name}", alone, given, False)
                 print(f"good: {model}, {name}")

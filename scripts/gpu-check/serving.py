@@ -79,6 +79,14 @@ def greedy(url, prompt, tokens):
     return logprobs["tokens"], logprobs["token_logprobs"]
 
 
+def labels(url, name, label):
+    """The values of a label of a gauge that is not zero."""
+    with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    lines = [line for line in text.splitlines() if line.startswith(name + "{") and float(line.rsplit(" ", 1)[1]) != 0]
+    return {found for line in lines for found in re.findall(rf'{label}="([^"]*)"', line)}
+
+
 def metric(url, name):
     """The sum of a counter over all its labels."""
     with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:

@@ -24,10 +24,11 @@ def answers(tidemill, model, *flags):
         # Once more, from the prefix cache.
         warm = [serving.greedy(url, prompt, TOKENS) for prompt in prompts()]
         handoffs = handoffs_of(url) if "--colocated" not in flags else 0
+        ways = serving.labels(url, "tidemill_link_device_way", "way")
     for cold, again in zip(given, warm):
         if cold[0] != again[0]:
             raise AssertionError(f"{flags}: from the prefix cache {again[0]}, before {cold[0]}")
-    return given, handoffs
+    return given, handoffs, ways
 
 
 def handoffs_of(url):
@@ -68,7 +69,7 @@ def main():
     for model in models:
         folder = typed.models / model
         try:
-            whole, _ = answers(typed.tidemill, folder, "--colocated", "--device", gpu)
+            whole, _, _ = answers(typed.tidemill, folder, "--colocated", "--device", gpu)
         except (AssertionError, serving.Refused) as error:
             failed += 1
             print(f"FAILED: {model}, whole: {error}")
@@ -80,11 +81,14 @@ def main():
                 continue
             flags = ["--prefill", "1", "--decode", "1", "--prefill-device", prefill, "--decode-device", decode]
             try:
-                given, handoffs = answers(typed.tidemill, folder, *flags, "--transport", transport)
+                given, handoffs, ways = answers(typed.tidemill, folder, *flags, "--transport", transport)
                 compare(name, whole, given, prefill == decode == gpu)
                 if handoffs == 0:
                     raise AssertionError(f"{name}: nothing was handed over")
-                print(f"good: {name}, {handoffs:.0f} handoffs")
+                # Two processes on one GPU reach each other's memory: anything else is a fault here.
+                if prefill == decode == gpu != "cpu" and transport == "auto" and ways != {"peer copy"}:
+                    raise AssertionError(f"{name}: from device to device by {sorted(ways)}, not by peer copy; the log says why")
+                print(f"good: {name}, {handoffs:.0f} handoffs, devices by {', '.join(sorted(ways)) or 'none'}")
             except (AssertionError, serving.Refused) as error:
                 failed += 1
                 print(f"FAILED: {name}: {error}")

@@ -7,7 +7,9 @@ mod counters;
 
 use std::net::SocketAddr;
 
-use tidemill_engine::handle::{Description, EngineEvent, EngineStatus, Peer, PeerLink, Recovery, Role};
+use tidemill_engine::handle::{
+    Description, DeviceWay, DeviceWays, EngineEvent, EngineStatus, Peer, PeerLink, Recovery, Role,
+};
 use tidemill_engine_core::request::{
     FinishReason, Logprobs, Part, Request, RequestId, SamplingParams, StopConditions,
 };
@@ -292,6 +294,8 @@ pub(crate) fn link_to_wire(link: &PeerLink) -> proto::PeerLink {
         is_fallback: link.is_fallback,
         to_peer_error: link.to_peer.clone().err().unwrap_or_default(),
         from_peer_error: link.from_peer.clone().err().unwrap_or_default(),
+        device_to_peer: link.devices.to_peer.name().to_owned(),
+        device_from_peer: link.devices.from_peer.name().to_owned(),
     }
 }
 
@@ -306,6 +310,10 @@ pub(crate) fn link_from_wire(wire: proto::PeerLink) -> PeerLink {
         is_fallback: wire.is_fallback,
         to_peer: direction(wire.to_peer_error),
         from_peer: direction(wire.from_peer_error),
+        devices: DeviceWays {
+            to_peer: DeviceWay::by_name(&wire.device_to_peer),
+            from_peer: DeviceWay::by_name(&wire.device_from_peer),
+        },
     }
 }
 
@@ -557,6 +565,7 @@ mod tests {
                     is_fallback: true,
                     to_peer: Err("dtype".into()),
                     from_peer: Ok(()),
+                    devices: DeviceWays { to_peer: DeviceWay::PeerCopy, from_peer: DeviceWay::Staging },
                 },
                 PeerLink {
                     name: "b".into(),
@@ -566,6 +575,7 @@ mod tests {
                     is_fallback: false,
                     to_peer: Ok(()),
                     from_peer: Err("dtype".into()),
+                    devices: DeviceWays::default(),
                 },
             ],
             samples: vec![Sample { name: "handoff_seconds".into(), value: 0.5 }],

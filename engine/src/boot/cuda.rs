@@ -113,7 +113,7 @@ fn tell(driver: &Arc<dyn Driver>, pool: &DevicePool, graphs: &[usize], batch_inv
         bytes = pool.bytes(),
         blocks = pool.blocks().0,
         ?graphs,
-        "KV blocks are on the GPU; handoffs go through as many blocks in memory of the host"
+        "KV blocks are on the GPU; handoffs that no peer's GPU takes go through as many blocks in memory of the host"
     );
 }
 

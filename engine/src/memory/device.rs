@@ -1,13 +1,16 @@
 //! Memory of a GPU: buffers that are given back when dropped, and the blocks of the KV cache.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use tidemill_kernels::cuda::hopper::BlockRange;
-use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver, PinnedAddress};
+use tidemill_kernels::cuda::{CudaError, DeviceAddress, Driver, PinnedAddress, Queue};
 use tidemill_kernels::kv::KvBlockShape;
+use tidemill_kvtransfer::device::DeviceBlocks;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockId, BlockRef, Epoch};
 
 use super::asked::Asked;
+use super::shared_pool::{LonelyPool, SharedPool};
 use super::slices::HeadSlices;
 
 /// A piece of a device's memory.
@@ -29,7 +32,9 @@ pub struct PinnedBuffer {
 /// The blocks of a KV cache in a device's memory, one behind the other, at places that never change.
 #[derive(Debug)]
 pub struct DevicePool {
-    memory: DeviceBuffer,
+    memory: Arc<DeviceBuffer>,
+    /// Why no peer can be given the memory, if that is so.
+    not_shareable: Option<String>,
     block_bytes: usize,
     blocks: BlockCount,
     /// Where what goes to peers comes down.
@@ -103,6 +108,17 @@ impl DeviceBuffer {
     pub fn new(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Self, CudaError> {
         let bytes = bytes.max(1);
         let address = driver.allocate(bytes)?;
+        Ok(Self { driver: Arc::clone(driver), address, bytes })
+    }
+
+    /// The same of memory that other processes can be given.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new); and the device has none of that kind.
+    pub fn shareable(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Self, CudaError> {
+        let bytes = bytes.max(1);
+        let address = driver.allocate_shareable(bytes)?;
         Ok(Self { driver: Arc::clone(driver), address, bytes })
     }
 
@@ -195,8 +211,17 @@ impl DevicePool {
     /// The device has less.
     pub fn new(driver: &Arc<dyn Driver>, block_bytes: usize, blocks: BlockCount) -> Result<Self, CudaError> {
         let bytes = (blocks.0 as usize).saturating_mul(block_bytes);
+        let (memory, not_shareable) = match DeviceBuffer::shareable(driver, bytes) {
+            Ok(memory) => (memory, None),
+            Err(error @ CudaError::NotShareable { .. }) => {
+                (DeviceBuffer::new(driver, bytes)?, Some(error.to_string()))
+            }
+            Err(error) => return Err(error),
+        };
+        driver.fill(memory.address, memory.bytes, 0)?;
         Ok(Self {
-            memory: DeviceBuffer::zeroed(driver, bytes)?,
+            memory: Arc::new(memory),
+            not_shareable,
             landing: PinnedBuffer::new(driver, bytes.min(LANDING_BYTES))?,
             same: vec![None; blocks.0 as usize],
             sharing: None,
@@ -242,7 +267,7 @@ impl DevicePool {
 
     /// Who has the blocks: one device, or each rank its heads.
     pub(crate) fn holders(&self) -> impl Iterator<Item = Holder<'_>> {
-        let first = std::iter::once((&self.memory, &self.landing));
+        let first = std::iter::once((&*self.memory, &self.landing));
         let others =
             self.sharing.iter().flat_map(|it| it.others.iter().map(|(memory, landing)| (memory, landing)));
         first.chain(others).enumerate().map(|(rank, (memory, landing))| Holder {
@@ -282,6 +307,53 @@ impl DevicePool {
         self.memory.address.offset(block.0 as usize * self.block_bytes)
     }
 
+    /// The blocks, of layers of so many bytes, as peers on this host reach them and are reached from them. Where none can be, that says why.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory for what digests take.
+    pub fn for_peers(&self, layer_bytes: usize) -> Result<Arc<dyn DeviceBlocks>, CudaError> {
+        let ranks = self.sharing.as_ref().map(|sharing| sharing.slices.len());
+        let why_not = ranks
+            .map(|ranks| format!("{ranks} GPUs share the blocks, each with some heads of all"))
+            .or_else(|| self.not_shareable.clone())
+            .or_else(|| SharedPool::refusal(layer_bytes));
+        Ok(match why_not {
+            Some(reason) => Arc::new(LonelyPool(reason)),
+            None => Arc::new(SharedPool::new(Arc::clone(&self.memory))?),
+        })
+    }
+
+    /// What the device was asked to compute before comes before what peers are handed from here on.
+    pub(crate) fn push_after_compute(&self) -> Result<(), CudaError> {
+        self.driver().handoff_after_compute()
+    }
+
+    /// Waits until nothing that was asked for computes in any block: one that is free may be written by a peer then. Ranks' blocks never are.
+    pub(crate) fn quiet(&self) -> Result<(), CudaError> {
+        if self.is_shared() {
+            return Ok(());
+        }
+        let ticket = self.driver().ticket(Queue::Compute)?;
+        self.driver().wait(ticket)
+    }
+
+    /// Zeroes what is behind the first tokens of a block of this shape, in some of its layers.
+    pub(crate) fn zero_tail(
+        &self,
+        block: BlockId,
+        shape: &KvBlockShape,
+        layers: Range<usize>,
+        tokens: usize,
+    ) -> Result<(), CudaError> {
+        for layer in layers {
+            for part in tail(shape, layer, tokens) {
+                self.driver().fill(self.address(block).offset(part.start), part.len(), 0)?;
+            }
+        }
+        Ok(())
+    }
+
     /// All of them, which have this shape.
     ///
     /// # Panics
@@ -308,7 +380,7 @@ impl DevicePool {
     }
 
     /// Size in bytes, in each device that has some heads.
-    pub const fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.memory.bytes
     }
 
@@ -318,10 +390,91 @@ impl DevicePool {
     }
 
     /// The device that has it.
-    pub const fn driver(&self) -> &Arc<dyn Driver> {
+    pub fn driver(&self) -> &Arc<dyn Driver> {
         &self.memory.driver
     }
 }
 
+/// The bytes of a layer of a block that hold rows and scales of the tokens from `first` on, in as few pieces as they lie in.
+fn tail(shape: &KvBlockShape, layer: usize, first: usize) -> Vec<Range<usize>> {
+    let row = shape.head_size * shape.dtype.bytes();
+    let mut parts: Vec<Range<usize>> = Vec::new();
+    for (token, head) in
+        (first..shape.block_len).flat_map(|token| (0..shape.kv_heads).map(move |head| (token, head)))
+    {
+        let (key, value) = (shape.key_offset(layer, token, head), shape.value_offset(layer, token, head));
+        parts.extend([key..key + row, value..value + row]);
+        if shape.dtype.has_scales() {
+            let key = shape.key_scale_offset(layer, token, head);
+            let value = key - shape.key_scale_offset + shape.value_scale_offset;
+            parts.extend([key, value].map(|start| start..start + size_of::<f32>()));
+        }
+    }
+    parts.sort_unstable_by_key(|part| part.start);
+    let mut joined: Vec<Range<usize>> = Vec::new();
+    for part in parts {
+        match joined.last_mut().filter(|last| last.end == part.start) {
+            Some(last) => last.end = part.end,
+            None => joined.push(part),
+        }
+    }
+    joined
+}
+
 /// Some layers of a long prompt: more comes down while earlier ones are on their way.
 const LANDING_BYTES: usize = 64 << 20;
+
+#[cfg(test)]
+mod tests {
+    use tidemill_kernels::kv::KvDtype;
+
+    use super::*;
+
+    /// Name, shape, layer, first token, and the pieces by their first bytes and those behind them.
+    type Row<'a> = (&'a str, &'a KvBlockShape, usize, usize, &'a [(usize, usize)]);
+
+    #[test]
+    fn the_end_of_a_layer_is_zeroed_in_as_few_pieces_as_it_lies_in() {
+        // Two layers, four tokens, two heads of eight numbers of two bytes; then with scales.
+        let token_major = KvBlockShape {
+            dtype: KvDtype::F16,
+            layers: 2,
+            block_len: 4,
+            kv_heads: 2,
+            head_size: 8,
+            layer_stride: 256,
+            key_offset: 0,
+            value_offset: 128,
+            key_scale_offset: 0,
+            value_scale_offset: 0,
+            token_stride: 32,
+            head_stride: 16,
+            scale_token_stride: 0,
+            scale_head_stride: 0,
+        };
+        let head_major = KvBlockShape { token_stride: 16, head_stride: 64, ..token_major };
+        let with_scales = KvBlockShape {
+            dtype: KvDtype::Int8,
+            value_offset: 64,
+            key_scale_offset: 128,
+            value_scale_offset: 160,
+            token_stride: 16,
+            head_stride: 8,
+            scale_token_stride: 8,
+            scale_head_stride: 4,
+            ..token_major
+        };
+        #[rustfmt::skip]
+        let rows: [Row<'_>; 5] = [
+            ("tokens one behind the other",  &token_major, 0, 3, &[(96, 128), (224, 256)]),
+            ("… in the second layer, joined", &token_major, 1, 0, &[(256, 512)]),
+            ("heads one behind the other",   &head_major,  0, 3, &[(48, 64), (112, 128), (176, 192), (240, 256)]),
+            ("scales too",                   &with_scales, 0, 3, &[(48, 64), (112, 128), (152, 160), (184, 192)]),
+            ("a full block has no end",      &token_major, 0, 4, &[]),
+        ];
+        for (name, shape, layer, first, expected) in rows {
+            let found: Vec<_> = tail(shape, layer, first).into_iter().map(|it| (it.start, it.end)).collect();
+            assert_eq!(found, expected, "{name}");
+        }
+    }
+}

@@ -8,6 +8,7 @@ mod asked;
 mod available;
 mod device;
 mod file_map;
+mod shared_pool;
 mod slices;
 
 pub use arena::{Arena, block_shape};

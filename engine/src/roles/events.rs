@@ -11,7 +11,8 @@ use tidemill_engine_core::plan::StepPlan;
 use tidemill_engine_core::request::{Part, Request, RequestId};
 use tidemill_engine_core::scheduler::SubmitError;
 use tidemill_engine_core::sequence::{Sequence, Stage};
-use tidemill_kvtransfer::{HandoffEvent, HandoffStats, Reserve, Reserved};
+use tidemill_kernels::cuda::CudaError;
+use tidemill_kvtransfer::{DeviceWay, HandoffEvent, HandoffStats, Reserve, Reserved};
 use tidemill_kvtransfer_proto::error::TransferError;
 use tidemill_kvtransfer_proto::units::{HandoffId, TokenCount};
 
@@ -61,9 +62,15 @@ impl Driver {
         for reservation in self.scheduler.take_reservations() {
             let incoming = self.incoming.get_mut(&reservation.handoff).expect("a reservation has a peer");
             incoming.cached = reservation.cached.len();
-            if let Some(pool) = &mut self.pool
-                && let Err(error) = pool.bring_down_cached(&reservation.cached, &self.arena)
-            {
+            let link = self.endpoint.link(incoming.peer);
+            let by_device = link.is_some_and(|link| link.devices.from_peer == DeviceWay::PeerCopy);
+            let prepared = self.pool.as_mut().map_or(Ok(()), |pool| {
+                // A peer's device may write into them from now on, and does not know what this one was asked for.
+                pool.quiet()?;
+                // Nobody computes in a peer's blocks whose device writes into them.
+                if by_device { Ok(()) } else { pool.bring_down_cached(&reservation.cached, &self.arena) }
+            });
+            if let Err(error) = prepared {
                 // The worker ends, and its peers hear of that.
                 self.failure = Some(error);
                 return;
@@ -95,13 +102,19 @@ impl Driver {
                 self.counters.handoff_failures += u64::from(error.is_failure());
                 self.sender_is_quiet(handoff, &error.to_string());
             }
-            HandoffEvent::Committed { handoff, payload, .. } => self.committed(handoff, &payload),
+            HandoffEvent::Committed { handoff, payload, on_device, .. } => {
+                self.committed(handoff, &payload, on_device);
+            }
             HandoffEvent::ReserveFailed { handoff, error } => {
                 self.counters.handoff_failures += u64::from(error.is_failure());
                 self.counters.handoff_refusals += u64::from(matches!(error, TransferError::BadCommit(_)));
                 self.reservation_failed(handoff, &error.to_string());
             }
             HandoffEvent::Released { handoff } => self.scheduler.quiet(handoff),
+            HandoffEvent::DeviceFailed { reason } => {
+                let error = CudaError::Call { call: "handoff", code: 0, name: reason };
+                self.failure.get_or_insert(error);
+            }
             // The endpoint logs two of them, and tells of each handoff by itself.
             HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } | HandoffEvent::Fetched { .. } => {}
         }
@@ -169,7 +182,14 @@ impl Driver {
         let layers = self.arena.shape().layers;
         let Self { arena, pool, cpu, endpoint, scheduler, .. } = self;
         let Some(pieces) = self.outgoing.due(handoff, 0..layers, computed) else { return };
+        let origin = Origin { scheduler, arena, cpu, endpoint };
         if let Some(pool) = pool {
+            if self.outgoing.goes_by_device(handoff) {
+                if let Err(error) = self.outgoing.push_from_device(handoff, pieces, &origin, pool) {
+                    self.failure = Some(error);
+                }
+                return;
+            }
             let table = scheduler.block_table(request);
             let parts = self.outgoing.parts(handoff, &pieces, table, arena.shape().block_len);
             if let Err(error) = pool.bring_down(&parts, arena) {
@@ -177,7 +197,7 @@ impl Driver {
                 return;
             }
         }
-        self.outgoing.push(handoff, pieces, &Origin { scheduler, arena, cpu, endpoint });
+        self.outgoing.push(handoff, pieces, &origin);
     }
 
     fn commit_if_complete(&mut self, handoff: HandoffId) {
@@ -233,7 +253,7 @@ impl Driver {
     }
 
     /// Decode: the KV cache is here and verified.
-    fn committed(&mut self, handoff: HandoffId, payload: &[u8]) {
+    fn committed(&mut self, handoff: HandoffId, payload: &[u8], on_device: bool) {
         let Some(Incoming { request, cached, .. }) = self.incoming.get(&handoff).copied() else {
             return self.endpoint.refuse(handoff, "the request is gone".into());
         };
@@ -244,6 +264,7 @@ impl Driver {
         let known = self.scheduler.tokens(request).len();
         let full = (known / self.arena.shape().block_len).saturating_sub(cached);
         if let Some(pool) = &mut self.pool
+            && !on_device
             && let Some(targets) = self.scheduler.block_table(request).get(cached..)
             && let Err(error) = pool.bring_up(targets, full, &self.arena)
         {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidemill_kvtransfer::{Endpoint, PeerAddress};
+use tidemill_kvtransfer::{DeviceWays, Endpoint, PeerAddress};
 
 use crate::handle::{Peer, PeerLink};
 
@@ -21,6 +21,7 @@ pub(crate) fn meet(endpoint: &Endpoint, peers: Vec<Peer>) -> Vec<PeerLink> {
             is_fallback: met.outcome.as_ref().is_ok_and(|link| link.is_fallback),
             to_peer: direction(met.outcome.as_ref().map(|link| link.directions.to_peer)),
             from_peer: direction(met.outcome.as_ref().map(|link| link.directions.from_peer)),
+            devices: met.outcome.as_ref().map(|link| link.devices).unwrap_or_default(),
             transport: met
                 .outcome
                 .map(|link| link.transport.name().to_owned())
@@ -39,11 +40,13 @@ pub(crate) fn refresh(endpoint: &Endpoint, links: &mut [PeerLink]) {
                 link.is_fallback = now.is_fallback;
                 link.to_peer = direction::<()>(Ok(now.directions.to_peer));
                 link.from_peer = direction::<()>(Ok(now.directions.from_peer));
+                link.devices = now.devices;
             }
             None if link.transport.is_ok() => {
                 link.transport = Err("the connection broke".to_owned());
                 link.bytes_per_second = 0.0;
                 link.is_fallback = false;
+                link.devices = DeviceWays::default();
             }
             None => {}
         }

@@ -17,6 +17,7 @@ use tidemill_engine_core::scheduler::Scheduler;
 pub(crate) use tidemill_engine_core::staging::Piece;
 use tidemill_engine_core::staging::StagingQueue;
 use tidemill_kernels::cpu::Cpu;
+use tidemill_kernels::cuda::CudaError;
 use tidemill_kernels::kv::BlockAddress;
 use tidemill_kernels::step::TokenSpan;
 use tidemill_kvtransfer::{Endpoint, Path, PushWrite, Reserved, Source, Tail};
@@ -26,7 +27,7 @@ use tidemill_kvtransfer_proto::units::{BlockRef, HandoffId, TokenCount};
 use super::FirstToken;
 use super::staging::Staging;
 use crate::device::{LayerRange, Parts};
-use crate::memory::{Arena, block_shape};
+use crate::memory::{Arena, DevicePool, block_shape};
 
 /// All handoffs that this worker computes prompts for.
 #[derive(Debug)]
@@ -67,7 +68,18 @@ struct Pushed {
     pushes: Pushes,
     bridge: Bridge,
     layout: Arc<KvLayout>,
-    is_read: bool,
+    source: PushSource,
+}
+
+/// Where the peer's bytes are taken from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PushSource {
+    /// This worker's arena, or what was made of it.
+    Arena,
+    /// The same, where the peer reads by itself.
+    ArenaToRead,
+    /// Blocks of the device, which copies them to the peer's.
+    Device,
 }
 
 /// What the driver does about an announced reservation.
@@ -120,15 +132,19 @@ impl Outgoings {
                 let cached = reserved.first_block * layout.block_len.tokens();
                 Announced::ComputeInPlace { cached: TokenCount(cached) }
             }
-            Path::InPlace(_) | Path::Write | Path::Read => {
+            Path::InPlace(_) | Path::Write | Path::Device | Path::Read => {
                 let targets =
                     u32::try_from(reserved.targets.len()).expect("a frame bounds the number of blocks");
                 let layers = usize::from(layout.layers);
                 let pushes =
                     Pushes::new(layout.block_len, reserved.first_block, targets, reserved.tokens, layers);
                 let (bridge, layout) = (reserved.bridge, Arc::clone(layout));
-                let is_read = matches!(reserved.path, Path::Read);
-                outgoing.target = Target::Pushed(Pushed { pushes, bridge, layout, is_read });
+                let source = match reserved.path {
+                    Path::InPlace(_) | Path::Write => PushSource::Arena,
+                    Path::Read => PushSource::ArenaToRead,
+                    Path::Device => PushSource::Device,
+                };
+                outgoing.target = Target::Pushed(Pushed { pushes, bridge, layout, source });
                 Announced::ComputeAndPush
             }
         }
@@ -200,7 +216,7 @@ impl Outgoings {
             Bridge::Identical => {
                 origin.endpoint.push(handoff, origin.as_it_is(&pushed.pushes, pieces, table));
             }
-            Bridge::Convert { .. } if pushed.is_read => {
+            Bridge::Convert { .. } if pushed.source == PushSource::ArenaToRead => {
                 self.waiting.add(handoff, pieces);
                 self.push_waiting(origin);
             }
@@ -213,6 +229,46 @@ impl Outgoings {
                 self.staging.keep(slab);
             }
         }
+    }
+
+    /// Whether pieces go from the device to that of the peer, and not through the arena.
+    pub(crate) fn goes_by_device(&self, handoff: HandoffId) -> bool {
+        let target = self.by_handoff.get(&handoff).map(|outgoing| &outgoing.target);
+        matches!(target, Some(Target::Pushed(Pushed { source: PushSource::Device, .. })))
+    }
+
+    /// Pushes pieces of a prompt that goes by device, as the device has them once it has computed what it was asked for so far.
+    pub(crate) fn push_from_device(
+        &mut self,
+        handoff: HandoffId,
+        pieces: Vec<Piece>,
+        origin: &Origin<'_>,
+        pool: &DevicePool,
+    ) -> Result<(), CudaError> {
+        let Some(Outgoing { request, target: Target::Pushed(pushed), .. }) = self.by_handoff.get(&handoff)
+        else {
+            return Ok(());
+        };
+        let (shape, table) = (origin.arena.shape(), origin.scheduler.block_table(*request));
+        let mut writes = Vec::with_capacity(pieces.len());
+        for (layers, target) in pieces {
+            let tokens = pushed.pushes.tokens_of(target);
+            let block = table[tokens.start as usize / shape.block_len].block;
+            if tokens.len() < shape.block_len {
+                // As in the arena.
+                pool.zero_tail(block, shape, layers.clone(), tokens.len())?;
+            }
+            let offset = layers.start * shape.layer_stride;
+            writes.push(PushWrite {
+                target_index: target,
+                offset,
+                len: layers.len() * shape.layer_stride,
+                source: Source::Device { offset: origin.arena.offset(block) + offset },
+            });
+        }
+        pool.push_after_compute()?;
+        origin.endpoint.push(handoff, writes);
+        Ok(())
     }
 
     /// Pushes what waits for room in the tail, as far as there is some.

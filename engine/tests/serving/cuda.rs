@@ -12,18 +12,30 @@ use tidemill_kernels::cuda::fake::Fake;
 
 /// Engines on devices that are looked at when all have ended.
 #[derive(Default)]
-struct Gpus(Vec<(TestGpu, EngineHandle)>);
+pub(super) struct Gpus(Vec<(TestGpu, EngineHandle)>);
 
 impl Gpus {
-    fn start(&mut self, config: EngineConfig) -> EngineHandle {
-        let gpu = TestGpu::new(Order::Forwards);
+    pub(super) fn start(&mut self, config: EngineConfig) -> EngineHandle {
+        self.start_on(TestGpu::new(Order::Forwards), config)
+    }
+
+    pub(super) fn start_on(&mut self, gpu: TestGpu, config: EngineConfig) -> EngineHandle {
         let engine = start(EngineConfig { device: DeviceChoice::Cuda(gpu.driver()), ..config });
         self.0.push((gpu, engine.clone()));
         engine
     }
 
+    /// Looks at the device of one that was shut down.
+    pub(super) fn end_of(&mut self, engine: &EngineHandle) {
+        let instance = engine.describe().instance;
+        let place = self.0.iter().position(|(_, it)| it.describe().instance == instance);
+        let (gpu, engine) = self.0.swap_remove(place.expect("it was started here"));
+        ends(&engine);
+        gpu.assert_nothing_left();
+    }
+
     /// Ends all.
-    fn end(self) {
+    pub(super) fn end(self) {
         for (gpu, engine) in self.0 {
             closes(&engine);
             engine.clone().shutdown();
@@ -77,7 +89,7 @@ pub(super) fn ids(output: &Output) -> Vec<TokenId> {
 }
 
 /// What one worker on the CPU answers.
-fn expected() -> Vec<Vec<TokenId>> {
+pub(super) fn whole() -> Vec<Vec<TokenId>> {
     let alone = start(small_config(Role::Hybrid));
     let one = |which| output(submit(&alone, small_request(which, Part::Whole), None));
     (0..REQUESTS).map(|which| ids(&one(which))).collect()
@@ -85,7 +97,7 @@ fn expected() -> Vec<Vec<TokenId>> {
 
 #[test]
 fn a_gpu_answers_as_the_cpu_does_whatever_else_runs() {
-    let expected = expected();
+    let expected = whole();
     #[rustfmt::skip]
     let rows: [(&str, Change, bool); 5] = [
         // name                     change                                              steps overlap
@@ -187,7 +199,7 @@ fn who_ends_by_surprise_ends_with_the_same_token() {
 
 #[test]
 fn a_name_that_is_used_again_at_once_is_another_request() {
-    let expected = expected();
+    let expected = whole();
     let (fake, engine) = watched(small_config(Role::Hybrid));
     for round in 0..12 {
         let request = Request { stop: StopConditions::after(20), ..small_request(1, Part::Whole) };
@@ -230,7 +242,7 @@ fn who_loses_its_blocks_starts_over_with_the_same_tokens() {
 
 #[test]
 fn split_between_kinds_of_devices_equals_whole() {
-    let expected = expected();
+    let expected = whole();
     let (shm, tcp) = (TransportChoice::SharedMemory, TransportChoice::Tcp);
     #[rustfmt::skip]
     let rows: [(&str, [bool; 2], TransportChoice, Change, Change); 5] = [

@@ -3,6 +3,7 @@
 tidemill_kernels::where_emulated! {
     mod cuda;
     mod cuda_ranks;
+    mod devices;
     #[path = "../support/test_gpu.rs"]
     mod test_gpu;
 }

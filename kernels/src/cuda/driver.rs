@@ -4,7 +4,7 @@ use super::{
     Collective, ComputeCapability, CudaError, GroupId, Launch, MatrixProduct, Member, timeline::Moment,
 };
 use bytemuck::{AnyBitPattern, NoUninit};
-use std::fmt::Debug;
+use std::{fmt::Debug, os::fd::OwnedFd};
 
 /// A place in a device's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, AnyBitPattern, NoUninit)]
@@ -41,6 +41,15 @@ pub enum Queue {
     Compute,
     /// Copies beside the computation, such as those of a handoff.
     Transfer,
+    /// Copies to memory of other processes, and kernels that prove what they have brought: beside both others.
+    Handoff,
+}
+
+impl Queue {
+    /// How many there are.
+    pub(super) const COUNT: usize = 3;
+    /// All of them.
+    pub(super) const ALL: [Self; Self::COUNT] = [Self::Compute, Self::Transfer, Self::Handoff];
 }
 
 /// The end of everything that was asked of a queue so far.
@@ -75,7 +84,13 @@ pub struct Properties {
     pub memory_bandwidth: u64,
     /// Shared memory that a block can have at most, in bytes.
     pub shared_bytes: u32,
+    /// What tells it from every other device, in all processes.
+    pub identity: DeviceIdentity,
 }
+
+/// What tells a device from all others: the same in each process that sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceIdentity(pub [u8; 16]);
 
 /// A device's memory, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,9 +105,10 @@ pub struct MemoryInfo {
 ///
 /// # Order
 ///
-/// There are two queues. Operations of one are carried out in the order of the calls. An operation of [`Queue::Transfer`] begins after
-/// everything that was asked of [`Queue::Compute`] before it; the computation waits for a transfer only where
-/// [`compute_after`](Self::compute_after) says so. [`upload`](Self::upload), [`download`](Self::download), [`fill`](Self::fill),
+/// There are three queues. Operations of one are carried out in the order of the calls. An operation of [`Queue::Transfer`] begins after
+/// everything that was asked of [`Queue::Compute`] before it; one of [`Queue::Handoff`] only after what
+/// [`handoff_after_compute`](Self::handoff_after_compute) has named, so that whichever thread asks for it, it need not wait for more. The
+/// computation waits for either only where [`compute_after`](Self::compute_after) says so. [`upload`](Self::upload), [`download`](Self::download), [`fill`](Self::fill),
 /// [`launch`](Self::launch), [`multiply`](Self::multiply), [`collect`](Self::collect) and [`replay`](Self::replay) belong to
 /// [`Queue::Compute`].
 ///
@@ -109,11 +125,18 @@ pub struct MemoryInfo {
 /// Memory is given back by [`free`](Self::free) and [`free_pinned`](Self::free_pinned) alone, once nothing that was asked for uses it and
 /// no graph that is still replayed does.
 ///
+/// # Memory of other processes
+///
+/// Memory that was taken by [`allocate_shareable`](Self::allocate_shareable) can be [exported](Self::export), and a process that was passed the
+/// descriptor can [import](Self::import) it: then [`Queue::Handoff`] copies to it. Each of the two gives its own share back by
+/// [`free`](Self::free), in any order: the memory is there until both have. Who may write what of it and when is theirs to agree on.
+///
 /// # Graphs
 ///
 /// Between [`begin_capture`](Self::begin_capture) and [`end_capture`](Self::end_capture) operations of [`Queue::Compute`] are
 /// recorded instead of carried out: launches, products, collectives, fills, [`copy`](Self::copy), [`start_upload`](Self::start_upload) and
-/// [`start_download`](Self::start_download). Everything else but access to pinned memory may not be asked for meanwhile. A replay uses
+/// [`start_download`](Self::start_download). Everything else but access to pinned memory, and what is asked of [`Queue::Handoff`], may not be
+/// asked for meanwhile. A replay uses
 /// the addresses and numbers that were recorded, and reads pinned memory when it is carried out.
 ///
 /// # Groups
@@ -138,7 +161,19 @@ pub trait Driver: Debug + Send + Sync {
     /// Takes memory, aligned to 256 bytes, with undefined contents. Never of no bytes. [`CudaError::OutOfMemory`] leaves all as it was.
     fn allocate(&self, bytes: usize) -> Result<DeviceAddress, CudaError>;
 
-    /// Gives memory back: an address that [`allocate`](Self::allocate) returned, once.
+    /// The same of memory that other processes of this host can be given, in whole pages of the device.
+    /// [`CudaError::NotShareable`] where the device has none.
+    fn allocate_shareable(&self, bytes: usize) -> Result<DeviceAddress, CudaError>;
+
+    /// What another process imports shareable memory by.
+    fn export(&self, address: DeviceAddress) -> Result<OwnedFd, CudaError>;
+
+    /// Takes a share of memory that another process has exported: `bytes` bytes, as that had asked for, of a device which it names.
+    /// [`CudaError::Unreachable`] when this device cannot copy to it.
+    fn import(&self, memory: OwnedFd, bytes: usize, of: DeviceIdentity) -> Result<DeviceAddress, CudaError>;
+
+    /// Gives memory back: an address that [`allocate`](Self::allocate), [`allocate_shareable`](Self::allocate_shareable) or
+    /// [`import`](Self::import) returned, once.
     fn free(&self, address: DeviceAddress) -> Result<(), CudaError>;
 
     /// Takes memory of the host, aligned to 256 bytes, with undefined contents. Never of no bytes.
@@ -188,6 +223,12 @@ pub trait Driver: Debug + Send + Sync {
 
     /// Sets bytes to one value.
     fn fill(&self, address: DeviceAddress, bytes: usize, value: u8) -> Result<(), CudaError>;
+
+    /// What is asked of [`Queue::Handoff`] from now on comes after everything that was asked of [`Queue::Compute`] so far.
+    fn handoff_after_compute(&self) -> Result<(), CudaError>;
+
+    /// Runs a kernel in [`Queue::Handoff`].
+    fn launch_beside(&self, launch: &Launch) -> Result<(), CudaError>;
 
     /// Runs a kernel.
     fn launch(&self, launch: &Launch) -> Result<(), CudaError>;

@@ -50,6 +50,18 @@ pub enum CudaError {
         /// What was asked for.
         bytes: usize,
     },
+    /// The device has no memory that others can be given.
+    #[error("memory of the GPU cannot be shared: {reason}")]
+    NotShareable {
+        /// What it lacks.
+        reason: String,
+    },
+    /// The device cannot copy to memory of another.
+    #[error("the GPU does not reach the other's memory: {reason}")]
+    Unreachable {
+        /// What is in between.
+        reason: String,
+    },
     /// The compiler's library is not there, or is not one.
     #[error("no compiler for CUDA kernels: {reason}")]
     NoCompiler {

@@ -1,9 +1,9 @@
 //! Which kernel runs for an operation, on how many blocks of how many threads.
 
 use super::{
-    Attention, ConvertBlocks, DigestGranules, Embed, Join, Launch, LogprobsOfRows, LogprobsRow, Parameters,
-    Product, PromptAttention, PromptTile, QuantizeRows, QuantizedProduct, RmsNorm, RopeAndWrite, Sample,
-    SiluMul, ZeroTail, launch::WARP,
+    Attention, ConvertBlocks, DigestGranules, DigestSamples, Embed, Join, Launch, LogprobsOfRows,
+    LogprobsRow, Parameters, Product, PromptAttention, PromptTile, QuantizeRows, QuantizedProduct, RmsNorm,
+    RopeAndWrite, Sample, SiluMul, ZeroTail, launch::WARP,
 };
 use crate::matrix::{Quantization, WeightDtype};
 
@@ -248,6 +248,11 @@ pub fn digest_granules(count: u32, parameters: &DigestGranules) -> Launch {
     let bytes = parameters.bytes;
     assert!(DigestGranules::LEAST <= bytes && bytes.is_multiple_of(8), "digest_granules: {bytes} bytes");
     Launch::new("digest", "digest_granules", [count, 1, 1], THREADS, parameters)
+}
+
+/// Digests of `count` samples.
+pub fn digest_samples(count: u32, parameters: &DigestSamples) -> Launch {
+    Launch::new("digest", "digest_samples", [count, 1, 1], THREADS, parameters)
 }
 
 /// All tokens, layers and heads of a conversion.

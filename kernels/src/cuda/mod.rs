@@ -25,7 +25,9 @@ mod timeline;
 pub mod weights;
 
 pub use collective::{Collective, GroupId, Member};
-pub use driver::{DeviceAddress, Driver, Graph, MemoryInfo, PinnedAddress, Properties, Queue, Ticket};
+pub use driver::{
+    DeviceAddress, DeviceIdentity, Driver, Graph, MemoryInfo, PinnedAddress, Properties, Queue, Ticket,
+};
 pub use error::{ComputeCapability, CudaError, CudaVersion};
 pub use launch::{Launch, Parameters};
 pub use matrix_product::MatrixProduct;

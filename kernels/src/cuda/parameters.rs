@@ -444,6 +444,32 @@ pub struct DigestGranules {
     pub reserved: u32,
 }
 
+/// Some lines of a part of a block, whose bytes are hashed as if they lay one behind the other.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct SampleOfBlock {
+    /// Address at which each begins, a multiple of eight: 64 bytes each.
+    pub lines: [u64; 4],
+    /// What the hash begins with.
+    pub seed: u64,
+    /// Which of the sums the digest is added to.
+    pub sum: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// The same as [`DigestGranules`] of samples.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub struct DigestSamples {
+    /// u64
+    pub sums: DeviceAddress,
+    /// [`SampleOfBlock`], one for each digest.
+    pub samples: DeviceAddress,
+    /// [`DigestGranules::SECRET`]
+    pub secret: [u64; 24],
+}
+
 /// Zeroes the ends of blocks: K, V and scales of all layers.
 #[derive(Clone, Copy, Debug, NoUninit)]
 #[repr(C)]
@@ -472,6 +498,7 @@ impl Parameters for QuantizeRows {}
 impl Parameters for QuantizedProduct {}
 impl Parameters for Sample {}
 impl Parameters for DigestGranules {}
+impl Parameters for DigestSamples {}
 impl Parameters for LogprobsOfRows {}
 impl Parameters for ConvertBlocks {}
 impl Parameters for ZeroTail {}

@@ -1,14 +1,14 @@
-//! What comes before what on a device with two queues, and which memory is in use meanwhile.
+//! What comes before what on a device with several queues, and which memory is in use meanwhile.
 //!
 //! A moment counts, for each queue, the operations that are over by then. Whether an operation comes before another is read off the
-//! two numbers, whatever the device really does.
+//! numbers, whatever the device really does.
 
 use super::Queue;
 use std::ops::Range;
 
 /// How many operations of each queue are over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Moment([u64; 2]);
+pub(super) struct Moment([u64; Queue::COUNT]);
 
 /// What an operation does with memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub(super) enum Accessor {
 #[derive(Debug, Default)]
 pub(super) struct Timeline {
     /// What comes before the next operation of a queue.
-    queues: [Moment; 2],
+    queues: [Moment; Queue::COUNT],
     /// What the host knows to be over.
     host: Moment,
     uses: Vec<Use>,
@@ -69,6 +69,12 @@ impl Timeline {
     #[cfg(all(feature = "emulator", not(no_cpp_compiler)))]
     pub(super) fn beyond(&self, queue: Queue, moment: Moment) -> u64 {
         self.queues[queue as usize].0[queue as usize] - moment.0[queue as usize]
+    }
+
+    /// What is asked of the handoff's queue comes after what the computation was asked for so far.
+    pub(super) fn handoff_after_compute(&mut self) {
+        let computed = self.queues[Queue::Compute as usize];
+        self.queues[Queue::Handoff as usize].join(computed);
     }
 
     /// The computation goes on after a moment.
@@ -158,6 +164,21 @@ mod tests {
         // Whoever waits for the copy waited for what it came after.
         timeline.host_saw(timeline.moment(Transfer));
         assert!(timeline.has(Host, Compute, computed) && timeline.has(Host, Transfer, copied));
+    }
+
+    #[test]
+    fn a_handoff_comes_after_what_it_was_told_to_and_nothing_else() {
+        let mut timeline = Timeline::default();
+        let computed = timeline.begin(Compute);
+        timeline.handoff_after_compute();
+        let (later, transferred) = (timeline.begin(Compute), timeline.begin(Transfer));
+        let copied = timeline.begin(Queue::Handoff);
+        let handoff = Accessor::Queue(Queue::Handoff);
+        assert!(timeline.has(handoff, Compute, computed));
+        assert!(!timeline.has(handoff, Compute, later) && !timeline.has(handoff, Transfer, transferred));
+        assert!(!timeline.has(COMPUTE, Queue::Handoff, copied));
+        timeline.host_saw(timeline.moment(Queue::Handoff));
+        assert!(timeline.has(Host, Compute, computed) && !timeline.has(Host, Compute, later));
     }
 
     #[test]

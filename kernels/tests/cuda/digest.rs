@@ -4,7 +4,9 @@ use super::{
     on_devices,
     support::{Numbers, cuda::Buffer},
 };
-use tidemill_kernels::cuda::{DeviceAddress, DigestGranules, GranuleOfBlock, launches};
+use tidemill_kernels::cuda::{
+    DeviceAddress, DigestGranules, DigestSamples, GranuleOfBlock, SampleOfBlock, launches,
+};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 #[test]
@@ -41,6 +43,38 @@ fn digests_are_those_of_the_cpu() {
             }
             assert_eq!(sums.read::<u64>(), expected, "{bytes} bytes");
         }
+    });
+}
+
+#[test]
+fn digests_of_samples_are_those_of_the_cpu() {
+    on_devices(|device| {
+        let mut numbers = Numbers::new(61);
+        let contents: Vec<u64> = (0..4096 / 8).map(|_| numbers.bits()).collect();
+        let on_device = Buffer::new(device, &contents);
+        let bytes: &[u8] = bytemuck::cast_slice(&contents);
+        // Anywhere, one twice, and in any order.
+        let places = [[0, 64, 128, 192], [0, 1024, 1024, 4032], [4032, 8, 72, 2048]];
+        let seeds = [0, (9 << 32) | 1, u64::MAX];
+        let sample = |index: usize| SampleOfBlock {
+            lines: places[index].map(|line| on_device.address().offset(line).0),
+            seed: seeds[index],
+            sum: u32::from(index == 1),
+            reserved: 0,
+        };
+        let samples = Buffer::new(device, &[sample(0), sample(1), sample(2)]);
+        let before = [5_u64, u64::MAX];
+        let sums = Buffer::new(device, &before);
+        let (secret, samples) = (DigestGranules::SECRET, samples.address());
+        let parameters = DigestSamples { sums: sums.address(), samples, secret };
+        device.launch(&launches::digest_samples(3, &parameters)).expect("kernels run");
+        let mut expected = before;
+        for (index, lines) in places.iter().enumerate() {
+            let gathered: Vec<u8> = lines.iter().flat_map(|&line| bytes[line..line + 64].to_vec()).collect();
+            let sum = &mut expected[usize::from(index == 1)];
+            *sum = sum.wrapping_add(xxh3_64_with_seed(&gathered, seeds[index]));
+        }
+        assert_eq!(sums.read::<u64>(), expected);
     });
 }
 

@@ -8,7 +8,8 @@ use super::{
 };
 use tidemill_kernels::{
     cuda::{
-        ComputeCapability, DeviceAddress, Driver, Launch, Product, PromptAttention, Properties,
+        ComputeCapability, DeviceAddress, DeviceIdentity, Driver, Launch, Product, PromptAttention,
+        Properties,
         hopper::{self, BlockRange},
     },
     kv::KvDtype,
@@ -96,6 +97,7 @@ fn properties(compute_capability: ComputeCapability) -> Properties {
         multiprocessors: 132,
         memory_bandwidth: 0,
         shared_bytes: 227 << 10,
+        identity: DeviceIdentity::default(),
     }
 }
 

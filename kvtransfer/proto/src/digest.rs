@@ -48,6 +48,15 @@ pub struct BlockShape {
     pub granule: usize,
 }
 
+/// Which bytes of a granule a digest looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// All of them.
+    All,
+    /// Lines of 64 bytes that begin there, one behind the other.
+    Lines([usize; LINES]),
+}
+
 /// Digest of one granule of `len` bytes. `read(offset, buffer)` copies bytes of the granule into the buffer: the
 /// memory can be shared with a peer, so it is never borrowed.
 pub fn granule_digest(
@@ -200,8 +209,14 @@ impl BlockShape {
 }
 
 impl Granule {
+    /// Which of its `len` bytes are looked at, for who takes the digest by other means: it is XXH3 of 64 bits of them, with the
+    /// [`seed`](Self::seed).
+    pub fn look(self, coverage: Coverage, len: usize) -> Look {
+        if coverage == Coverage::Full || len <= SAMPLE { Look::All } else { Look::Lines(self.lines(len)) }
+    }
+
     /// Distinct for each place of a block, equal for all handoffs: a digest can be compared across them.
-    fn seed(self) -> u64 {
+    pub fn seed(self) -> u64 {
         (u64::from(self.target) << 32) | u64::from(self.index)
     }
 
@@ -343,6 +358,31 @@ mod tests {
                 digests.finish();
                 assert_eq!(sums, expected, "{coverage:?}, {count} of {len} bytes");
             }
+        }
+    }
+
+    #[test]
+    fn who_looks_where_it_is_told_takes_the_same_digest() {
+        let bytes: Vec<u8> = (0..20_000u32).map(|index| (index % 251) as u8).collect();
+        for (coverage, len) in [
+            (Coverage::Full, 20_000),
+            (Coverage::Sampled, 20_000),
+            (Coverage::Sampled, 257),
+            (Coverage::Sampled, 256),
+            (Coverage::Full, 64),
+        ] {
+            let looked_at = match GRANULE.look(coverage, len) {
+                Look::All => bytes[..len].to_vec(),
+                Look::Lines(lines) => {
+                    lines.iter().flat_map(|&line| bytes[line..line + LINE].to_vec()).collect()
+                }
+            };
+            let expected = digest(coverage, GRANULE, &bytes[..len]);
+            assert_eq!(
+                xxh3_64_with_seed(&looked_at, GRANULE.seed()),
+                expected,
+                "{coverage:?} of {len} bytes"
+            );
         }
     }
 

@@ -15,6 +15,8 @@
 
 mod backlog;
 mod crediting;
+#[cfg(test)]
+mod device_tests;
 mod fetching;
 mod links;
 mod naming;
@@ -113,6 +115,18 @@ pub struct LinkUp {
     pub proof: QuietProof,
     /// Handoffs that the peer cannot promise to leave alone.
     pub busy: Vec<HandoffId>,
+    /// Which way bytes go from device to device.
+    pub by_device: ByDevice,
+}
+
+/// In which directions of a link a device writes into memory of the other side's device, which blocks of the same numbers are in. Where
+/// it does, nothing comes into the regions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ByDevice {
+    /// From this side to the peer.
+    pub to_peer: bool,
+    /// From the peer to this side.
+    pub from_peer: bool,
 }
 
 /// Blocks that the engine sets aside for the KV of a prompt.
@@ -179,6 +193,8 @@ pub struct DigestOrder {
     pub handoff: HandoffId,
     /// The peer whose blocks they are; `None` for this side's own.
     pub owner: Option<u64>,
+    /// Whether it is those in this side's device that are meant.
+    pub on_device: bool,
     /// How much of each granule to look at.
     pub coverage: Coverage,
     /// How the blocks are cut.
@@ -233,6 +249,8 @@ pub enum EndpointEvent {
         tokens: TokenCount,
         /// What the peer sent along.
         payload: Vec<u8>,
+        /// Whether they are in blocks of this side's device, and not in its region.
+        on_device: bool,
     },
     /// Decode side: the KV will not come. The blocks are not free before `Released`.
     ReserveFailed {
@@ -287,6 +305,9 @@ pub enum Delivery {
     InPlace,
     /// What is pushed is written to them.
     Written,
+    /// What is pushed lies in blocks of this side's device, whole pieces of one for each of the peer's, and its device writes it to those of
+    /// the peer's device.
+    ByDevice,
     /// What is pushed is read by the peer, out of this side's region. It lies there, unchanged, until [`EndpointEvent::Fetched`] or the
     /// handoff's end.
     Read,

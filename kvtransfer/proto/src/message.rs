@@ -230,6 +230,8 @@ pub struct Ready {
     /// Handoffs of earlier connections of which the sender cannot yet promise that it no longer touches their
     /// blocks. All others are quiet: the decode side releases what it held in quarantine.
     pub busy: Vec<HandoffId>,
+    /// Whether the sender's device writes into memory of the other side's device, so that nothing comes into its region.
+    pub by_device: bool,
 }
 
 /// Blocks that wait for the KV of a prompt.

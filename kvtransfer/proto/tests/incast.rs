@@ -15,8 +15,8 @@ use support::Zeros;
 use tidemill_kvtransfer_proto::credit::{Ask, CreditLoad};
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::endpoint_core::{
-    EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp, QuietProof, ReserveOrder,
-    TargetWrite,
+    ByDevice, EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp, QuietProof,
+    ReserveOrder, TargetWrite,
 };
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{Hello, Message, Offer, OnFailure, PROTOCOL};
@@ -105,7 +105,7 @@ fn up(instance: u64, blocks: u64, proof: QuietProof) -> LinkUp {
         pulls: false,
         lease: Duration::from_millis(500),
     };
-    LinkUp { hello, proof, busy: Vec::new() }
+    LinkUp { hello, proof, busy: Vec::new(), by_device: ByDevice::default() }
 }
 
 /// One handoff: who computes it, how many blocks it has and how soon it is wanted, in milliseconds.

@@ -8,8 +8,8 @@ use std::time::Duration;
 use support::Zeros;
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::endpoint_core::{
-    EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkUp, OFFERS, QuietProof, ReserveOrder,
-    STALL, TargetWrite,
+    ByDevice, EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkUp, OFFERS, QuietProof,
+    ReserveOrder, STALL, TargetWrite,
 };
 use tidemill_kvtransfer_proto::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use tidemill_kvtransfer_proto::message::{Hello, Offer, OnFailure, PROTOCOL};
@@ -58,7 +58,12 @@ impl Pair {
             is_reserved: false,
             is_committed: false,
         };
-        let up = |instance| LinkUp { hello: hello(instance), proof: QuietProof::Admission, busy: Vec::new() };
+        let up = |instance| LinkUp {
+            hello: hello(instance),
+            proof: QuietProof::Admission,
+            busy: Vec::new(),
+            by_device: ByDevice::default(),
+        };
         pair.prefill.link_up(DECODE, up(DECODE), NOW);
         pair.decode.link_up(PREFILL, up(PREFILL), NOW);
         pair

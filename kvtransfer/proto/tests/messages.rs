@@ -157,8 +157,11 @@ fn message() -> impl Strategy<Value = Message> {
         (reason(), reason()).prop_map(|(field, reason)| Message::Refuse(Refuse { field, reason })),
         (any::<u64>(), any::<u64>())
             .prop_map(|(instance, token)| Message::Attach(Attach { instance, token })),
-        (transport, prop::option::of(reason()), handoffs())
-            .prop_map(|(transport, fallback, busy)| Message::Ready(Ready { transport, fallback, busy })),
+        (transport, prop::option::of(reason()), handoffs(), any::<bool>()).prop_map(
+            |(transport, fallback, busy, by_device)| {
+                Message::Ready(Ready { transport, fallback, busy, by_device })
+            }
+        ),
         reserve().prop_map(Message::Reserve),
         (handoff(), reason()).prop_map(|(handoff, reason)| Message::Decline { handoff, reason }),
         filled().prop_map(Message::Filled),

@@ -53,6 +53,10 @@ impl Driver {
         peer.idle_since = self.now;
         peer.contact.link_lost(self.turn);
         self.links.set(instance, None);
+        if let DataPath::SharedMemory(transport) = &mut severed.path {
+            // The device makes them whatever becomes of the link: they are heard of when they have ended.
+            self.orphans.extend(transport.take_copies());
+        }
         severed.path.sever();
         let mut done = Vec::new();
         severed.path.transport().poll(&mut done);
@@ -66,6 +70,9 @@ impl Driver {
     }
 
     fn begin_digests(&mut self, order: DigestOrder) {
+        if order.on_device {
+            return self.begin_device_digests(order);
+        }
         let memory = match order.owner {
             None => Some(Arc::clone(&self.config.region)),
             Some(peer) => self.arena_of(peer),
@@ -95,12 +102,14 @@ impl Driver {
     /// The engine has bytes for the peer.
     pub(super) fn take_writes(&mut self, handoff: HandoffId, writes: Vec<PushWrite>) {
         let region = &self.config.region;
+        let device_bytes = region.len() - self.config.staging_bytes;
         let target_write = |PushWrite { target_index, offset, len, source }| {
             let is_foreign =
                 matches!(&source, Source::Tail(piece, _) if !Arc::ptr_eq(piece.region(), region));
             let (memory, from) = match source {
                 Source::Region { offset } => (Memory::Arena(Arc::clone(region)), offset),
                 Source::Slab(slab, offset) => (Memory::Staged(slab), offset),
+                Source::Device { offset } => (Memory::Device(device_bytes), offset),
                 // One that would lie beyond the address space is outside too.
                 Source::Tail(piece, offset) => {
                     let from = piece.offset().saturating_add(offset);
@@ -151,8 +160,8 @@ impl Driver {
             }
             EndpointEvent::Fetched { handoff } => self.tell(HandoffEvent::Fetched { handoff }),
             EndpointEvent::CancelWanted { handoff } => self.tell(HandoffEvent::CancelWanted { handoff }),
-            EndpointEvent::Committed { handoff, tokens, payload } => {
-                self.tell(HandoffEvent::Committed { handoff, tokens, payload });
+            EndpointEvent::Committed { handoff, tokens, payload, on_device } => {
+                self.tell(HandoffEvent::Committed { handoff, tokens, payload, on_device });
             }
             EndpointEvent::ReserveFailed { handoff, error } => {
                 log_end(handoff, &error);
@@ -172,6 +181,7 @@ impl Driver {
         let path = match delivery {
             Delivery::InPlace => self.arena_of(peer).map_or(Path::Write, Path::InPlace),
             Delivery::Written => Path::Write,
+            Delivery::ByDevice => Path::Device,
             Delivery::Read => Path::Read,
         };
         self.tell(HandoffEvent::Reserved(Reserved {

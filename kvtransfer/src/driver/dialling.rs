@@ -8,6 +8,7 @@ use std::sync::mpsc::{Sender, TryRecvError};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
+use tidemill_kvtransfer_proto::codec;
 use tidemill_kvtransfer_proto::handshake::Contact;
 use tidemill_kvtransfer_proto::message::{Attach, Message, Paths, Ready, TransportKind, Welcome};
 
@@ -173,9 +174,9 @@ impl Driver {
                 if !self.is_ready(stream.as_fd()) {
                     return Ok(Step::Wait(Stage::AwaitingMemory { control, welcome, stream }));
                 }
-                match receive_memory(&stream, &welcome) {
-                    Ok((region, process)) => {
-                        let path = DataPath::SharedMemory(SharedMemoryTransport::new(region));
+                match self.receive_memory(&stream, &welcome) {
+                    Ok((memory, process)) => {
+                        let path = DataPath::SharedMemory(memory);
                         self.await_ready(instance, control, *welcome, path, Some(process), None)
                     }
                     Err(error) => {
@@ -207,6 +208,7 @@ impl Driver {
                 match established.connection.receive_one().map_err(|loss| lost(&loss))? {
                     Some(Message::Ready(ready)) => {
                         established.busy = ready.busy;
+                        established.by_device = ready.by_device;
                         Ok(Step::Up(established))
                     }
                     Some(_) => Err(odd_message()),
@@ -249,8 +251,23 @@ impl Driver {
     fn pass_memory(&self, welcome: &Welcome) -> io::Result<UnixStream> {
         let stream = exchange::connect(&welcome.hello.memory_socket)?;
         let attach = Attach { instance: self.hello.instance, token: welcome.token };
-        exchange::send_with_fd(&stream, &attach_frame(attach), self.config.region.fd())?;
+        let (bytes, fds) = self.passed_memory(attach);
+        exchange::send_with_fds(&stream, &bytes, &fds)?;
         Ok(stream)
+    }
+
+    fn receive_memory(
+        &self,
+        stream: &UnixStream,
+        welcome: &Welcome,
+    ) -> io::Result<(Box<SharedMemoryTransport>, Process)> {
+        let (bytes, fd, device) = exchange::receive_with_fds(stream)?.ok_or(io::ErrorKind::WouldBlock)?;
+        let end = codec::decode(&bytes).ok().flatten().map_or(bytes.len(), |(_, end)| end);
+        let process = Process::at_other_end(stream)?;
+        let len = usize::try_from(welcome.hello.region_bytes).unwrap_or(usize::MAX);
+        let region = Region::map(fd, len, Access::ReadWrite)?;
+        let copies = self.reach_device(&welcome.hello, &bytes[end..], device);
+        Ok((Box::new(SharedMemoryTransport::new(region).with_copies(copies)), process))
     }
 
     fn advance_draft(
@@ -338,14 +355,22 @@ impl Driver {
     ) -> Result<Step, MeetError> {
         let busy = self.core.prepare_link(instance, self.moment());
         self.act();
-        let ready = Ready { transport: path.kind(), fallback: fallback.clone(), busy };
+        let by_device = path.reaches_device();
+        let ready = Ready { transport: path.kind(), fallback: fallback.clone(), busy, by_device };
         say(&mut connection, &Message::Ready(ready))?;
-        let established =
-            Established { connection, path, process, hello: welcome.hello, fallback, busy: Vec::new() };
+        let established = Established {
+            connection,
+            path,
+            process,
+            hello: welcome.hello,
+            fallback,
+            busy: Vec::new(),
+            by_device: false,
+        };
         Ok(Step::Next(Stage::AwaitingReady(Box::new(established))))
     }
 
-    fn dial_failed(&mut self, instance: u64, error: &MeetError) {
+    pub(super) fn dial_failed(&mut self, instance: u64, error: &MeetError) {
         let Some(peer) = self.peers.get_mut(&instance) else { return };
         tracing::warn!(peer = peer.name, address = %peer.address, %error, "peer not connected");
         peer.contact.dial_failed(self.turn);
@@ -358,13 +383,6 @@ impl Driver {
         self.core.unreachable(instance, &error.to_string());
         self.act();
     }
-}
-
-fn receive_memory(stream: &UnixStream, welcome: &Welcome) -> io::Result<(std::sync::Arc<Region>, Process)> {
-    let (_, fd) = exchange::receive_with_fd(stream)?.ok_or(io::ErrorKind::WouldBlock)?;
-    let process = Process::at_other_end(stream)?;
-    let len = usize::try_from(welcome.hello.region_bytes).unwrap_or(usize::MAX);
-    Ok((Region::map(fd, len, Access::ReadWrite)?, process))
 }
 
 /// Whether a connect that has come to an end has succeeded.

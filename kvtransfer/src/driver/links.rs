@@ -18,7 +18,7 @@ use crate::tcp::Loss;
 impl Driver {
     /// A handshake has come to its end.
     pub(super) fn bring_up(&mut self, instance: u64, established: Established) {
-        let Established { connection, mut path, process, hello, fallback, busy } = established;
+        let Established { connection, mut path, process, hello, fallback, busy, by_device } = established;
         // A side that dials has no older link, and one that is dialled has ended it: only to be sure.
         self.lose(instance, &Loss::Replaced);
         let (kind, paths) = (path.kind(), path.count());
@@ -28,6 +28,8 @@ impl Driver {
             let (theirs, ours) = (way(hello.pulls), way(self.hello.pulls));
             tracing::info!(peer = hello.name, to_peer = theirs, from_peer = ours, "how handoffs go");
         }
+        let by_device = self.by_device(&path, by_device);
+        let devices = self.log_devices(&hello.name, &path, by_device);
         let probe = match &mut path {
             DataPath::SharedMemory(transport) => Probe::Done(read_speed(transport.arena())),
             DataPath::Tcp(data) => {
@@ -49,13 +51,26 @@ impl Driver {
         peer.is_remade = false;
         peer.process = process.or(peer.process.take());
         peer.contact.is_up();
-        let up = LinkUp { hello, proof: kind.quiet_proof(), busy };
+        let up = LinkUp { hello, proof: kind.quiet_proof(), busy, by_device };
         let id = self.core.link_up(instance, up, Moment(self.origin.elapsed()));
         let directions = self.core.directions(instance).expect("the link is up");
         let (is_fresh, remade_by) = (true, None);
-        peer.link = Some(Link { id, connection, path, is_fresh, is_fallback, remade_by, directions, probe });
+        let link = Link {
+            id,
+            connection,
+            path,
+            is_fresh,
+            is_fallback,
+            remade_by,
+            directions,
+            by_device,
+            devices,
+            probe,
+        };
+        peer.link = Some(link);
         let in_place = self.core.reaches_in_place(instance);
-        let link = PeerLink { transport: kind, bytes_per_second: 0.0, is_fallback, paths, directions };
+        let link =
+            PeerLink { transport: kind, bytes_per_second: 0.0, is_fallback, paths, directions, devices };
         self.links.set(instance, Some(LinkEntry { link, in_place }));
         self.act();
         self.report_up(instance);

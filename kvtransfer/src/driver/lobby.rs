@@ -170,16 +170,23 @@ impl Driver {
 
     /// Takes the peer's arena and gives this side's. False when the peer has said nothing yet.
     fn exchange_memory(&mut self, visitor: &MemoryVisitor) -> io::Result<bool> {
-        let Some((bytes, fd)) = exchange::receive_with_fd(&visitor.stream)? else { return Ok(false) };
+        let Some((bytes, fd, device)) = exchange::receive_with_fds(&visitor.stream)? else {
+            return Ok(false);
+        };
         let unexpected = || io::Error::new(io::ErrorKind::InvalidData, "no handshake waits for it");
-        let Ok(Some((Message::Attach(attach), _))) = codec::decode(&bytes) else { return Err(unexpected()) };
-        let ours = self.config.region.clone();
-        let inbound = self.inbound_of(attach).ok_or_else(unexpected)?;
+        let Ok(Some((Message::Attach(attach), end))) = codec::decode(&bytes) else {
+            return Err(unexpected());
+        };
+        let hello = self.inbound_of(attach).ok_or_else(unexpected)?.hello.clone();
         let process = Process::at_other_end(&visitor.stream)?;
-        let len = usize::try_from(inbound.hello.region_bytes).unwrap_or(usize::MAX);
+        let len = usize::try_from(hello.region_bytes).unwrap_or(usize::MAX);
         let region = Region::map(fd, len, Access::ReadWrite)?;
-        exchange::send_with_fd(&visitor.stream, &bytes, ours.fd())?;
-        inbound.memory = Some((region, process));
+        let copies = self.reach_device(&hello, &bytes[end..], device);
+        let (bytes, fds) = self.passed_memory(attach);
+        exchange::send_with_fds(&visitor.stream, &bytes, &fds)?;
+        let inbound = self.inbound_of(attach).ok_or_else(unexpected)?;
+        let memory = Box::new(SharedMemoryTransport::new(region).with_copies(copies));
+        inbound.memory = Some((memory, process));
         Ok(true)
     }
 
@@ -254,12 +261,17 @@ impl Driver {
         }
         let busy = self.core.prepare_link(instance, self.moment());
         self.act();
-        let answer = Message::Ready(Ready { transport: path.kind(), fallback: None, busy });
+        let answer = Message::Ready(Ready {
+            transport: path.kind(),
+            fallback: None,
+            busy,
+            by_device: path.reaches_device(),
+        });
         if let Err(loss) = connection.send(&answer).and_then(|()| connection.flush()) {
             return tracing::warn!(peer = hello.name, %loss, "handshake failed");
         }
-        let (fallback, busy) = (ready.fallback, ready.busy);
-        self.bring_up(instance, Established { connection, path, process, hello, fallback, busy });
+        let Ready { fallback, busy, by_device, .. } = ready;
+        self.bring_up(instance, Established { connection, path, process, hello, fallback, busy, by_device });
     }
 }
 
@@ -269,9 +281,9 @@ impl Inbound {
     /// Everything the handshake was to bring, or the handshake back while something is missing.
     fn complete(mut self) -> Result<Completed, Box<Self>> {
         let path = match self.ready.as_ref().map(|ready| ready.transport) {
-            Some(TransportKind::SharedMemory) => self.memory.take().map(|(region, process)| {
-                (DataPath::SharedMemory(SharedMemoryTransport::new(region)), Some(process))
-            }),
+            Some(TransportKind::SharedMemory) => {
+                self.memory.take().map(|(memory, process)| (DataPath::SharedMemory(memory), Some(process)))
+            }
             Some(TransportKind::Rdma) => match std::mem::take(&mut self.rdma) {
                 RdmaAnswer::Connected(transport) => Some((DataPath::Rdma(transport), None)),
                 other => {

@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use tidemill_kvtransfer_proto::endpoint_core::{Directions, LinkId};
+use tidemill_kvtransfer_proto::endpoint_core::{ByDevice, Directions, LinkId};
 use tidemill_kvtransfer_proto::handshake::Contact;
 use tidemill_kvtransfer_proto::message::{Hello, Ready, TransportKind};
 use tidemill_kvtransfer_proto::transport::Transport;
@@ -15,7 +15,7 @@ use tidemill_kvtransfer_proto::units::{HandoffId, Moment};
 
 use super::dialling::Dial;
 use super::rdma::{self, RdmaAnswer};
-use crate::event::{Met, PeerLink};
+use crate::event::{DeviceWays, Met, PeerLink};
 use crate::shm::{Process, Region, SharedMemoryTransport};
 use crate::source::SourceRange;
 use crate::tcp::{Connection, DataConnection};
@@ -49,7 +49,7 @@ pub(super) struct Inbound {
     pub(super) connection: Connection,
     pub(super) hello: Hello,
     pub(super) token: u64,
-    pub(super) memory: Option<(Arc<Region>, Process)>,
+    pub(super) memory: Option<(Box<SharedMemoryTransport>, Process)>,
     pub(super) rdma: RdmaAnswer,
     pub(super) data: Option<DataConnection>,
     pub(super) ready: Option<Ready>,
@@ -65,6 +65,8 @@ pub(super) struct Established {
     pub(super) fallback: Option<String>,
     /// What the peer cannot yet promise to leave alone.
     pub(super) busy: Vec<HandoffId>,
+    /// Whether the peer says that its device writes into this side's.
+    pub(super) by_device: bool,
 }
 
 /// A connection over which handoffs go.
@@ -81,6 +83,9 @@ pub(super) struct Link {
     pub(super) remade_by: Option<Moment>,
     /// Where its layouts can be bridged.
     pub(super) directions: Directions,
+    /// Where bytes go from device to device.
+    pub(super) by_device: ByDevice,
+    pub(super) devices: DeviceWays,
     pub(super) probe: Probe,
 }
 
@@ -96,7 +101,7 @@ pub(super) enum Probe {
 /// The way for data.
 #[derive(Debug)]
 pub(super) enum DataPath {
-    SharedMemory(SharedMemoryTransport),
+    SharedMemory(Box<SharedMemoryTransport>),
     Rdma(Box<RdmaTransport>),
     Tcp(Box<DataConnection>),
 }
@@ -175,7 +180,8 @@ impl Link {
         let Probe::Done(bytes_per_second) = self.probe else { return None };
         let (transport, paths) = (self.path.kind(), self.path.count());
         let (is_fallback, directions) = (self.is_fallback, self.directions);
-        Some(PeerLink { transport, bytes_per_second, is_fallback, paths, directions })
+        let devices = self.devices;
+        Some(PeerLink { transport, bytes_per_second, is_fallback, paths, directions, devices })
     }
 }
 
@@ -203,6 +209,25 @@ impl DataPath {
         }
     }
 
+    /// Whether this side's device copies to the peer's.
+    pub(super) fn reaches_device(&self) -> bool {
+        matches!(self, Self::SharedMemory(transport) if transport.reaches_device())
+    }
+
+    /// Whether it makes copies now.
+    pub(super) fn has_device_copies(&self) -> bool {
+        matches!(self, Self::SharedMemory(transport) if transport.has_copies())
+    }
+
+    /// Why it does not reach it.
+    pub(super) fn why_not_by_device(&self) -> Option<&str> {
+        match self {
+            Self::SharedMemory(transport) => transport.why_no_copies(),
+            Self::Rdma(_) => Some("network devices are given memory of the host"),
+            Self::Tcp(_) => Some("sockets are given memory of the host"),
+        }
+    }
+
     /// The peer's memory, where it is mapped here.
     pub(super) fn arena(&self) -> Option<&Arc<Region>> {
         match self {
@@ -213,7 +238,7 @@ impl DataPath {
 
     pub(super) fn transport(&mut self) -> &mut dyn Transport<Source = SourceRange> {
         match self {
-            Self::SharedMemory(transport) => transport,
+            Self::SharedMemory(transport) => &mut **transport,
             Self::Rdma(transport) => &mut **transport,
             Self::Tcp(data) => &mut **data,
         }

@@ -26,21 +26,20 @@ pub(crate) fn connect(name: &str) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Sends `bytes` together with a descriptor. Both are small enough for an empty socket buffer.
-pub(crate) fn send_with_fd(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+/// Sends `bytes` together with one descriptor or two. All are small enough for an empty socket buffer.
+pub(crate) fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let fds = [fd];
-    let pushed = ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-    assert!(pushed, "the space was made for one descriptor");
+    let pushed = ancillary.push(SendAncillaryMessage::ScmRights(fds));
+    assert!(pushed, "the space was made for so many descriptors");
     let sent = sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
     if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
-/// Receives what [`send_with_fd`] sent; `None` when nothing has come yet.
-pub(crate) fn receive_with_fd(stream: &UnixStream) -> io::Result<Option<(Vec<u8>, OwnedFd)>> {
+/// Receives what [`send_with_fds`] sent, its second descriptor where there is one; `None` when nothing has come yet.
+pub(crate) fn receive_with_fds(stream: &UnixStream) -> io::Result<Option<Received>> {
     let mut bytes = vec![0; LONGEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(&mut bytes)];
     let received = match recvmsg(stream, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
@@ -48,20 +47,25 @@ pub(crate) fn receive_with_fd(stream: &UnixStream) -> io::Result<Option<(Vec<u8>
         Err(rustix::io::Errno::AGAIN) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let mut fds = ancillary.drain().filter_map(|message| match message {
+    let fds = ancillary.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(fds) => Some(fds),
         _ => None,
     });
-    let fd = fds.next().and_then(|mut fds| fds.next());
-    let Some(fd) = fd.filter(|_| 0 < received) else {
+    let mut fds = fds.flatten();
+    let Some(fd) = fds.next().filter(|_| 0 < received) else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer closed, or passed no memory"));
     };
     bytes.truncate(received);
-    Ok(Some((bytes, fd)))
+    Ok(Some((bytes, fd, fds.next())))
 }
+
+/// What came over a socket.
+pub(crate) type Received = (Vec<u8>, OwnedFd, Option<OwnedFd>);
 
 /// Longest first message.
 const LONGEST: usize = 4096;
+/// Of a region, and of memory of a device.
+const MOST_FDS: usize = 2;
 
 #[cfg(test)]
 mod tests {
@@ -74,21 +78,26 @@ mod tests {
     fn a_region_passes_through_a_socket() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
-        assert!(receive_with_fd(&theirs).unwrap().is_none(), "nothing has come");
+        assert!(receive_with_fds(&theirs).unwrap().is_none(), "nothing has come");
 
         let region = Region::new("test", 4096).unwrap();
         region.write(7, b"x");
-        send_with_fd(&ours, b"hello", region.fd()).unwrap();
-        let (bytes, fd) = receive_with_fd(&theirs).unwrap().unwrap();
-        assert_eq!(bytes, b"hello");
+        send_with_fds(&ours, b"hello", &[region.fd()]).unwrap();
+        let (bytes, fd, second) = receive_with_fds(&theirs).unwrap().unwrap();
+        assert_eq!((bytes.as_slice(), second.is_some()), (b"hello".as_slice(), false));
+        let other = Region::new("test", 64).unwrap();
+        send_with_fds(&ours, b"two", &[region.fd(), other.fd()]).unwrap();
+        let (_, _, second) = receive_with_fds(&theirs).unwrap().unwrap();
+        let second = Region::map(second.expect("two were sent"), 64, Access::Read);
+        assert!(second.is_ok(), "{second:?}");
         let mapped = Region::map(fd, 4096, Access::Read).unwrap();
         let mut seen = [0];
         mapped.read(7, &mut seen);
         assert_eq!(&seen, b"x");
 
         rustix::io::write(ours.as_fd(), b"no descriptor").unwrap();
-        assert!(receive_with_fd(&theirs).is_err());
+        assert!(receive_with_fds(&theirs).is_err());
         drop(ours);
-        assert!(receive_with_fd(&theirs).is_err(), "the end of the stream is an error");
+        assert!(receive_with_fds(&theirs).is_err(), "the end of the stream is an error");
     }
 }

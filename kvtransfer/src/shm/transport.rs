@@ -8,6 +8,7 @@ use tidemill_kvtransfer_proto::transport::{Completion, Post, RemoteRange, Transp
 
 use super::region::{Region, RegionWriter};
 use super::streaming::Next;
+use crate::peer_copies::PeerCopies;
 use crate::source::SourceRange;
 
 /// The sending end. The receiver does not look at writes: the protocol alone keeps them out of blocks that were
@@ -19,6 +20,10 @@ pub(crate) struct SharedMemoryTransport {
     /// Bytes of the queue, those included that were copied of the write in front.
     queued: usize,
     severed: Vec<Completion>,
+    /// Writes to the memory of the peer's device, where this side's device reaches it.
+    copies: Option<PeerCopies>,
+    /// Why there is none.
+    no_copies: Option<String>,
 }
 
 #[derive(Debug)]
@@ -32,7 +37,38 @@ struct Copy {
 impl SharedMemoryTransport {
     /// Writes go to `target`, the peer's arena.
     pub(crate) fn new(target: Arc<Region>) -> Self {
-        Self { target, queue: VecDeque::new(), queued: 0, severed: Vec::new() }
+        Self { target, queue: VecDeque::new(), queued: 0, severed: Vec::new(), copies: None, no_copies: None }
+    }
+
+    /// With a way from device to device, which is taken for what lies in this side's device; or the reason for which there is none.
+    pub(crate) fn with_copies(self, copies: Result<PeerCopies, String>) -> Self {
+        let no_copies = copies.as_ref().err().cloned();
+        Self { copies: copies.ok(), no_copies, ..self }
+    }
+
+    /// Why there is no way from device to device.
+    pub(crate) fn why_no_copies(&self) -> Option<&str> {
+        self.no_copies.as_deref()
+    }
+
+    /// Whether there is a way from device to device.
+    pub(crate) fn reaches_device(&self) -> bool {
+        self.copies.is_some()
+    }
+
+    /// What the device said when it failed, once.
+    pub(crate) fn take_news_of_failure(&mut self) -> Option<String> {
+        self.copies.as_mut().and_then(PeerCopies::take_news_of_failure)
+    }
+
+    /// Copies that the device makes, if any are under way: they go on without the link.
+    pub(crate) fn take_copies(&mut self) -> Option<PeerCopies> {
+        self.copies.take_if(|copies| copies.has_work())
+    }
+
+    /// Whether the device makes copies.
+    pub(crate) fn has_copies(&self) -> bool {
+        self.copies.as_ref().is_some_and(PeerCopies::has_work)
     }
 
     /// The peer's arena.
@@ -46,6 +82,9 @@ impl SharedMemoryTransport {
         self.queued = 0;
         let outcome = Err(WriteFault::Severed);
         self.severed.extend(queue.into_iter().map(|copy| Completion { id: copy.id, outcome }));
+        if let Some(copies) = &mut self.copies {
+            copies.sever(&mut self.severed);
+        }
     }
 
     /// Whether polling would move bytes.
@@ -88,6 +127,11 @@ impl Transport for SharedMemoryTransport {
 
     fn post_write(&mut self, id: WriteId, source: SourceRange, target: RemoteRange) -> Post {
         assert_eq!(source.len(), target.len as usize, "the whole of the source is written");
+        if source.is_on_device() {
+            let copies =
+                self.copies.as_mut().expect("a handoff goes by device where that reaches the peer's");
+            return copies.post(id, source, target);
+        }
         if BYTES_PER_POLL <= self.queued {
             return Post::QueueFull;
         }
@@ -98,6 +142,9 @@ impl Transport for SharedMemoryTransport {
 
     fn poll(&mut self, done: &mut Vec<Completion>) {
         done.append(&mut self.severed);
+        if let Some(copies) = &mut self.copies {
+            copies.poll(done);
+        }
         let target = Arc::clone(&self.target);
         // Gone before anybody hears of what has completed.
         let writer = target.writer();

@@ -35,6 +35,8 @@ pub(crate) enum Loss {
     Protocol(&'static str),
     #[error("the peer connected anew")]
     Replaced,
+    #[error("this worker gives its device back")]
+    NoDevice,
     #[error("RDMA can be had, so the connection is made anew")]
     Remade,
 }

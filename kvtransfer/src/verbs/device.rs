@@ -312,6 +312,7 @@ impl Nic {
             Memory::Arena(region) => self.registered_region(region),
             Memory::Tail(piece) => self.registered_region(piece.region()),
             Memory::Staged(slab) => self.registered_slab(slab),
+            Memory::Device(_) => unreachable!("no link over RDMA goes by another device"),
         }
     }
 

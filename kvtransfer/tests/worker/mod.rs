@@ -83,6 +83,7 @@ pub(crate) fn config(name: &str, instance: u64, way: Way, blocks: u32) -> Endpoi
         layout,
         region,
         staging_bytes: 0,
+        device: None,
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         rdma: RdmaConfig::default(),
         handoff: if way == Way::RdmaRead { HandoffMode::Pull } else { HandoffMode::Push },
@@ -197,6 +198,7 @@ impl Worker {
                 self.take_back(handoff);
                 "released".into()
             }
+            HandoffEvent::DeviceFailed { .. } => "device-failed".into(),
             HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } => unreachable!("left out"),
         }
     }
@@ -277,6 +279,7 @@ impl Worker {
                 }
             }
             Path::Read => self.offer(reserved, layers),
+            Path::Device => unreachable!("workers of these tests have no device"),
             Path::Write => {
                 let mut slab = Slab::new(reserved.targets.len() * bytes).expect("memory");
                 for index in 0..reserved.targets.len() {
@@ -350,7 +353,9 @@ fn handoff_of(event: &HandoffEvent) -> Option<HandoffId> {
         | HandoffEvent::Committed { handoff, .. }
         | HandoffEvent::ReserveFailed { handoff, .. }
         | HandoffEvent::Released { handoff } => Some(*handoff),
-        HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } => None,
+        HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } | HandoffEvent::DeviceFailed { .. } => {
+            None
+        }
     }
 }
 

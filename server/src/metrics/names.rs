@@ -64,6 +64,7 @@ metric_names! {
     describe_histogram HANDOFF_DURATION = "tidemill_handoff_duration_seconds", "From the end of prefill to adoption.";
     describe_histogram RECOVERY = "tidemill_recovery_seconds", "From the first sign that a worker or handoff failed until its request was with others.";
     describe_gauge LINK_SPEED = "tidemill_link_bytes_per_second", "Speed of the way for KV cache between two workers, as a probe measured it; zero when there is no such way now.";
+    describe_gauge DEVICE_WAY = "tidemill_link_device_way", "How handoffs leave a worker's device for a peer, and reach it from there: one for the way that is taken.";
     describe_counter FALLBACKS = "tidemill_fallbacks_total", "Things done in a worse way than intended, by reason.";
     describe_counter REFUSALS = "tidemill_refusals_total", "Requests refused before they reached a worker, by reason.";
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tidemill_kvtransfer_proto::units::BlockCount;
 
-use tidemill_engine::handle::PeerLink;
+use tidemill_engine::handle::{DeviceWay, DeviceWays, PeerLink};
 
 use super::*;
 
@@ -112,6 +112,7 @@ fn each_pair_has_its_way_and_a_worse_one_is_counted_once() {
             is_fallback,
             to_peer,
             from_peer,
+            devices: DeviceWays::default(),
         }]
     };
     let gone = vec![PeerLink { transport: Err("refused".into()), ..link("", 0.0, false)[0].clone() }];
@@ -134,6 +135,43 @@ fn each_pair_has_its_way_and_a_worse_one_is_counted_once() {
         assert_eq!(value(&text, &speed("rdma")), by_rdma, "{name}");
         assert_eq!(value(&text, &speed("tcp")), by_tcp, "{name}");
         assert_eq!(value(&text, fallbacks), Some(counted), "{name}");
+    }
+}
+
+#[test]
+fn how_handoffs_leave_and_reach_a_device_is_told_while_it_is_so() {
+    use DeviceWay::{NoDevice, PeerCopy, Staging};
+    let metrics = Metrics::new("m");
+    let link = |to_peer, from_peer| {
+        vec![PeerLink {
+            name: "d0".into(),
+            instance: 7,
+            transport: Ok("shm".into()),
+            bytes_per_second: 1.0,
+            is_fallback: false,
+            to_peer: Ok(()),
+            from_peer: Ok(()),
+            devices: DeviceWays { to_peer, from_peer },
+        }]
+    };
+    let named = |direction: &str, way: &str| {
+        format!(r#"tidemill_link_device_way{{worker="p0",peer="d0",direction="{direction}",way="{way}"}}"#)
+    };
+    let (none, copies, staged) = (link(NoDevice, NoDevice), link(PeerCopy, Staging), link(Staging, Staging));
+    // before, now, to the peer by copy, to it by staging, from it by staging
+    let rows = [
+        ("memory of the host", &none, &none, None, None, None),
+        ("one way by copy", &none, &copies, Some(1.0), None, Some(1.0)),
+        ("and still so", &copies, &copies, Some(1.0), None, Some(1.0)),
+        ("both through the host", &copies, &staged, Some(0.0), Some(1.0), Some(1.0)),
+        ("no link any more", &staged, &none, Some(0.0), Some(0.0), Some(0.0)),
+    ];
+    for (name, before, now, copied, staged, back) in rows {
+        metrics.record_links("p0", before, now);
+        let text = metrics.render();
+        assert_eq!(value(&text, &named("to_peer", "peer copy")), copied, "{name}");
+        assert_eq!(value(&text, &named("to_peer", "staging")), staged, "{name}");
+        assert_eq!(value(&text, &named("from_peer", "staging")), back, "{name}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidemill_kvtransfer_proto::endpoint_core::LinkUp;
+use tidemill_kvtransfer_proto::endpoint_core::{ByDevice, LinkUp};
 use tidemill_kvtransfer_proto::handshake::Contact;
 use tidemill_kvtransfer_proto::message::{
     Commit, Filled, Hello, Message, Offer, OnFailure, PROTOCOL, Ready, Refuse, TransportKind, Welcome,
@@ -217,7 +217,13 @@ impl World<'_> {
             let Some(dial) = known.dial.take_if(|it| it.conn == conn) else { return };
             dial.hello.expect("the peer was welcome before it was ready")
         };
-        self.bring_up(process, conn, side, peer, LinkUp { hello, proof: self.conns[&conn].proof, busy });
+        self.bring_up(
+            process,
+            conn,
+            side,
+            peer,
+            LinkUp { hello, proof: self.conns[&conn].proof, busy, by_device: ByDevice::default() },
+        );
     }
 
     pub(super) fn bring_up(
@@ -302,7 +308,7 @@ impl Life {
 }
 
 fn ready(busy: Vec<HandoffId>) -> Message {
-    Message::Ready(Ready { transport: TransportKind::Tcp, fallback: None, busy })
+    Message::Ready(Ready { transport: TransportKind::Tcp, fallback: None, busy, by_device: false })
 }
 
 /// As in production.

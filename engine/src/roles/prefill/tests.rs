@@ -41,6 +41,7 @@ impl Worker {
             layout,
             region: Arc::clone(arena.region()),
             staging_bytes: arena.tail_bytes(),
+            device: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             transport: TransportChoice::Tcp,
             require: true,

@@ -1,8 +1,8 @@
 //! Groups of devices that are not there: their threads meet, and the last to come computes.
 
-use super::product::rounded;
+use super::{operation::Operation, product::rounded, state::State};
 use crate::{
-    cuda::{Collective, CudaError, GroupId},
+    cuda::{Collective, CudaError, GroupId, Member, Queue},
     matrix::{MatrixSource, WeightDtype},
     reference,
 };
@@ -197,3 +197,36 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// A rank that has not come after this long does not come.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+impl State {
+    /// The group that a rank meets, and what it brings along. Until it has what it [takes](Self::take) away, others may ask the device,
+    /// as they may while a GPU waits.
+    pub(super) fn bring(&mut self, member: Member, collective: Collective) -> (Arc<Group>, Vec<u8>) {
+        self.begin(Queue::Compute, Operation::Collect(member, collective));
+        let bytes = collective.bytes() as u64;
+        let from = match collective {
+            Collective::Sum { address, .. } => Some(address),
+            Collective::Gather { from, .. } => Some(from),
+            Collective::Spread { address, .. } => (member.rank == 0).then_some(address),
+        };
+        let brought = from.map(|from| self.device.read(&(from.0..from.0 + bytes)));
+        (self.group(member), brought.unwrap_or_default())
+    }
+
+    /// What a rank has from meeting others.
+    pub(super) fn take(&mut self, member: Member, collective: Collective, outcome: &[u8]) {
+        let to = match collective {
+            Collective::Sum { address, .. } => address,
+            Collective::Gather { to, .. } => to,
+            Collective::Spread { .. } if member.rank == 0 => return,
+            Collective::Spread { address, .. } => address,
+        };
+        self.device.set_written(&(to.0..to.0 + outcome.len() as u64));
+        self.device.write(to.0, outcome);
+    }
+
+    pub(super) fn group(&self, member: Member) -> Arc<Group> {
+        let group = self.members.get(&member.number);
+        Arc::clone(group.unwrap_or_else(|| panic!("{member:?} is in no group")))
+    }
+}

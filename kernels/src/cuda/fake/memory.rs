@@ -1,10 +1,12 @@
 //! Memory of the device, or what is pinned of the host's: what was taken, and which bytes of it somebody wrote.
 
-use crate::cuda::{Launch, emulator::Emulator};
+use super::shared::SharedMemory;
+use crate::cuda::{CudaError, DeviceIdentity, Launch, emulator::Emulator};
 use std::{
     alloc::{Layout, alloc, dealloc},
     collections::BTreeMap,
     ops::Range,
+    os::fd::OwnedFd,
 };
 
 /// All allocations of one kind.
@@ -28,11 +30,23 @@ pub(super) struct AllocationId {
 /// # Invariant
 ///
 /// `first` is good for reads and writes of `bytes` bytes, which are initialised, until `drop`; only the device that has this value,
-/// which is locked, gives it to anybody.
+/// which is locked, gives it to anybody. Where it is shared, other devices access it too: those who use them keep each other apart, as on
+/// real ones.
 struct Allocation {
     first: *mut u8,
     bytes: usize,
     number: u64,
+    origin: Origin,
+}
+
+/// Where the memory is from.
+#[derive(Debug)]
+enum Origin {
+    Own,
+    /// This device's, which others can be given.
+    Shareable(SharedMemory),
+    /// Another device's. Kept for its end.
+    Imported(#[expect(dead_code, reason = "it is unmapped when it is dropped")] SharedMemory),
 }
 
 // SAFETY: an owned piece of memory, bound to no thread.
@@ -48,6 +62,12 @@ impl Memory {
         self.allocations.values().map(|allocation| allocation.bytes).collect()
     }
 
+    /// Bytes of this device that were not given back.
+    pub(super) fn used(&self) -> usize {
+        let own = self.allocations.values().filter(|it| !matches!(it.origin, Origin::Imported(_)));
+        own.map(|allocation| allocation.bytes).sum()
+    }
+
     /// # Panics
     ///
     /// When there are no bytes.
@@ -60,6 +80,54 @@ impl Memory {
         };
         allocation.number = self.taken;
         allocation.forget();
+        self.keep(allocation)
+    }
+
+    /// The same of memory that others can be given.
+    ///
+    /// # Panics
+    ///
+    /// When there are no bytes.
+    pub(super) fn take_shareable(&mut self, bytes: usize, owner: DeviceIdentity) -> u64 {
+        assert!(0 < bytes, "an allocation of no bytes");
+        self.taken += 1;
+        let memory = SharedMemory::new(bytes, owner);
+        let (first, number) = (memory.first(), self.taken);
+        let mut allocation = Allocation { first, bytes, number, origin: Origin::Shareable(memory) };
+        allocation.forget();
+        self.keep(allocation)
+    }
+
+    /// Takes a share of another device's memory.
+    pub(super) fn import(
+        &mut self,
+        memory: OwnedFd,
+        bytes: usize,
+        owner: DeviceIdentity,
+    ) -> Result<u64, CudaError> {
+        let memory = SharedMemory::open(memory, bytes, owner)?;
+        self.taken += 1;
+        let (first, number) = (memory.first(), self.taken);
+        let address = self.keep(Allocation { first, bytes, number, origin: Origin::Imported(memory) });
+        // Its owner's business.
+        self.set_written(&(address..address + bytes as u64));
+        Ok(address)
+    }
+
+    /// # Panics
+    ///
+    /// When no memory that others can be given begins at the address, or some of it has not been written: nobody sees the writes of others.
+    pub(super) fn export(&self, address: u64) -> OwnedFd {
+        let all = self.all_of(address);
+        let Origin::Shareable(memory) = &self.allocations[&address].origin else {
+            panic!("export of memory at {address:#x} that is not shareable")
+        };
+        self.check_written(&all, "export");
+        memory.descriptor()
+    }
+
+    fn keep(&mut self, allocation: Allocation) -> u64 {
+        let bytes = allocation.bytes;
         // SAFETY: good for as long as it is in `allocations`; `give_back` removes it from the emulator first. The state is locked
         // while a launch runs, so that nothing else accesses it.
         unsafe { self.emulator.add(allocation.first, bytes) };
@@ -84,7 +152,9 @@ impl Memory {
     pub(super) fn give_back(&mut self, address: u64) {
         if let Some(allocation) = self.allocations.remove(&address) {
             self.emulator.remove(allocation.first.addr());
-            self.last = Some(allocation);
+            if let Origin::Own = allocation.origin {
+                self.last = Some(allocation);
+            }
         }
     }
 
@@ -187,7 +257,7 @@ impl Allocation {
         assert!(!first.is_null(), "the host has no {bytes} bytes for the fake");
         // SAFETY: just allocated with so many bytes.
         unsafe { first.write_bytes(0, bytes) };
-        Self { first, bytes, number: 0 }
+        Self { first, bytes, number: 0, origin: Origin::Own }
     }
 
     /// Makes every number in it a NaN, as f32, f16 and bf16.
@@ -203,8 +273,10 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout, and not given back before.
-        unsafe { dealloc(self.first, Self::layout(self.bytes)) };
+        if let Origin::Own = self.origin {
+            // SAFETY: allocated in `new` with this layout, and not given back before.
+            unsafe { dealloc(self.first, Self::layout(self.bytes)) };
+        }
     }
 }
 

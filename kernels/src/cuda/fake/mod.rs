@@ -1,7 +1,8 @@
 //! A device that is not there: the emulator computes, and whatever is used wrongly is a panic that says what.
 //!
 //! Found out are: an address given back twice or never given out; memory or graphs that are never given back
-//! ([`assert_nothing_left`](Fake::assert_nothing_left)); copies beyond an allocation or of what nobody wrote; kernels that
+//! ([`assert_nothing_left`](Fake::assert_nothing_left)), shares of other devices' memory among them; copies beyond an allocation or of what
+//! nobody wrote, or to another device's memory after that was given back; kernels that
 //! use memory which was given back; memory that the host, or the computation, touches while a copy uses it; what a capture cannot
 //! record; replays that use memory which was given back, even where something else has its address now; and all that the
 //! [emulator](super::emulator) finds in a kernel.
@@ -13,11 +14,12 @@ mod memory;
 mod operation;
 mod product;
 mod recording;
+mod shared;
 mod state;
 
 use super::{
-    Collective, ComputeCapability, CudaError, DeviceAddress, Driver, Graph, GroupId, Launch, MatrixProduct,
-    Member, MemoryInfo, PinnedAddress, Properties, Queue, Ticket,
+    Collective, ComputeCapability, CudaError, DeviceAddress, DeviceIdentity, Driver, Graph, GroupId, Launch,
+    MatrixProduct, Member, MemoryInfo, PinnedAddress, Properties, Queue, Ticket,
     emulator::{Kernels, Order},
 };
 use group::Group;
@@ -25,7 +27,11 @@ use operation::Operation;
 use state::State;
 use std::{
     fmt,
-    sync::{Mutex, MutexGuard, PoisonError},
+    os::fd::OwnedFd,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// The device.
@@ -64,6 +70,7 @@ impl Fake {
             multiprocessors: 2,
             memory_bandwidth: 0,
             shared_bytes: 227 << 10,
+            identity: identity(),
         };
         Self { properties, exchanges: true, state: Mutex::new(State::new(order, 4 << 30)) }
     }
@@ -93,6 +100,20 @@ impl Fake {
     #[must_use]
     pub fn without_exchange(mut self) -> Self {
         self.exchanges = false;
+        self
+    }
+
+    /// Without memory that other processes can be given.
+    #[must_use]
+    pub fn without_sharing(self) -> Self {
+        self.state().shares = false;
+        self
+    }
+
+    /// With no way to the memory of another device.
+    #[must_use]
+    pub fn without_reach_of(self, other: &Self) -> Self {
+        self.state().out_of_reach.push(other.properties.identity);
         self
     }
 
@@ -165,6 +186,18 @@ impl Driver for Fake {
         self.state().allocate(bytes)
     }
 
+    fn allocate_shareable(&self, bytes: usize) -> Result<DeviceAddress, CudaError> {
+        self.state().allocate_shareable(bytes, self.properties.identity)
+    }
+
+    fn export(&self, address: DeviceAddress) -> Result<OwnedFd, CudaError> {
+        self.state().export(address)
+    }
+
+    fn import(&self, memory: OwnedFd, bytes: usize, of: DeviceIdentity) -> Result<DeviceAddress, CudaError> {
+        self.state().import(memory, bytes, of)
+    }
+
     fn free(&self, address: DeviceAddress) -> Result<(), CudaError> {
         self.state().give_back(operation::Room::Device, address.0);
         Ok(())
@@ -227,6 +260,14 @@ impl Driver for Fake {
 
     fn fill(&self, to: DeviceAddress, bytes: usize, value: u8) -> Result<(), CudaError> {
         self.state().ask(Queue::Compute, Operation::Fill { to, bytes, value })
+    }
+
+    fn handoff_after_compute(&self) -> Result<(), CudaError> {
+        self.state().handoff_after_compute()
+    }
+
+    fn launch_beside(&self, launch: &Launch) -> Result<(), CudaError> {
+        self.state().ask(Queue::Handoff, Operation::Launch(*launch))
     }
 
     fn launch(&self, launch: &Launch) -> Result<(), CudaError> {
@@ -328,4 +369,14 @@ impl fmt::Debug for Fake {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Fake").field("name", &self.properties.name).finish_non_exhaustive()
     }
+}
+
+/// Another one for each fake, in each process.
+fn identity() -> DeviceIdentity {
+    static FAKES_SO_FAR: AtomicU64 = AtomicU64::new(0);
+    let number = FAKES_SO_FAR.fetch_add(1, Ordering::Relaxed);
+    let mut identity = [0; 16];
+    identity[..8].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
+    identity[8..].copy_from_slice(&number.to_le_bytes());
+    DeviceIdentity(identity)
 }

@@ -9,12 +9,13 @@ use super::{
     recording::Recording,
 };
 use crate::cuda::{
-    Collective, CudaError, DeviceAddress, Graph, GroupId, Launch, Member, PinnedAddress, Queue, Ticket,
+    Collective, CudaError, DeviceAddress, DeviceIdentity, Graph, GroupId, Launch, Member, PinnedAddress,
+    Queue, Ticket,
     emulator::{Kernels, Order},
     timeline::{Access, Accessor, Moment, Timeline},
 };
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ops::Range,
     sync::Arc,
 };
@@ -25,6 +26,10 @@ pub(super) struct State {
     pub(super) capacity: usize,
     /// Whether there is one that multiplies matrices.
     pub(super) library: bool,
+    /// Whether it has memory that others can be given.
+    pub(super) shares: bool,
+    /// Devices whose memory it does not reach.
+    pub(super) out_of_reach: Vec<DeviceIdentity>,
     pub(super) device: Memory,
     pub(super) pinned: Memory,
     pub(super) launches: Vec<Launch>,
@@ -41,9 +46,10 @@ pub(super) struct State {
     captures: u64,
     timeline: Timeline,
     tickets: u64,
-    /// The ticket that was asked about last, and has not come yet.
-    asked: Option<Ticket>,
-    transfers: VecDeque<Transfer>,
+    /// Tickets that were asked about, and had not come.
+    asked: BTreeSet<u64>,
+    /// By queue, in their order; none of the computation.
+    transfers: [VecDeque<Transfer>; Queue::COUNT],
 }
 
 /// A transfer that was asked for and not carried out.
@@ -61,6 +67,8 @@ impl State {
             order,
             capacity,
             library: false,
+            shares: true,
+            out_of_reach: Vec::new(),
             device: Memory::new("the device"),
             pinned: Memory::new("pinned memory"),
             launches: Vec::new(),
@@ -74,14 +82,14 @@ impl State {
             captures: 0,
             timeline: Timeline::default(),
             tickets: 0,
-            asked: None,
-            transfers: VecDeque::new(),
+            asked: BTreeSet::new(),
+            transfers: Default::default(),
         }
     }
 
     pub(super) fn free(&self) -> usize {
         let graphs: usize = self.graphs.values().map(Recording::bytes).sum();
-        self.capacity.saturating_sub(self.device.left().iter().sum::<usize>() + graphs)
+        self.capacity.saturating_sub(self.device.used() + graphs)
     }
 
     /// One call that can fail.
@@ -169,7 +177,7 @@ impl State {
     // ---- Queues -----------------------------------------------------------------------------------------------------------
 
     pub(super) fn ask(&mut self, queue: Queue, operation: Operation) -> Result<(), CudaError> {
-        if let Some(recording) = &mut self.recording {
+        if let Some(recording) = self.recording.as_mut().filter(|_| queue != Queue::Handoff) {
             assert!(queue == Queue::Compute, "{operation:?} in the queue {queue:?} cannot be captured");
             recording.push(operation, &self.device, &self.pinned);
             return Ok(());
@@ -184,18 +192,20 @@ impl State {
         Ok(())
     }
 
-    fn begin(&mut self, queue: Queue, operation: Operation) {
+    pub(super) fn begin(&mut self, queue: Queue, operation: Operation) {
         let (named, name) = (operation.memory(), operation.name());
+        // A kernel that was asked of the same queue before may be what writes it.
+        let is_late = queue == Queue::Handoff && matches!(operation, Operation::Download { .. });
         for Named { room, memory, access } in &named {
             self.room(*room).id_of(memory, name);
             self.timeline.check(Accessor::Queue(queue), memory, *access, name);
-            if *access == Access::Read && !matches!(operation, Operation::Copy { .. }) {
+            if *access == Access::Read && !is_late && !matches!(operation, Operation::Copy { .. }) {
                 self.room(*room).check_written(memory, name);
             }
         }
         let number = self.timeline.begin(queue);
         for Named { room, memory, access } in &named {
-            if queue == Queue::Transfer || *room == Room::Pinned {
+            if queue != Queue::Compute || *room == Room::Pinned {
                 self.timeline.uses(queue, number, memory.clone(), *access);
             }
         }
@@ -206,11 +216,12 @@ impl State {
         for Named { room, memory, access } in named {
             match (room, access) {
                 (Room::Device, Access::Write) => self.device.set_in_flight(&memory),
+                (Room::Device, Access::Read) if is_late => {}
                 (Room::Device, Access::Read) => source = Some((memory.clone(), self.device.read(&memory))),
                 (Room::Pinned, _) => {}
             }
         }
-        self.transfers.push_back(Transfer { number, operation, source });
+        self.transfers[queue as usize].push_back(Transfer { number, operation, source });
     }
 
     fn carry_out(&mut self, operation: Operation) {
@@ -244,39 +255,18 @@ impl State {
         }
     }
 
-    /// The group that a rank meets, and what it brings along. Until it has what it [takes](Self::take) away, others may ask the device,
-    /// as they may while a GPU waits.
-    pub(super) fn bring(&mut self, member: Member, collective: Collective) -> (Arc<Group>, Vec<u8>) {
-        self.begin(Queue::Compute, Operation::Collect(member, collective));
-        let bytes = collective.bytes() as u64;
-        let from = match collective {
-            Collective::Sum { address, .. } => Some(address),
-            Collective::Gather { from, .. } => Some(from),
-            Collective::Spread { address, .. } => (member.rank == 0).then_some(address),
-        };
-        let brought = from.map(|from| self.device.read(&(from.0..from.0 + bytes)));
-        (self.group(member), brought.unwrap_or_default())
-    }
-
-    /// What a rank has from meeting others.
-    pub(super) fn take(&mut self, member: Member, collective: Collective, outcome: &[u8]) {
-        let to = match collective {
-            Collective::Sum { address, .. } => address,
-            Collective::Gather { to, .. } => to,
-            Collective::Spread { .. } if member.rank == 0 => return,
-            Collective::Spread { address, .. } => address,
-        };
-        self.device.set_written(&(to.0..to.0 + outcome.len() as u64));
-        self.device.write(to.0, outcome);
-    }
-
     /// Carries out the next transfer, if it is over by a moment.
     fn transfer(&mut self, until: Moment) -> bool {
-        let due = |transfer: &mut Transfer| until.has(Queue::Transfer, transfer.number);
-        let Some(Transfer { operation, source, .. }) = self.transfers.pop_front_if(due) else { return false };
-        if let Some((memory, before)) = source {
-            let same = self.device.read(&memory) == before;
+        let next = Queue::ALL.into_iter().find_map(|queue| {
+            self.transfers[queue as usize].pop_front_if(|transfer| until.has(queue, transfer.number))
+        });
+        let Some(Transfer { operation, source, .. }) = next else { return false };
+        if let Some((memory, before)) = &source {
+            let same = self.device.read(memory) == *before;
             assert!(same, "{operation:?} was under way, and a kernel wrote what it reads");
+        }
+        if let (None, &Operation::Download { from, bytes, .. }) = (&source, &operation) {
+            self.device.check_written(&(from.0..from.0 + bytes as u64), operation.name());
         }
         self.carry_out(operation);
         true
@@ -288,8 +278,15 @@ impl State {
         self.timeline.host_saw(moment);
     }
 
+    pub(super) fn handoff_after_compute(&mut self) -> Result<(), CudaError> {
+        self.check_not_recording("an order between queues");
+        self.count_down()?;
+        self.timeline.handoff_after_compute();
+        Ok(())
+    }
+
     pub(super) fn ticket(&mut self, queue: Queue) -> Result<Ticket, CudaError> {
-        self.check_not_recording("a ticket");
+        self.check_not_recording_of(queue, "a ticket");
         self.count_down()?;
         self.tickets += 1;
         Ok(Ticket { queue, number: self.tickets, moment: self.timeline.moment(queue) })
@@ -297,20 +294,22 @@ impl State {
 
     /// One transfer is carried out for each time that somebody asks, and whoever asks hears "no" at least once.
     pub(super) fn is_done(&mut self, ticket: Ticket) -> Result<bool, CudaError> {
-        self.check_not_recording("a question for a ticket");
+        self.check_not_recording_of(ticket.queue, "a question for a ticket");
         self.count_down()?;
         if self.timeline.is_over(ticket.moment) {
             return Ok(true);
         }
-        if self.transfer(ticket.moment) || self.asked.replace(ticket) != Some(ticket) {
+        // Whoever asks for two in turn comes to the end of both.
+        if self.transfer(ticket.moment) || self.asked.insert(ticket.number) {
             return Ok(false);
         }
+        self.asked.remove(&ticket.number);
         self.see(ticket.moment);
         Ok(true)
     }
 
     pub(super) fn wait(&mut self, ticket: Ticket) -> Result<(), CudaError> {
-        self.check_not_recording("waiting");
+        self.check_not_recording_of(ticket.queue, "waiting");
         self.count_down()?;
         self.calls.waits += 1;
         self.waits.push(self.timeline.beyond(Queue::Compute, ticket.moment));
@@ -330,8 +329,9 @@ impl State {
         self.check_not_recording("waiting");
         self.count_down()?;
         self.calls.waits += 1;
-        self.see(self.timeline.moment(Queue::Transfer));
-        self.see(self.timeline.moment(Queue::Compute));
+        for queue in Queue::ALL {
+            self.see(self.timeline.moment(queue));
+        }
         Ok(())
     }
 
@@ -424,17 +424,19 @@ impl State {
         self.members.remove(&member.number);
     }
 
-    pub(super) fn group(&self, member: Member) -> Arc<Group> {
-        let group = self.members.get(&member.number);
-        Arc::clone(group.unwrap_or_else(|| panic!("{member:?} is in no group")))
-    }
-
     fn graph(&self, graph: Graph) -> &Recording {
         self.graphs.get(&graph.number).unwrap_or_else(|| panic!("{graph:?} is not there"))
     }
 
-    fn check_not_recording(&self, what: &str) {
+    pub(super) fn check_not_recording(&self, what: &str) {
         assert!(self.recording.is_none(), "{what} cannot be captured");
+    }
+
+    /// What another thread does about a handoff is none of a capture's business.
+    fn check_not_recording_of(&self, queue: Queue, what: &str) {
+        if queue != Queue::Handoff {
+            self.check_not_recording(what);
+        }
     }
 
     fn room(&self, room: Room) -> &Memory {

@@ -1,6 +1,6 @@
 //! A real GPU, by NVIDIA's driver, which is found at run time.
 //!
-//! The driver keeps the order of each queue; what this file adds is the order between the two, and who may touch pinned memory, by
+//! The driver keeps the order of each queue; what this file adds is the order between them, and who may touch pinned memory, by
 //! the same [timeline](super::timeline) that the fake goes by.
 
 mod compiler;
@@ -8,14 +8,15 @@ mod exchange;
 mod library;
 mod modules;
 mod raw;
+mod shareable;
 mod state;
 mod tensor_map;
 
 pub use compiler::Nvrtc;
 
 use super::{
-    Collective, ComputeCapability, CudaError, DeviceAddress, Driver, Graph, GroupId, Launch, MatrixProduct,
-    Member, MemoryInfo, PinnedAddress, Properties, Queue, Ticket, images::Images,
+    Collective, ComputeCapability, CudaError, DeviceAddress, DeviceIdentity, Driver, Graph, GroupId, Launch,
+    MatrixProduct, Member, MemoryInfo, PinnedAddress, Properties, Queue, Ticket, images::Images,
 };
 use exchange::Communicator;
 use modules::Modules;
@@ -23,12 +24,14 @@ use raw::{Context, Device};
 use state::{Between, State};
 use std::{
     fmt,
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 /// A GPU that computes.
 pub struct Gpu {
+    device: Device,
     properties: Properties,
     compiled: usize,
     // Before the context, in which it has to be dropped.
@@ -79,7 +82,7 @@ impl Gpu {
         let images = Images::new(images, properties.compute_capability);
         let modules = Modules::load(&images, properties.shared_bytes)?;
         let state = Mutex::new(State::new(modules)?);
-        Ok(Self { properties, compiled: images.compiled(), state, context })
+        Ok(Self { device, properties, compiled: images.compiled(), state, context })
     }
 
     /// How many files of kernels were compiled, and not found on disk.
@@ -111,6 +114,18 @@ impl Driver for Gpu {
 
     fn allocate(&self, bytes: usize) -> Result<DeviceAddress, CudaError> {
         self.enter()?.allocate(bytes)
+    }
+
+    fn allocate_shareable(&self, bytes: usize) -> Result<DeviceAddress, CudaError> {
+        self.enter()?.allocate_shareable(self.device, bytes)
+    }
+
+    fn export(&self, address: DeviceAddress) -> Result<OwnedFd, CudaError> {
+        self.enter()?.shareable(address).export()
+    }
+
+    fn import(&self, memory: OwnedFd, bytes: usize, of: DeviceIdentity) -> Result<DeviceAddress, CudaError> {
+        self.enter()?.import(self.device, &memory, bytes, of)
     }
 
     fn free(&self, address: DeviceAddress) -> Result<(), CudaError> {
@@ -175,8 +190,16 @@ impl Driver for Gpu {
         self.enter()?.fill(address, bytes, value)
     }
 
+    fn handoff_after_compute(&self) -> Result<(), CudaError> {
+        self.enter()?.handoff_after_compute()
+    }
+
+    fn launch_beside(&self, launch: &Launch) -> Result<(), CudaError> {
+        self.enter()?.launch(Queue::Handoff, launch)
+    }
+
     fn launch(&self, launch: &Launch) -> Result<(), CudaError> {
-        self.enter()?.launch(launch)
+        self.enter()?.launch(Queue::Compute, launch)
     }
 
     fn library(&self) -> Result<String, String> {

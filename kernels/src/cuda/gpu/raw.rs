@@ -3,7 +3,7 @@
 //! cudarc finds the library and its functions when they are first called, and panics without them; so nothing here is made before
 //! [`library`] has found the library, of a version that has all these functions.
 
-use crate::cuda::{ComputeCapability, CudaError, CudaVersion, Properties};
+use crate::cuda::{ComputeCapability, CudaError, CudaVersion, DeviceIdentity, Properties};
 use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdevice_attribute as Attribute, CUevent, CUgraph, CUgraphExec, CUgraphNode,
     CUresult, CUstream,
@@ -42,8 +42,8 @@ pub(super) fn library() -> Result<u32, CudaError> {
 }
 
 /// One of the GPUs that the library sees.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Device(CUdevice);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Device(pub(super) CUdevice);
 
 impl Device {
     pub(super) fn new(index: u32) -> Result<Self, CudaError> {
@@ -76,10 +76,37 @@ impl Device {
             // Twice in a cycle.
             memory_bandwidth: 2 * u64::from(kilohertz) * 1000 * u64::from(bits) / 8,
             shared_bytes: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            identity: self.identity()?,
         })
     }
 
-    fn attribute(self, attribute: Attribute) -> Result<u32, CudaError> {
+    fn identity(self) -> Result<DeviceIdentity, CudaError> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: writes so many bytes.
+        check("cuDeviceGetUuid_v2", unsafe { sys::cuDeviceGetUuid_v2(&raw mut uuid, self.0) })?;
+        Ok(DeviceIdentity(uuid.bytes.map(|byte| byte as u8)))
+    }
+
+    /// The GPU of that identity, if this process sees it.
+    pub(super) fn by_identity(identity: DeviceIdentity) -> Result<Option<Self>, CudaError> {
+        for index in 0..library()? {
+            let device = Self::new(index)?;
+            if device.identity()? == identity {
+                return Ok(Some(device));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether it can copy to another's memory.
+    pub(super) fn reaches(self, other: Self) -> Result<bool, CudaError> {
+        let mut can = 0;
+        // SAFETY: writes a number.
+        let result = unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, self.0, other.0) };
+        check("cuDeviceCanAccessPeer", result).map(|()| can != 0)
+    }
+
+    pub(super) fn attribute(self, attribute: Attribute) -> Result<u32, CudaError> {
         let mut value = 0;
         // SAFETY: writes a number.
         let result = unsafe { sys::cuDeviceGetAttribute(&raw mut value, attribute, self.0) };

@@ -5,6 +5,7 @@ use super::{
     library::Library,
     modules::Modules,
     raw::{Event, RecordedGraph, Stream, check},
+    shareable::Shareable,
 };
 use crate::cuda::{
     Collective, CudaError, DeviceAddress, Graph, Launch, MatrixProduct, Member, MemoryInfo, PinnedAddress,
@@ -30,12 +31,14 @@ pub(super) struct State {
     /// Places in groups; none where one was abandoned. After the graphs that use them.
     members: BTreeMap<u64, Option<Communicator>>,
     /// Tickets that may not have come yet, by queue, in their order.
-    tickets: [VecDeque<(Ticket, Arc<Event>)>; 2],
+    tickets: [VecDeque<(Ticket, Arc<Event>)>; Queue::COUNT],
     /// Events without a use.
     spare: Vec<Arc<Event>>,
     /// Where the computation was when the last transfer was asked for.
     fork: Event,
-    streams: [Stream; 2],
+    streams: [Stream; Queue::COUNT],
+    /// Memory that other processes can be given, or have given, by address.
+    pub(super) shareable: BTreeMap<u64, Shareable>,
     modules: Modules,
     /// What multiplies large matrices, or why nothing does.
     library: Result<Library, String>,
@@ -73,10 +76,11 @@ impl State {
         Ok(Self {
             graphs: BTreeMap::new(),
             members: BTreeMap::new(),
-            tickets: [VecDeque::new(), VecDeque::new()],
+            tickets: Default::default(),
             spare: Vec::new(),
             fork: Event::new()?,
-            streams: [Stream::new()?, Stream::new()?],
+            streams: [Stream::new()?, Stream::new()?, Stream::new()?],
+            shareable: BTreeMap::new(),
             modules,
             library: Library::open(),
             pinned: BTreeMap::new(),
@@ -99,8 +103,11 @@ impl State {
         }
     }
 
-    pub(super) fn free(&self, address: DeviceAddress) -> Result<(), CudaError> {
+    pub(super) fn free(&mut self, address: DeviceAddress) -> Result<(), CudaError> {
         self.check_not_recording("giving memory back");
+        if self.shareable.remove(&address.0).is_some() {
+            return Ok(());
+        }
         // SAFETY: memory of the device alone; the driver knows what it has given out, and refuses everything else.
         check("cuMemFree_v2", unsafe { sys::cuMemFree_v2(address.0) })
     }
@@ -173,6 +180,7 @@ impl State {
     /// Gives back what nobody gave back. Nothing may be under way.
     pub(super) fn give_all_back(&mut self) {
         self.graphs.clear();
+        self.shareable.clear();
         for address in std::mem::take(&mut self.pinned).into_keys() {
             // SAFETY: allocated and not given back by the invariant; nobody has the address any more who could use it.
             drop(check("cuMemFreeHost", unsafe { sys::cuMemFreeHost(pointer(address).cast()) }));
@@ -217,11 +225,11 @@ impl State {
         check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(address.0, value, bytes, stream) })
     }
 
-    pub(super) fn launch(&mut self, launch: &Launch) -> Result<(), CudaError> {
-        self.begin(Queue::Compute, None)?;
-        let stream = &self.streams[Queue::Compute as usize];
+    pub(super) fn launch(&mut self, queue: Queue, launch: &Launch) -> Result<(), CudaError> {
+        self.begin(queue, None)?;
+        let stream = &self.streams[queue as usize];
         self.modules.launch(launch, stream.0)?;
-        if let Some(recording) = &mut self.recording {
+        if let Some(recording) = self.recording.as_mut().filter(|_| queue == Queue::Compute) {
             recording.launches.push(stream.last_node()?);
         }
         Ok(())
@@ -242,7 +250,7 @@ impl State {
 
     /// Notes an operation, with the pinned memory that it uses.
     fn begin(&mut self, queue: Queue, pinned: Option<(Range<u64>, Access)>) -> Result<(), CudaError> {
-        if let Some(recording) = &mut self.recording {
+        if let Some(recording) = self.recording.as_mut().filter(|_| queue != Queue::Handoff) {
             assert!(queue == Queue::Compute, "an operation of the queue {queue:?} cannot be captured");
             recording.operations += 1;
             recording.pinned.extend(pinned);
@@ -252,7 +260,7 @@ impl State {
             self.timeline.check(Accessor::Queue(queue), memory, *access, "copy");
         }
         if queue == Queue::Transfer {
-            let [compute, transfer] = &self.streams;
+            let [compute, transfer, _] = &self.streams;
             self.fork.record(compute)?;
             transfer.wait_for(&self.fork)?;
         }
@@ -263,8 +271,17 @@ impl State {
         Ok(())
     }
 
+    pub(super) fn handoff_after_compute(&mut self) -> Result<(), CudaError> {
+        self.check_not_recording("an order between queues");
+        let [compute, _, handoff] = &self.streams;
+        self.fork.record(compute)?;
+        handoff.wait_for(&self.fork)?;
+        self.timeline.handoff_after_compute();
+        Ok(())
+    }
+
     pub(super) fn ticket(&mut self, queue: Queue) -> Result<Ticket, CudaError> {
-        self.check_not_recording("a ticket");
+        self.check_not_recording_of(queue, "a ticket");
         self.forget_done(queue)?;
         let event = self.spare.pop().map_or_else(|| Event::new().map(Arc::new), Ok)?;
         event.record(&self.streams[queue as usize])?;
@@ -287,7 +304,7 @@ impl State {
 
     /// What to wait for; nothing when a ticket has come.
     pub(super) fn event(&self, ticket: Ticket) -> Option<Arc<Event>> {
-        self.check_not_recording("waiting");
+        self.check_not_recording_of(ticket.queue, "waiting");
         let mut tickets = self.tickets[ticket.queue as usize].iter();
         tickets.find(|(it, _)| it.number == ticket.number).map(|(_, event)| Arc::clone(event))
     }
@@ -325,7 +342,7 @@ impl State {
 
     pub(super) fn synchronize(&mut self) -> Result<(), CudaError> {
         self.check_not_recording("waiting");
-        for (queue, stream) in [Queue::Compute, Queue::Transfer].into_iter().zip(&self.streams) {
+        for (queue, stream) in Queue::ALL.into_iter().zip(&self.streams) {
             stream.synchronize()?;
             self.timeline.host_saw(self.timeline.moment(queue));
         }
@@ -420,7 +437,14 @@ impl State {
         self.members.remove(&member.number).expect("a rank leaves its group once");
     }
 
-    fn check_not_recording(&self, what: &str) {
+    /// What another thread does about a handoff is none of a capture's business.
+    fn check_not_recording_of(&self, queue: Queue, what: &str) {
+        if queue != Queue::Handoff {
+            self.check_not_recording(what);
+        }
+    }
+
+    pub(super) fn check_not_recording(&self, what: &str) {
         assert!(self.recording.is_none(), "{what} cannot be captured");
     }
 

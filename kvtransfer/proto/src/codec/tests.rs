@@ -72,8 +72,14 @@ fn messages() -> Vec<Message> {
             transport: TransportKind::Tcp,
             fallback: Some(reason.clone()),
             busy: vec![handoff, HandoffId(0)],
+            by_device: false,
         }),
-        Message::Ready(Ready { transport: TransportKind::SharedMemory, fallback: None, busy: vec![] }),
+        Message::Ready(Ready {
+            transport: TransportKind::SharedMemory,
+            fallback: None,
+            busy: vec![],
+            by_device: true,
+        }),
         Message::Reserve(Reserve {
             handoff,
             tokens: TokenCount(100),

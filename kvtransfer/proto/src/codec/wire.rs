@@ -142,6 +142,8 @@ struct Ready {
     fallback: Option<String>,
     #[prost(fixed64, repeated, tag = "3")]
     busy: Vec<u64>,
+    #[prost(bool, tag = "4")]
+    by_device: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -195,6 +197,7 @@ impl From<Message> for Envelope {
                 transport: transport_to_wire(it.transport),
                 fallback: it.fallback,
                 busy: it.busy.into_iter().map(|handoff| handoff.0).collect(),
+                by_device: it.by_device,
             }),
             Message::Reserve(it) => Body::Reserve(it.into()),
             Message::Decline { handoff, reason: why } => Body::Decline(reason(handoff, why)),
@@ -240,6 +243,7 @@ impl TryFrom<Envelope> for Message {
                 transport: transport_from_wire(it.transport)?,
                 fallback: it.fallback,
                 busy: it.busy.into_iter().map(HandoffId).collect(),
+                by_device: it.by_device,
             }),
             Body::Reserve(it) => Self::Reserve(it.try_into()?),
             Body::Decline(it) => Self::Decline { handoff: HandoffId(it.handoff), reason: it.reason },

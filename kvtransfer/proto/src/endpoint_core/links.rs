@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::prefilling::Outgoing;
 use super::writing::WriteSource;
-use super::{Directions, EndpointAction, EndpointCore, EndpointEvent, LinkId, LinkUp, QuietProof};
+use super::{ByDevice, Directions, EndpointAction, EndpointCore, EndpointEvent, LinkId, LinkUp, QuietProof};
 use crate::digest::BlockShape;
 use crate::layout::{Bridge, KvLayout, LayoutMismatch};
 use crate::message::Message;
@@ -30,6 +30,7 @@ pub(super) struct LinkState {
     pub(super) proof: QuietProof,
     /// Whether the peer reads what this side has for it.
     pub(super) is_read_by_peer: bool,
+    pub(super) by_device: ByDevice,
     pub(super) layout: Arc<KvLayout>,
     /// Of the peer's blocks.
     pub(super) shape: BlockShape,
@@ -103,7 +104,7 @@ impl<S: WriteSource> EndpointCore<S> {
     /// A handshake has come to its end; the driver can send over the link.
     pub fn link_up(&mut self, peer: u64, up: LinkUp, now: Moment) -> LinkId {
         self.link_lost(peer, "the peer connected anew", now);
-        let LinkUp { hello, proof, busy } = up;
+        let LinkUp { hello, proof, busy, by_device } = up;
         let id = LinkId(self.next_link);
         self.next_link += 1;
         let shape = BlockShape::of(&hello.layout);
@@ -113,6 +114,7 @@ impl<S: WriteSource> EndpointCore<S> {
             id,
             proof,
             is_read_by_peer,
+            by_device,
             shape,
             blocks: hello.blocks(),
             region_bytes: hello.region_bytes,

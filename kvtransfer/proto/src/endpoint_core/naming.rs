@@ -10,7 +10,7 @@ use super::{DigestOrder, DigestTicket, EndpointCore};
 use crate::digest::{Coverage, Seal};
 use crate::message::{Commit, Filled, Message};
 use crate::sender::SenderState;
-use crate::units::{HandoffId, Moment, TokenCount};
+use crate::units::{BlockRef, HandoffId, Moment, TokenCount};
 
 /// What the peer was told of blocks that are computed in place.
 #[derive(Clone, Debug)]
@@ -90,6 +90,13 @@ impl<S: WriteSource> EndpointCore<S> {
     pub(super) fn commit(&mut self, handoff: HandoffId, payload: Vec<u8>) {
         let Some(outgoing) = self.outgoing.get_mut(&handoff) else { return };
         let all = outgoing.targets.len();
+        if let Some(sources) = &outgoing.device_sources {
+            // What was not pushed has no digest that the peer would believe.
+            return match sources.iter().copied().collect() {
+                Some(targets) => self.hash_sources(handoff, targets, payload),
+                None => self.send_commit(handoff, vec![0; all], payload),
+            };
+        }
         if !outgoing.computes_in_place() {
             let digests = std::mem::take(&mut outgoing.digests);
             return self.send_commit(handoff, digests, payload);
@@ -100,6 +107,29 @@ impl<S: WriteSource> EndpointCore<S> {
         outgoing.naming.filled = all;
         outgoing.naming.payload = Some(payload);
         self.name_filled(handoff);
+    }
+
+    /// Has digests taken of the blocks that a device has written from, which is the device's to do; the commit goes out when they are there.
+    fn hash_sources(&mut self, handoff: HandoffId, targets: Vec<BlockRef>, payload: Vec<u8>) {
+        let Some(outgoing) = self.outgoing.get(&handoff) else { return };
+        let (coverage, shape, all) = (outgoing.coverage, outgoing.shape, targets.len());
+        let (owner, on_device, first, spots) = (None, true, 0, false);
+        let ticket = self.order_digests(|ticket| DigestOrder {
+            ticket,
+            handoff,
+            owner,
+            on_device,
+            coverage,
+            shape,
+            targets,
+            first,
+            all,
+            spots,
+        });
+        if let Some(outgoing) = self.outgoing.get_mut(&handoff) {
+            outgoing.naming.hashing = Some((ticket, all));
+            outgoing.naming.payload = Some(payload);
+        }
     }
 
     /// Has digests taken of blocks that are final, one piece of work at a time.
@@ -116,6 +146,7 @@ impl<S: WriteSource> EndpointCore<S> {
             ticket,
             handoff,
             owner,
+            on_device: false,
             coverage,
             shape,
             targets,

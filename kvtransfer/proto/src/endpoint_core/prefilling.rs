@@ -45,6 +45,8 @@ pub(super) struct Outgoing<S> {
     pub(super) offers: Option<Offers<S>>,
     /// Of what was posted so far, one for each target.
     pub(super) digests: Vec<u64>,
+    /// Where a device writes: the block of this side's that each target comes from, as far as they are pushed.
+    pub(super) device_sources: Option<Vec<Option<BlockRef>>>,
     pub(super) stats: HandoffStats,
     /// When the engine said that the whole prompt is computed.
     pub(super) computed: Option<Moment>,
@@ -152,8 +154,12 @@ impl<S: WriteSource> EndpointCore<S> {
         let is_staged = bridge != Bridge::Identical;
         let offers = link.filter(|link| link.is_read_by_peer).map(|link| Offers::over(link.id, is_staged));
         let takes_credit = offers.is_none() && link.is_some_and(|link| link.proof.takes_credit());
+        // A device writes blocks as they are.
+        let by_device =
+            !in_place && !is_staged && offers.is_none() && link.is_some_and(|link| link.by_device.to_peer);
         let delivery = match (in_place, &offers) {
             (true, _) => Delivery::InPlace,
+            (false, None) if by_device => Delivery::ByDevice,
             (false, None) => Delivery::Written,
             (false, Some(_)) => Delivery::Read,
         };
@@ -174,6 +180,7 @@ impl<S: WriteSource> EndpointCore<S> {
             credit: takes_credit.then(CreditLine::default),
             offers,
             digests: vec![0; targets.len()],
+            device_sources: by_device.then(|| vec![None; targets.len()]),
             stats: HandoffStats::default(),
             computed: None,
             finished: None,

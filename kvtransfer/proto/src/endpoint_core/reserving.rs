@@ -30,6 +30,8 @@ pub(super) struct Incoming {
     verifications: Vec<Verification>,
     /// Whether the peer says that it computed in the blocks, and can have done so.
     in_place: bool,
+    /// Whether the peer's device writes into blocks of this side's.
+    on_device: bool,
     /// When it is wanted.
     pub(super) deadline: Moment,
 }
@@ -106,6 +108,7 @@ impl<S: WriteSource> EndpointCore<S> {
             pull: None,
             verifications: Vec::new(),
             in_place: false,
+            on_device: false,
             deadline: now.plus(order.within.min(LATEST)),
         };
         self.incoming.insert(handoff, incoming);
@@ -125,11 +128,12 @@ impl<S: WriteSource> EndpointCore<S> {
     fn announce(&mut self, handoff: HandoffId) {
         let Some(peer) = self.incoming.get(&handoff).map(|it| it.peer) else { return };
         let Some(link) = self.link(peer) else { return };
-        let via = Some((link.id, link.proof));
+        let (via, on_device) = (Some((link.id, link.proof)), link.by_device.from_peer);
         let pulls = self.rules.pulls && link.proof == QuietProof::AccessEnded;
         let Some(incoming) = self.incoming.get_mut(&handoff) else { return };
         let Some(announcement) = incoming.announcement.take() else { return };
         incoming.via = via;
+        incoming.on_device = on_device;
         incoming.pull = pulls.then(Pull::default);
         self.open_credit(handoff);
         self.send(peer, Message::Reserve(announcement));
@@ -287,8 +291,9 @@ impl<S: WriteSource> EndpointCore<S> {
                     self.begin_verification(handoff, first, digests);
                 }
                 ReservationAction::TellCommitted(payload) => {
-                    let tokens = self.incoming[&handoff].reservation.tokens();
-                    self.tell(EndpointEvent::Committed { handoff, tokens, payload });
+                    let incoming = &self.incoming[&handoff];
+                    let (tokens, on_device) = (incoming.reservation.tokens(), incoming.on_device);
+                    self.tell(EndpointEvent::Committed { handoff, tokens, payload, on_device });
                 }
                 ReservationAction::TellFailed(error) => {
                     self.tell(EndpointEvent::ReserveFailed { handoff, error });
@@ -315,11 +320,12 @@ impl<S: WriteSource> EndpointCore<S> {
         let all = incoming.targets();
         let targets = incoming.reservation.targets()[first..first + expected.len()].to_vec();
         let (coverage, shape) = (self.rules.coverage, self.shape);
-        let spots = incoming.in_place && coverage == Coverage::Sampled;
+        let (spots, on_device) = (incoming.in_place && coverage == Coverage::Sampled, incoming.on_device);
         let ticket = self.order_digests(|ticket| DigestOrder {
             ticket,
             handoff,
             owner: None,
+            on_device,
             coverage,
             shape,
             targets,

@@ -11,10 +11,10 @@ use crate::support::Zeros;
 use crate::transport::{Completion, Post};
 use crate::units::{BlockId, BlockLen, Epoch, Moment};
 
-const HANDOFF: HandoffId = HandoffId(7);
+pub(super) const HANDOFF: HandoffId = HandoffId(7);
 /// Another one, in the other direction.
 const OTHER: HandoffId = HandoffId(8);
-const PEER: u64 = 9;
+pub(super) const PEER: u64 = 9;
 
 #[test]
 fn when_blocks_are_released() {
@@ -86,7 +86,11 @@ fn what_ends_between_a_handshake_and_its_link_is_said_to_be_quiet() {
                 "lose" => scene.core.link_lost(PEER, "why", now),
                 "up" => {
                     let (hello, proof, busy) = (hello(), scene.proof, Vec::new());
-                    scene.core.link_up(PEER, LinkUp { hello, proof, busy }, now);
+                    scene.core.link_up(
+                        PEER,
+                        LinkUp { hello, proof, busy, by_device: ByDevice::default() },
+                        now,
+                    );
                 }
                 other => panic!("`{other}` is no happening"),
             }
@@ -257,21 +261,7 @@ struct Scene {
 
 impl Scene {
     fn new(proof: QuietProof) -> Self {
-        let rules = EndpointRules {
-            layout: layout(),
-            blocks: 8,
-            staging: 0,
-            in_place: true,
-            coverage: Coverage::Full,
-            lease: Duration::from_millis(500),
-            heartbeat: Duration::from_millis(100),
-            patience: Duration::from_secs(3),
-            stall: STALL,
-            offers: OFFERS,
-            credit: 1 << 20,
-            pulls: false,
-        };
-        let mut scene = Self { core: EndpointCore::new(rules), proof, now: Moment::default(), written: 0 };
+        let mut scene = Self { core: EndpointCore::new(rules()), proof, now: Moment::default(), written: 0 };
         scene.happens("up");
         let targets = vec![BlockRef { block: BlockId(2), epoch: Epoch(5) }];
         let (tokens, cached) = (TokenCount(3), Vec::new());
@@ -301,7 +291,7 @@ impl Scene {
     fn happens(&mut self, word: &str) -> Vec<String> {
         let (core, now) = (&mut self.core, self.now);
         let quiet = || Message::Quiet { handoff: HANDOFF, reason: "why".to_owned() };
-        let up = |proof, busy| LinkUp { hello: hello(), proof, busy };
+        let up = |proof, busy| LinkUp { hello: hello(), proof, busy, by_device: ByDevice::default() };
         match word {
             "up" => drop(core.link_up(PEER, up(self.proof, Vec::new()), now)),
             "up-busy" => drop(core.link_up(PEER, up(self.proof, vec![HANDOFF]), now)),
@@ -372,7 +362,7 @@ impl Scene {
     }
 }
 
-fn layout() -> KvLayout {
+pub(super) fn layout() -> KvLayout {
     KvLayout {
         model: "test".to_owned(),
         layers: 1,
@@ -385,7 +375,24 @@ fn layout() -> KvLayout {
     }
 }
 
-fn hello() -> Hello {
+pub(super) fn rules() -> EndpointRules {
+    EndpointRules {
+        layout: layout(),
+        blocks: 8,
+        staging: 0,
+        in_place: true,
+        coverage: Coverage::Full,
+        lease: Duration::from_millis(500),
+        heartbeat: Duration::from_millis(100),
+        patience: Duration::from_secs(3),
+        stall: STALL,
+        offers: OFFERS,
+        credit: 1 << 20,
+        pulls: false,
+    }
+}
+
+pub(super) fn hello() -> Hello {
     Hello {
         protocol: PROTOCOL,
         instance: PEER,

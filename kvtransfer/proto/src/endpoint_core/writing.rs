@@ -9,7 +9,7 @@ use crate::coalesce::{Runs, Span};
 use crate::digest::{BlockDigests, BlockShape};
 use crate::sender::SenderEvent;
 use crate::transport::{Completion, Post, RemoteRange, WriteFault, WriteId, stamp};
-use crate::units::{BlockId, BlockRef, HandoffId, Moment};
+use crate::units::{BlockId, BlockRef, Epoch, HandoffId, Moment};
 
 /// A range of some memory that a write reads. Cloning shares the memory.
 pub trait WriteSource: Clone {
@@ -27,7 +27,11 @@ pub trait WriteSource: Clone {
     fn range(&self, offset: usize, len: usize) -> Option<Self>;
     /// Offset of the first byte in this side's region, which peers can read; `None` when it is other memory.
     fn in_region(&self) -> Option<u64>;
-    /// Copies bytes out, starting `at` bytes into the range.
+    /// Whether it is memory of this side's device, block `b` at `b * block_bytes`, where only that device reads.
+    fn is_on_device(&self) -> bool {
+        false
+    }
+    /// Copies bytes out, starting `at` bytes into the range. Not of a device's memory.
     fn read(&self, at: usize, buffer: &mut [u8]);
 }
 
@@ -54,7 +58,8 @@ impl<S: WriteSource> EndpointCore<S> {
         if !outgoing.sender.accepts_writes() || writes.is_empty() {
             return;
         }
-        let ranges = outgoing.ranges(handoff, &writes).filter(|_| !outgoing.naming.has_begun());
+        let is_fit = !outgoing.naming.has_begun() && outgoing.note_device_sources(&writes);
+        let ranges = outgoing.ranges(handoff, &writes).filter(|_| is_fit);
         let Some(ranges) = ranges else {
             self.log(
                 0,
@@ -143,7 +148,9 @@ impl<S: WriteSource> EndpointCore<S> {
                     }
                 }
             }
-            outgoing.add_digests(handoff, &accepted);
+            if outgoing.device_sources.is_none() {
+                outgoing.add_digests(handoff, &accepted);
+            }
             if outgoing.may_post() {
                 return;
             }
@@ -237,6 +244,24 @@ impl<S: WriteSource> Outgoing<S> {
             }
             None => self.pending.join(ranges, self.shape.block as u64, LONGEST_WRITE),
         }
+    }
+
+    /// Notes which block of a device each target comes from; false when the memory is not the kind that is written from here, or a target
+    /// comes from two blocks, or from none that is whole: what a commit says of it could not be found out.
+    fn note_device_sources(&mut self, writes: &[TargetWrite<S>]) -> bool {
+        let block_bytes = self.shape.block;
+        let is_on_device = |write: &TargetWrite<S>| write.source.as_ref().is_some_and(S::is_on_device);
+        let Some(sources) = &mut self.device_sources else { return !writes.iter().any(is_on_device) };
+        writes.iter().all(|write| {
+            let first = write.source.as_ref().and_then(|source| source.offset().checked_sub(write.offset));
+            let number = first.filter(|first| first.is_multiple_of(block_bytes)).map(|it| it / block_bytes);
+            let (Some(source), Some(number)) = (sources.get_mut(write.target_index as usize), number) else {
+                return false;
+            };
+            let Ok(number) = u32::try_from(number) else { return false };
+            let block = BlockRef { block: BlockId(number), epoch: Epoch(0) };
+            is_on_device(write) && *source.get_or_insert(block) == block
+        })
     }
 
     /// Checks writes and joins neighbours; `None` when one of them is not what it may be.

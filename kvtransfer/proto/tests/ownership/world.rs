@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt::{self, Write};
 use std::time::Duration;
 
-use tidemill_kvtransfer_proto::endpoint_core::{LinkId, LinkUp, QuietProof};
+use tidemill_kvtransfer_proto::endpoint_core::{ByDevice, LinkId, LinkUp, QuietProof};
 use tidemill_kvtransfer_proto::message::Message;
 use tidemill_kvtransfer_proto::units::{BlockId, BlockRef, HandoffId, Moment};
 
@@ -270,6 +270,7 @@ impl World {
             hello: hello(instance, &self.config),
             proof: self.config.wire.proof(),
             busy,
+            by_device: ByDevice::default(),
         };
         let decode_is_busy = decode.core.prepare_link(PREFILL, NOW);
         prefill.link_id = prefill.core.link_up(DECODE, up(DECODE, decode_is_busy), NOW);

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::digest::{BlockShape, Coverage, granule_digest};
 use crate::endpoint_core::{
-    DigestOrder, EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp, OFFERS,
-    QuietProof, ReserveOrder, STALL, TargetWrite, WriteSource,
+    ByDevice, DigestOrder, EndpointAction, EndpointCore, EndpointEvent, EndpointRules, LinkId, LinkUp,
+    OFFERS, QuietProof, ReserveOrder, STALL, TargetWrite, WriteSource,
 };
 use crate::layout::{AxisOrder, HeadRange, KvDtype, KvLayout};
 use crate::message::{Commit, Hello, Message, Offer, Offered, OnFailure, PROTOCOL, Piece};
@@ -410,7 +410,7 @@ fn up(instance: u64, layout: KvLayout, staging_bytes: u64, pulls: bool) -> LinkU
         pulls,
         lease: Duration::from_secs(60),
     };
-    LinkUp { hello, proof: QuietProof::AccessEnded, busy: Vec::new() }
+    LinkUp { hello, proof: QuietProof::AccessEnded, busy: Vec::new(), by_device: ByDevice::default() }
 }
 
 fn layout() -> KvLayout {
