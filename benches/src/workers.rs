@@ -210,7 +210,9 @@ impl Worker {
         loop {
             let (time, event) = self.events.recv_timeout(PATIENCE).context("nothing happens")?;
             match event {
-                HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } => {}
+                HandoffEvent::PeerUp { .. }
+                | HandoffEvent::PeerDown { .. }
+                | HandoffEvent::Nearing { .. } => {}
                 HandoffEvent::SendFailed { error, .. } | HandoffEvent::ReserveFailed { error, .. } => {
                     bail!("the handoff failed: {error}")
                 }

@@ -10,12 +10,13 @@ mod ranks;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
+use std::time::Duration;
 
 use tidemill_engine_core::scheduler::{Limits, Scheduler};
 use tidemill_engine_core::speculation::Speculation;
 use tidemill_kernels::cpu::{Cpu, CpuOptions};
 use tidemill_kvtransfer::device::DeviceBlocks;
-use tidemill_kvtransfer::{Endpoint, EndpointConfig, Pages, Timing};
+use tidemill_kvtransfer::{Endpoint, EndpointConfig, Pages, Timing, Watch};
 use tidemill_kvtransfer_proto::digest::Coverage;
 use tidemill_kvtransfer_proto::layout::KvLayout;
 use tidemill_kvtransfer_proto::units::{BlockCount, BlockLen, TokenCount};
@@ -168,6 +169,10 @@ impl Boot<'_> {
             requests: BTreeMap::new(),
             outgoing: Outgoings::new(tail),
             incoming: BTreeMap::new(),
+            repeats: Vec::new(),
+            watch: Watch::default(),
+            is_checked: false,
+            last_step: Duration::ZERO,
             counters: Counters::default(),
             draining: false,
             stuck_since: None,

@@ -17,7 +17,7 @@ use tidemill_engine_core::scheduler::{Outcome, Scheduler};
 use tidemill_engine_core::speculation::Speculation;
 use tidemill_kernels::cpu::Cpu;
 use tidemill_kernels::cuda::CudaError;
-use tidemill_kvtransfer::{Endpoint, HandoffEvent};
+use tidemill_kvtransfer::{Endpoint, HandoffEvent, Watch};
 use tidemill_kvtransfer_proto::units::HandoffId;
 
 use crate::device::Device;
@@ -62,6 +62,14 @@ pub(crate) struct Driver {
     pub(crate) outgoing: Outgoings,
     /// Requests that wait for, or got, their KV cache from a peer.
     pub(crate) incoming: BTreeMap<HandoffId, Incoming>,
+    /// Requests whose first token their routers are to be told again.
+    pub(crate) repeats: Vec<RequestId>,
+    /// Whether to stay awake for a peer's commit.
+    pub(crate) watch: Watch,
+    /// Whether the ledger was checked since something last happened.
+    pub(crate) is_checked: bool,
+    /// What the last step took that was waited for.
+    pub(crate) last_step: Duration,
     pub(crate) counters: Counters,
     pub(crate) draining: bool,
     /// Since when nothing can go on for want of blocks that are held for peers.
@@ -76,6 +84,8 @@ pub(crate) struct Active {
     pub(crate) prompt_logprobs: Vec<Logprobs>,
     /// Whether its router was told that it computes, or need not be: decode begins where prefill has begun.
     pub(crate) has_begun: bool,
+    /// The first token, which came with the KV cache, until the router is told it again.
+    repeated: Option<(Outcome, Option<Logprobs>)>,
 }
 
 /// The fields of a request that the scheduler does not hand back.
@@ -111,6 +121,7 @@ impl Driver {
                 if matches!(command, Command::Shutdown) {
                     return;
                 }
+                self.is_checked = false;
                 self.obey(command);
             }
             if let Some(error) = &self.failure {
@@ -125,16 +136,26 @@ impl Driver {
             }
             let plan = self.plan();
             if !plan.is_empty() {
+                self.is_checked = false;
                 let turned = self.turn(plan);
                 self.failure = self.failure.take().or(turned.err());
                 self.publish();
                 continue;
             }
-            self.scheduler.check();
+            self.repeat_first_tokens();
             self.publish();
             let patience = self.untangle();
-            if !self.inbox.wait(patience) {
+            if self.stay_awake() {
+                continue;
+            }
+            // To look at every block takes longer than all that a handoff asks of this thread: not while news are about to come.
+            let rest = if self.is_checked { patience } else { Some(CHECK_AFTER) };
+            if !self.inbox.wait(rest) {
                 return;
+            }
+            if !self.is_checked && self.inbox.seen.is_empty() {
+                self.scheduler.check();
+                self.is_checked = true;
             }
         }
     }
@@ -213,7 +234,7 @@ impl Driver {
             return events(refuse(recovery_of(&error), error.to_string()));
         }
         let has_begun = matches!(parts.part, Part::DecodeFrom(_));
-        self.requests.insert(id, Active { request: parts, events, prompt_logprobs: Vec::new(), has_begun });
+        self.requests.insert(id, Active::new(parts, events, has_begun));
     }
 
     fn cancel(&mut self, id: RequestId) {
@@ -253,12 +274,18 @@ impl Driver {
         self.tell_begun(&plan);
         if self.goes_ahead(&plan) {
             self.under_way = Some(self.start(plan, None)?);
+            self.repeat_first_tokens();
             return Ok(());
+        }
+        if LONG_STEP < self.last_step || plan.work.iter().any(|work| !work.decodes()) {
+            self.repeat_first_tokens();
         }
         let began = Instant::now();
         self.guess(&mut plan);
         let results = if plan.work.is_empty() { Vec::new() } else { self.compute(&plan)? };
         let took = began.elapsed();
+        self.last_step = took;
+        self.repeat_first_tokens();
         self.push_computed(&plan);
         self.apply(&plan, results, Some(took));
         self.catch_up(&plan);
@@ -307,6 +334,37 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Has the router told again of a first token that came with its KV cache, but not before the step that goes on with it: to
+    /// wake those who carry a token can cost this thread its processor, and the router has mostly heard of this one.
+    pub(crate) fn repeat_later(&mut self, outcome: Outcome, logprobs: Option<Logprobs>) {
+        match outcome {
+            Outcome::Token { request, finish: None, .. } => {
+                if let Some(active) = self.requests.get_mut(&request) {
+                    active.repeated = Some((outcome, logprobs));
+                    self.repeats.push(request);
+                }
+            }
+            // No step comes that goes on with it.
+            Outcome::Token { .. } | Outcome::NoRoom { .. } => self.deliver(outcome, logprobs),
+        }
+    }
+
+    /// Tells routers what [`repeat_later`](Self::repeat_later) left.
+    pub(crate) fn repeat_first_tokens(&mut self) {
+        for request in std::mem::take(&mut self.repeats) {
+            let repeated = self.requests.get_mut(&request).and_then(|active| active.repeated.take());
+            if let Some((outcome, logprobs)) = repeated {
+                self.deliver(outcome, logprobs);
+            }
+        }
+    }
+
+    /// Stays awake for a peer's commit, if that should come now. Whether something has come.
+    fn stay_awake(&mut self) -> bool {
+        let Self { watch, inbox, .. } = self;
+        watch.keep(Instant::now, || inbox.look())
     }
 
     /// Reports a token and, when it is the last, the end.
@@ -370,10 +428,24 @@ impl Driver {
     }
 }
 
+impl Active {
+    fn new(request: RequestParts, events: EventSink, has_begun: bool) -> Self {
+        Self { request, events, prompt_logprobs: Vec::new(), has_begun, repeated: None }
+    }
+}
+
 impl Inbox {
     /// The next command, if there is one.
     fn next(&mut self) -> Option<Command> {
         self.seen.pop_front().or_else(|| self.commands.try_recv().ok())
+    }
+
+    /// Whether there is a command.
+    fn look(&mut self) -> bool {
+        if self.seen.is_empty() {
+            self.seen.extend(self.commands.try_recv());
+        }
+        !self.seen.is_empty()
     }
 
     /// Waits until there is a command, or for `patience`. False when none can come any more.
@@ -408,5 +480,10 @@ fn recovery_of(error: &tidemill_engine_core::scheduler::SubmitError) -> Recovery
     }
 }
 
+/// After a step that took so long nobody waits for another one to hear a first token again: should the router have lost the prefill
+/// worker meanwhile, that is its only sign that the request goes on here.
+const LONG_STEP: Duration = Duration::from_millis(20);
+/// How long nothing happens before the ledger is checked.
+const CHECK_AFTER: Duration = Duration::from_millis(5);
 /// Long enough for mere back pressure to pass, short enough for nobody to give up waiting.
 const STUCK_LIMIT: Duration = Duration::from_secs(1);

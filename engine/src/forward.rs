@@ -82,8 +82,16 @@ impl Driver {
         match (device, &tables) {
             (Device::Cpu(runner), Tables::Host(tables)) => {
                 let sequences = pass.sequences(&tokens, tables);
-                let logits = runner.step(&Batch { sequences: &sequences }, &mut |layers| pusher.push(layers));
-                pass.prompts_computed(endpoint, pusher.outgoing);
+                let all_layers = pusher.origin.arena.shape().layers;
+                let logits = runner.step(&Batch { sequences: &sequences }, &mut |layers| {
+                    let is_last = layers.end == all_layers;
+                    pusher.push(layers);
+                    if is_last {
+                        // What is left of the last layer, and the head, store nothing that a peer gets: it can look at its blocks
+                        // meanwhile, and be awake for the first token.
+                        pass.prompts_computed(endpoint, pusher.outgoing);
+                    }
+                });
                 logits.for_each(|row| {
                     if let Some(share) = pass.share(row.sequence) {
                         results[row.sequence].take(&row, share, sampler);
@@ -109,8 +117,7 @@ impl Driver {
 
     /// Counts a forward pass.
     pub(crate) fn count(&mut self, plan: &StepPlan) {
-        let decoding = |work: &&Work| work.samples && work.count == TokenCount(1);
-        let generated = plan.work.iter().filter(decoding).count() as u64;
+        let generated = plan.work.iter().filter(|work| work.decodes()).count() as u64;
         let known: u64 = plan.work.iter().map(|work| u64::from(work.count.0)).sum();
         self.counters.steps += 1;
         self.counters.prompt_tokens += known - generated;

@@ -72,6 +72,7 @@ impl Driver {
             self.under_way = Some(self.start(next, Some(&step))?);
             self.counters.overlapped_steps += 1;
         }
+        self.repeat_first_tokens();
         let UnderWay { plan, flight, .. } = step;
         let Self { scheduler, device, sampler, requests, .. } = self;
         let Device::Cuda(runner) = device else { unreachable!("only a GPU computes by itself") };

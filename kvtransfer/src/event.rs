@@ -222,6 +222,12 @@ pub enum HandoffEvent {
         /// Which handoff.
         handoff: HandoffId,
     },
+    /// Decode side: of some handoff of a peer everything is there but its commit, which is about to come: after a sign of that
+    /// peer, whatever that was.
+    Nearing {
+        /// Instance number of the peer.
+        peer: u64,
+    },
     /// Decode side: all bytes are there, of the right epoch and digest. Answer with `adopt` or `refuse`.
     /// May still come after `cancel` was called, and is then of no consequence.
     Committed {

@@ -33,6 +33,7 @@ mod tcp;
 pub mod verbs;
 mod verification;
 
+pub use driver::Watch;
 pub use endpoint::{
     DEFAULT_CREDIT, Endpoint, EndpointConfig, EventSink, HandoffMode, Timing, TransportChoice,
 };

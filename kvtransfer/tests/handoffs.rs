@@ -62,6 +62,30 @@ fn a_handoff_brings_every_byte() {
     }
 }
 
+/// An engine that is told so is awake when the commit comes.
+#[test]
+fn an_engine_hears_that_nothing_but_the_commit_is_missing() {
+    for (name, said, expected) in [
+        ("all blocks are named ahead", &[32, 47][..], &["nearing", "committed"][..]),
+        ("some are, and the rest with the commit", &[32], &["committed"]),
+        ("none is", &[], &["committed"]),
+    ] {
+        let (prefill, mut decode) = pair(Way::InPlace);
+        decode.reserve(HANDOFF, 1, 3);
+        prefill.endpoint.expect(HANDOFF, 2, PATIENCE);
+        prefill.fill_all(&prefill.expect_reserved());
+        for tokens in said {
+            prefill.endpoint.filled(HANDOFF, TokenCount(*tokens));
+        }
+        let heard = |word: &str| assert_eq!(decode.news_of_commit(), word, "{name}");
+        let (last, before) = expected.split_last().expect("it is committed");
+        before.iter().for_each(|word| heard(word));
+        prefill.endpoint.finish(HANDOFF, vec![]);
+        heard(last);
+        decode.adopt_and_check(HANDOFF);
+    }
+}
+
 #[test]
 fn writes_come_from_the_arena_too_and_whole_blocks_are_one_write() {
     for way in [Way::SharedMemory, Way::Tcp] {

@@ -86,6 +86,11 @@ impl Work {
     pub const fn rows(&self) -> TokenCount {
         TokenCount(self.count.0 + self.drafted.0)
     }
+
+    /// Whether it goes on with an answer rather than computing a prompt.
+    pub const fn decodes(&self) -> bool {
+        self.samples && self.count.0 == 1
+    }
 }
 
 impl StepPlan {

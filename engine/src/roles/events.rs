@@ -4,7 +4,7 @@
 //! One rule on each side keeps memory safe. Prefill: blocks, own or the peer's, are touched until `finish` or `abandon`
 //! and never after. Decode: blocks that were announced return to the pool only with `Released`, or by adoption.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tidemill_engine_core::handoff::Cancelled;
 use tidemill_engine_core::plan::StepPlan;
@@ -102,7 +102,9 @@ impl Driver {
                 self.counters.handoff_failures += u64::from(error.is_failure());
                 self.sender_is_quiet(handoff, &error.to_string());
             }
+            HandoffEvent::Nearing { .. } => self.watch.begin(Instant::now()),
             HandoffEvent::Committed { handoff, payload, on_device, .. } => {
+                self.watch.end();
                 self.committed(handoff, &payload, on_device);
             }
             HandoffEvent::ReserveFailed { handoff, error } => {
@@ -280,7 +282,7 @@ impl Driver {
                     active.prompt_logprobs = first.prompt_logprobs;
                 }
                 self.endpoint.adopt(handoff);
-                self.deliver(outcome, first.logprobs);
+                self.repeat_later(outcome, first.logprobs);
             }
             None => self.endpoint.refuse(handoff, "the request is gone".into()),
         }

@@ -150,6 +150,7 @@ impl Driver {
                 self.act();
                 if is_sign && self.core.awaits_commit(instance) {
                     self.watch.begin(Instant::now());
+                    self.tell(HandoffEvent::Nearing { peer: instance });
                 }
             }
             if let Err(loss) = outcome {

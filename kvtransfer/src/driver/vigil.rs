@@ -24,9 +24,9 @@ pub(super) struct Vigil {
     manners: Manners,
 }
 
-/// Whether to stay awake for a peer's commit.
+/// Whether to stay awake for a peer's commit: on the endpoint's thread, and on the engine's.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
+pub struct Watch {
     until: Option<Instant>,
     manners: Manners,
 }
@@ -87,18 +87,18 @@ impl Vigil {
 
 impl Watch {
     /// A peer gave a sign that its commit is about to come.
-    pub(super) fn begin(&mut self, now: Instant) {
+    pub fn begin(&mut self, now: Instant) {
         self.until = Some(now + LONGEST);
         self.manners.nap();
     }
 
     /// It has come.
-    pub(super) fn end(&mut self) {
+    pub fn end(&mut self) {
         self.until = None;
     }
 
     /// Looks again and again whether something has come, if the commit of a peer should. Whether it has.
-    pub(super) fn keep(&mut self, now: impl Fn() -> Instant, mut look: impl FnMut() -> bool) -> bool {
+    pub fn keep(&mut self, now: impl Fn() -> Instant, mut look: impl FnMut() -> bool) -> bool {
         let Some(until) = self.until else { return false };
         let has_come = self.manners.look_until(until, now, || look().then_some(())).is_some();
         self.until.take_if(|_| !has_come);

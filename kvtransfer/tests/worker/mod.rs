@@ -156,7 +156,11 @@ impl Worker {
     fn new_event(&self) -> HandoffEvent {
         loop {
             match self.events.recv_timeout(PATIENCE) {
-                Ok(HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. }) => {}
+                Ok(
+                    HandoffEvent::PeerUp { .. }
+                    | HandoffEvent::PeerDown { .. }
+                    | HandoffEvent::Nearing { .. },
+                ) => {}
                 Ok(event) => return event,
                 Err(RecvTimeoutError::Timeout) => panic!("{}: nothing happens", self.name),
                 Err(RecvTimeoutError::Disconnected) => panic!("{}: the endpoint is gone", self.name),
@@ -169,6 +173,17 @@ impl Worker {
             let event = self.events.recv_timeout(PATIENCE).expect("something happens");
             if matches!(event, HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. }) {
                 return event;
+            }
+        }
+    }
+
+    /// What is heard next of a peer's commit: that it nears, or that it is there.
+    pub(crate) fn news_of_commit(&self) -> &'static str {
+        loop {
+            match self.events.recv_timeout(PATIENCE).expect("something happens") {
+                HandoffEvent::Nearing { .. } => return "nearing",
+                HandoffEvent::Committed { .. } => return "committed",
+                _ => {}
             }
         }
     }
@@ -199,7 +214,9 @@ impl Worker {
                 "released".into()
             }
             HandoffEvent::DeviceFailed { .. } => "device-failed".into(),
-            HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } => unreachable!("left out"),
+            HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } | HandoffEvent::Nearing { .. } => {
+                unreachable!("left out")
+            }
         }
     }
 
@@ -353,9 +370,10 @@ fn handoff_of(event: &HandoffEvent) -> Option<HandoffId> {
         | HandoffEvent::Committed { handoff, .. }
         | HandoffEvent::ReserveFailed { handoff, .. }
         | HandoffEvent::Released { handoff } => Some(*handoff),
-        HandoffEvent::PeerUp { .. } | HandoffEvent::PeerDown { .. } | HandoffEvent::DeviceFailed { .. } => {
-            None
-        }
+        HandoffEvent::PeerUp { .. }
+        | HandoffEvent::PeerDown { .. }
+        | HandoffEvent::Nearing { .. }
+        | HandoffEvent::DeviceFailed { .. } => None,
     }
 }
 
